@@ -1,0 +1,193 @@
+"""Encoded data sets, made once and cached by content."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from data.errors import InputError
+from data.prompt import encode_prompt, encode_target, resolve_template
+from data.rows import check_files, find_files, generate_rows
+
+# Part of every cache key: raise it when the encoding of a row changes.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """Counts of one encoded data set.
+
+    Args:
+        rows: rows in the files.
+        kept: rows that are used.
+        truncated: kept rows that were cut at `max_seq_length`.
+        dropped: rows left out because their prompt alone fills `max_seq_length`, so no label is left.
+        tokens: tokens of the kept rows.
+        supervised_tokens: those of them that carry a label.
+    """
+
+    rows: int
+    kept: int
+    truncated: int
+    dropped: int
+    tokens: int
+    supervised_tokens: int
+
+    def summary(self, max_seq_length: int) -> str:
+        text = f"{self.kept:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
+        if self.truncated:
+            text += f"; {self.truncated:,} rows cut at {max_seq_length} tokens"
+        if self.dropped:
+            text += f"; {self.dropped:,} rows dropped, since their prompt alone fills {max_seq_length} tokens"
+        return text
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens: everything but the rows that the cached result depends on.
+
+    Args:
+        template: `plain`, `chat` or `auto`.
+        max_seq_length: longest row in tokens. A longer one is cut at its end, so the prompt stays whole.
+        num_task_types: allowed task types are 0 to this minus 1.
+    """
+
+    template: str
+    max_seq_length: int
+    num_task_types: int
+
+
+def load_data(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    cache_dir: str | Path,
+    num_proc: int | None = None,
+) -> tuple[datasets.Dataset, DataStatistics]:
+    """Read, check and encode a file or folder, or take the result of an earlier call with the same content.
+
+    The cache key covers the bytes of the files, the tokenizer and the encoding, so an edited row or another template
+    never meets stale tokens. A new entry is written aside and renamed; processes that want the same one wait.
+
+    Returns:
+        The data set, with the columns `input_ids`, `prompt_length`, `task_type` and the row's text fields; its counts.
+
+    Raises:
+        InputError: a file or row is bad, or no row has a label left within `max_seq_length`.
+    """
+    files = find_files(path)
+    encoding = Encoding(
+        resolve_template(encoding.template, tokenizer), encoding.max_seq_length, encoding.num_task_types
+    )
+    folder = Path(cache_dir) / _cache_key(files, tokenizer, encoding)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                _build(files, tokenizer, encoding, folder, num_proc)
+    statistics = DataStatistics(**json.loads((folder / "statistics.json").read_text()))
+    if not statistics.kept:
+        raise InputError(
+            f"{path}: no row has a label left within max_seq_length {encoding.max_seq_length}; raise max_seq_length"
+        )
+    return datasets.load_from_disk(folder), statistics
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 over the names and bytes of the data files that a path means."""
+    digest = hashlib.sha256()
+    for file in find_files(path):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def count_shared_rows(first: datasets.Dataset, second: datasets.Dataset) -> int:
+    """How many rows of the second data set have the instruction and input of a row of the first."""
+    wanted = {_prompt_hash(row) for row in second.select_columns(["instruction", "input"])}
+    found = {
+        digest for row in first.select_columns(["instruction", "input"]) if (digest := _prompt_hash(row)) in wanted
+    }
+    return sum(_prompt_hash(row) in found for row in second.select_columns(["instruction", "input"]))
+
+
+def _prompt_hash(row: dict) -> bytes:
+    return hashlib.sha256(f"{row['instruction']}\0{row['input']}".encode()).digest()
+
+
+def _cache_key(files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> str:
+    digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
+    for file in files:
+        digest.update(content_hash(file).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, asdict(encoding)]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _build(
+    files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None
+) -> None:
+    count = check_files(files, encoding.num_task_types)
+    aside = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    rows = datasets.Dataset.from_generator(
+        generate_rows, features=_ROW_FEATURES, gen_kwargs={"files": files}, cache_dir=str(aside / "work")
+    )
+    encoded = rows.map(
+        _encode_row,
+        fn_kwargs={"tokenizer": tokenizer, "encoding": encoding},
+        features=_ENCODED_FEATURES,
+        num_proc=num_proc,
+        desc=f"encoding {files[0].name}",
+    )
+    kept = encoded.filter(lambda length: length > 0, input_columns="supervised_length", num_proc=num_proc)
+    kept.remove_columns(["supervised_length", "is_truncated"]).save_to_disk(aside / "data")
+    tokens = sum(len(ids) for ids in kept.with_format("numpy")["input_ids"])
+    statistics = DataStatistics(
+        rows=count,
+        kept=len(kept),
+        truncated=sum(kept["is_truncated"]),
+        dropped=count - len(kept),
+        tokens=tokens,
+        supervised_tokens=sum(kept["supervised_length"]),
+    )
+    (aside / "data" / "statistics.json").write_text(json.dumps(asdict(statistics)))
+    (aside / "data").rename(folder)
+    shutil.rmtree(aside)
+
+
+def _encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> dict:
+    prompt = encode_prompt(tokenizer, encoding.template, row["instruction"], row["input"])
+    target = encode_target(tokenizer, encoding.template, row["instruction"], row["input"], row["output"])
+    ids = (prompt + target)[: encoding.max_seq_length]
+    return {
+        "input_ids": ids,
+        "prompt_length": len(prompt),
+        "supervised_length": max(len(ids) - len(prompt), 0),
+        "is_truncated": len(ids) < len(prompt) + len(target),
+    }
+
+
+_ROW_FEATURES = datasets.Features(
+    {
+        "instruction": datasets.Value("large_string"),
+        "input": datasets.Value("large_string"),
+        "output": datasets.Value("large_string"),
+        "task_type": datasets.Value("int64"),
+        "task": datasets.Value("string"),
+    }
+)
+_ENCODED_FEATURES = datasets.Features(
+    {
+        **_ROW_FEATURES,
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "prompt_length": datasets.Value("int32"),
+        "supervised_length": datasets.Value("int32"),
+        "is_truncated": datasets.Value("bool"),
+    }
+)

@@ -1,0 +1,145 @@
+"""Rows of instruction data: finding the files, reading them row by row, checking every row.
+
+A row has the string fields `instruction`, `input` (may be empty or missing) and `output`, an optional integer
+`task_type` and an optional string `task` that names the kind of task. Files are JSON (a list of rows), JSON Lines or
+Parquet; JSON Lines and Parquet are streamed, so their size does not matter.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from data.errors import InputError
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+UNLABELLED = -1
+MOST_PROBLEMS_SHOWN = 10
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The data files that a path means: the file itself, or every data file in the folder, in name order.
+
+    Raises:
+        InputError: nothing is there, or nothing of a known kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise InputError(f"{path}: no data files in this folder; looked for {', '.join(SUFFIXES)}")
+        return files
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: unknown kind of data file {path.suffix!r}; allowed are {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, object]]:
+    """Raw rows of one file with their numbers, counting from 1; in JSON Lines the number is the line's.
+
+    Raises:
+        InputError: the file is empty or is not what its name says.
+    """
+    if file.stat().st_size == 0:
+        raise InputError(f"{file}: the file is empty")
+    readers = {".json": _read_json, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    return readers[file.suffix](file)
+
+
+def check_files(files: list[Path], num_task_types: int) -> int:
+    """Read every row once and check it. Returns the number of rows.
+
+    Raises:
+        InputError: some row is not as it has to be (the first few are listed with file and row), or there is no row.
+    """
+    problems: list[str] = []
+    count = 0
+    for file in files:
+        for number, row in read_rows(file):
+            count += 1
+            if problem := row_problem(row, num_task_types):
+                problems.append(f"{file}: row {number}: {problem}")
+            if len(problems) > MOST_PROBLEMS_SHOWN:
+                raise InputError("\n".join([*problems[:-1], "... and perhaps more; mend these first"]))
+    if problems:
+        raise InputError("\n".join(problems))
+    if not count:
+        raise InputError(f"{', '.join(map(str, files))}: there is no row")
+    return count
+
+
+def row_problem(row: object, num_task_types: int) -> str | None:
+    """What is wrong with a row, or None."""
+    if not isinstance(row, dict):
+        return f"is {_shown(row)}, but has to be an object with instruction, input and output"
+    for name in ("instruction", "input", "output", "task"):
+        value = row.get(name)
+        if value is None and name in ("input", "task"):
+            continue
+        if value is None:
+            return f"has no {name!r}; its fields are {', '.join(map(repr, row)) or 'none'}"
+        if not isinstance(value, str):
+            return f"{name!r} is {_shown(value)}, but has to be a string"
+    if not row["output"]:
+        return "'output' is empty: there is nothing to learn from"
+    task_type = row.get("task_type")
+    if task_type is not None and (type(task_type) is not int or not 0 <= task_type < num_task_types):
+        allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
+        return f"'task_type' is {_shown(task_type)}, but has to be {allowed}, or be left out"
+    return None
+
+
+def generate_rows(files: list[Path]) -> Iterator[dict]:
+    """Checked rows with every field present; a missing task type is -1, a missing `input` or `task` empty."""
+    for file in files:
+        for _, row in read_rows(file):
+            task_type = row.get("task_type")
+            yield {
+                "instruction": row["instruction"],
+                "input": row.get("input") or "",
+                "output": row["output"],
+                "task_type": UNLABELLED if task_type is None else task_type,
+                "task": row.get("task") or "",
+            }
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, object]]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not JSON ({error}); JSON Lines files are named .jsonl") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{file}: holds {_shown(rows)}, but a .json file has to be a list of rows")
+    yield from enumerate(rows, start=1)
+
+
+def _read_json_lines(file: Path) -> Iterator[tuple[int, object]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"{file}: row {number}: not JSON ({error})") from None
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file}: not a readable Parquet file ({error})") from None
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."

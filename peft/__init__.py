@@ -1,0 +1,45 @@
+"""Mixtures of LoRA experts with a localized balancing constraint, under the public names of PEFT.
+
+Read in this order: `router.py`, `layer.py`, `balance.py` are the method; `inject.py` and `model.py` put it onto a
+base model; `config.py` and `saving.py` are what goes to disk.
+"""
+
+from peft.balance import balance_coefficients, gather_samples, localized_balance_term, sample_shares
+from peft.config import LoraConfig, PeftConfig, PeftType, TaskType
+from peft.inject import LoraModel, find_targets
+from peft.layer import LoraExperts, LoraLayer
+from peft.model import (
+    PeftMixedModel,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from peft.router import Router
+from peft.saving import get_peft_model_state_dict, set_peft_model_state_dict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoraConfig",
+    "LoraExperts",
+    "LoraLayer",
+    "LoraModel",
+    "PeftConfig",
+    "PeftMixedModel",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftType",
+    "Router",
+    "TaskType",
+    "__version__",
+    "balance_coefficients",
+    "find_targets",
+    "gather_samples",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "localized_balance_term",
+    "prepare_model_for_kbit_training",
+    "sample_shares",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,91 @@
+"""The multi-expert block: a frozen Linear plus E LoRA experts, weighed per token by a router.
+
+Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O input and output features.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft.config import LoraConfig
+from peft.router import Router
+
+
+class LoraExperts(nn.Module):
+    """What one adapter adds to one Linear (LoRAMoE, arXiv 2312.09979, section 3):
+
+        delta(x) = (alpha / r) * sum_n w_n B_n A_n dropout(x)        w = softmax(W_g x)
+
+    The experts are stacked, A as (E*R, I) and B as (O, E*R), so that the sum over experts becomes part of one
+    matrix product: delta(x) = (alpha / r) * B (repeat(w, r) * (A dropout(x))). Two thin products serve all experts,
+    and one dropout mask is shared by them. With one expert there is nothing to route: no router exists and this is
+    plain LoRA.
+
+    A and router start kaiming-uniform, B at zero, so a fresh adapter changes nothing.
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: LoraConfig, device: torch.device | None = None):
+        super().__init__()
+        self.num_experts, self.rank = config.lora_nums, config.r
+        self.scaling = config.lora_alpha / config.r
+        stacked_rank = self.num_experts * self.rank
+        self.lora_A = nn.Parameter(torch.empty(stacked_rank, in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, stacked_rank, device=device, dtype=torch.float32))
+        self.router = Router(in_features, self.num_experts, device=device) if self.num_experts > 1 else None
+        self.dropout = nn.Dropout(config.lora_dropout)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """The sum of the weighted experts for x, shape (B, T, O)."""
+        if not torch.is_autocast_enabled(x_BTI.device.type):
+            x_BTI = x_BTI.to(self.lora_A.dtype)
+        hidden = F.linear(self.dropout(x_BTI), self.lora_A) * self.scaling
+        if self.router is not None:
+            weights_BTE = self.router(x_BTI).to(hidden.dtype)
+            hidden_BTER = hidden.unflatten(-1, (self.num_experts, self.rank))
+            hidden = (hidden_BTER * weights_BTE.unsqueeze(-1)).flatten(-2)
+        return F.linear(hidden, self.lora_B)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+class LoraLayer(nn.Module):
+    """Wraps a Linear and adds the experts of the active adapter to its output: o = W0 x + delta(x).
+
+    It takes and returns plain tensors, so it can stand wherever the Linear stood, quantised Linears included.
+    `base_layer` is called as a module and its weight is never touched: ZeRO-3 gathers a module's own parameters
+    when that module is called, and packed weights have no meaningful shape.
+
+    Args:
+        base_layer: any module with `in_features` and `out_features` that maps (..., I) to (..., O).
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.experts = nn.ModuleDict()
+        self.active_adapter: str | None = None
+
+    def add_adapter(self, name: str, config: LoraConfig) -> None:
+        """Create the experts of adapter `name` on the device of the wrapped layer."""
+        device = self.base_layer.weight.device
+        self.experts[name] = LoraExperts(self.in_features, self.out_features, config, device=device)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: model code asks Linears for its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        output_BTO = self.base_layer(x_BTI)
+        if self.active_adapter is None:
+            return output_BTO
+        return output_BTO + self.experts[self.active_adapter](x_BTI).to(output_BTO.dtype)

@@ -1,0 +1,96 @@
+"""The tensors of an adapter: taking them out of a model, putting them back, and their file."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Parameters of one adapter by their key in the file: the parameter's name without the adapter's own name."""
+    marker = f".experts.{adapter_name}."
+    return {
+        name.replace(marker, ".experts."): parameter for name, parameter in model.named_parameters() if marker in name
+    }
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Full tensors of one adapter, by their key in the file.
+
+    Under ZeRO-3 the parameters are partitioned and this gathers them, which every rank has to take part in.
+
+    Args:
+        model: a PeftModel.
+        state_dict: tensors by the model's own parameter names, to be used instead of the parameters (what trainers
+            pass that have gathered the tensors themselves).
+    """
+    if state_dict is not None:
+        marker = f".experts.{adapter_name}."
+        return {key.replace(marker, ".experts."): value for key, value in state_dict.items() if marker in key}
+    parameters = adapter_parameters(model, adapter_name)
+    with _gathered(parameters.values()):
+        return {key: parameter.detach().clone() for key, parameter in parameters.items()}
+
+
+def set_peft_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str = "default") -> None:
+    """Copy tensors into one adapter. The keys have to be exactly the adapter's own.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or shapes differ; it names them all, and nothing is copied.
+    """
+    parameters = adapter_parameters(model, adapter_name)
+    problems = [f"missing: {key}" for key in sorted(parameters.keys() - state_dict.keys())]
+    problems += [f"unexpected: {key}" for key in sorted(state_dict.keys() - parameters.keys())]
+    with _gathered(parameters.values(), modify=True):
+        problems += [
+            f"{key} has shape {tuple(state_dict[key].shape)}, the model needs {tuple(parameters[key].shape)}"
+            for key in sorted(parameters.keys() & state_dict.keys())
+            if state_dict[key].shape != parameters[key].shape
+        ]
+        if problems:
+            raise ValueError("the adapter does not fit this model:\n  " + "\n  ".join(problems))
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(state_dict[key])
+
+
+def save_adapter_weights(tensors: dict[str, Tensor], directory: str | os.PathLike) -> None:
+    """Write the tensors as safetensors into the folder, replacing a file that is there in a single step."""
+    path = Path(directory) / WEIGHTS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".safetensors.tmp")
+    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
+    temporary.replace(path)
+
+
+def load_adapter_weights(directory: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the tensors of an adapter folder onto the CPU.
+
+    Raises:
+        ValueError: the file is missing or is no complete safetensors file.
+    """
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no adapter weights: it has no {WEIGHTS_NAME}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); restore it from a copy") from None
+
+
+def _gathered(parameters, modify: bool = False):
+    """A context in which parameters that ZeRO-3 has partitioned are whole."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None)

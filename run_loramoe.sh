@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Train a mixture of LoRA experts. Every value below can be overridden from the environment, and further flags of
+# train.py can be added:   lora_rank=8 exp_name=rank8 bash run_loramoe.sh --weight_decay 0.01
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+pretrained_model=${pretrained_model:-models/SmolLM2-135M-Instruct}  # base model: local folder or hub id
+tokenizer_path=${tokenizer_path:-}                  # tokenizer, where it is not the base model's
+peft_path=${peft_path:-}                            # adapter folder to continue from; empty starts a fresh adapter
+load_in_kbits=${load_in_kbits:-16}                  # bits per base weight: 4 (nf4), 8 (int8), 16 (as stored)
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: .json, .jsonl or .parquet file, or a folder of them
+validation_file=${validation_file-data/tiny_data/test.json}  # held-out rows; set to empty for no evaluation
+max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
+prompt_template=${prompt_template:-auto}            # plain, chat, or auto (chat where the tokenizer has a template)
+
+# ---- method (the paper's settings) -----------------------------------------------------------------------------------
+tuning=${tuning:-loramoe}                           # loramoe, or full (all weights: the paper's main baseline)
+lora_nums=${lora_nums:-6}                           # experts per adapted Linear; 1 is plain LoRA
+lora_rank=${lora_rank:-4}                           # rank of each expert
+lora_alpha=${lora_alpha:-32}                        # the experts' output is scaled by lora_alpha / lora_rank
+lora_dropout=${lora_dropout:-0.05}                  # probability of dropping an input element of the experts
+lora_trainable=${lora_trainable:-gate_proj,up_proj,down_proj}  # Linears to adapt, by name
+blc_alpha=${blc_alpha:-0.1}                         # delta: how far a group of experts is drawn to its task type
+blc_weight=${blc_weight:-0.1}                       # beta: weight of the balance term in the loss; 0 turns it off
+
+# ---- optimisation ----------------------------------------------------------------------------------------------------
+lr=${lr:-2e-4}                                      # peak learning rate, cosine decay after 3 % of warm-up
+num_train_epochs=${num_train_epochs:-3}             # passes over the training rows
+max_steps=${max_steps:--1}                          # optimizer steps; above 0 it overrides num_train_epochs
+seed=${seed:-41}                                    # of initialisation, data order and dropout
+per_device_train_batch_size=${per_device_train_batch_size:-8}  # rows per process and micro-batch
+per_device_eval_batch_size=${per_device_eval_batch_size:-8}    # rows per process in evaluation
+gradient_accumulation_steps=${gradient_accumulation_steps:-1}  # micro-batches per optimizer step
+gradient_checkpointing=${gradient_checkpointing:-false}        # recompute activations: less memory, a third slower
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+output_dir=${output_dir:-outputs}                   # folder of all runs
+exp_name=${exp_name:-default}                       # this run's folder in it; an unfinished run there is resumed
+save_steps=${save_steps:-50}                        # optimizer steps between checkpoints
+eval_steps=${eval_steps:-50}                        # optimizer steps between evaluations
+
+# ---- launch ----------------------------------------------------------------------------------------------------------
+num_processes=${num_processes:-}                    # processes on this node; empty: one per visible GPU, or one on a CPU
+deepspeed_config_file=${deepspeed_config_file-auto} # JSON in scripts/deepspeed; auto: zero2.json on GPUs; empty: none
+nnodes=${nnodes:-1}                                 # number of nodes; start this script on each
+node_rank=${node_rank:-0}                           # this node's number, 0 to nnodes - 1
+master_addr=${master_addr:-127.0.0.1}               # address of node 0
+master_port=${master_port:-29500}                   # free port on node 0
+
+# ======================================================================================================================
+python=$(bash scripts/setup.sh)
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+
+if [[ $pretrained_model == models/SmolLM2-135M-Instruct ]]; then
+    "$python" -m scripts.fetch_base_model
+fi
+
+# "GPUs half" as torch sees them, so that CUDA_VISIBLE_DEVICES counts; a laptop is not made to wait for torch.
+gpus=0
+if command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null; then
+    read -r gpus half < <("$python" -c '
+import torch
+gpus = torch.cuda.device_count()
+print(gpus, "bf16" if gpus and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")')
+fi
+if ((gpus > 0)); then
+    hardware=(--"$half" true)
+    [[ $deepspeed_config_file == auto ]] && deepspeed_config_file=scripts/deepspeed/zero2.json
+else
+    hardware=(--use_cpu true)
+    export DS_ACCELERATOR=cpu
+    [[ $deepspeed_config_file == auto ]] && deepspeed_config_file=""
+fi
+num_processes=${num_processes:-$((gpus > 0 ? gpus : 1))}
+
+arguments=(
+    --model_name_or_path "$pretrained_model"
+    --load_in_kbits "$load_in_kbits"
+    --dataset_dir "$dataset_dir"
+    --max_seq_length "$max_seq_length"
+    --prompt_template "$prompt_template"
+    --tuning "$tuning"
+    --lora_nums "$lora_nums"
+    --lora_rank "$lora_rank"
+    --lora_alpha "$lora_alpha"
+    --lora_dropout "$lora_dropout"
+    --trainable "$lora_trainable"
+    --blc_alpha "$blc_alpha"
+    --blc_weight "$blc_weight"
+    --learning_rate "$lr"
+    --num_train_epochs "$num_train_epochs"
+    --max_steps "$max_steps"
+    --seed "$seed"
+    --per_device_train_batch_size "$per_device_train_batch_size"
+    --per_device_eval_batch_size "$per_device_eval_batch_size"
+    --gradient_accumulation_steps "$gradient_accumulation_steps"
+    --activation_checkpointing "$gradient_checkpointing"
+    --output_dir "$output_dir/$exp_name"
+    --save_steps "$save_steps"
+    "${hardware[@]}"
+)
+[[ -n $tokenizer_path ]] && arguments+=(--tokenizer_name_or_path "$tokenizer_path")
+[[ -n $peft_path ]] && arguments+=(--peft_path "$peft_path")
+[[ -n $validation_file ]] && arguments+=(--validation_file "$validation_file" --eval_strategy steps --eval_steps "$eval_steps")
+[[ -n $deepspeed_config_file ]] && arguments+=(--deepspeed "$deepspeed_config_file")
+arguments+=("$@")
+
+# Check everything and encode the data once, before any process group exists and any weight is read.
+"$python" train.py "${arguments[@]}" --prepare_only true
+
+launch=("$python")
+if ((num_processes > 1 || nnodes > 1)) || [[ -n $deepspeed_config_file ]]; then
+    launch+=(-m torch.distributed.run --nnodes "$nnodes" --node_rank "$node_rank" --nproc_per_node "$num_processes"
+        --master_addr "$master_addr" --master_port "$master_port")
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+
+# The terminal shows everything, the run's folder keeps it, and the exit code is the trainer's, not tee's.
+exec 3> >(exec tee -a "$output_dir/$exp_name/train.log")
+tee=$!
+"${launch[@]}" train.py "${arguments[@]}" --restart false >&3 2>&1 &
+trainer=$!
+trap 'kill -TERM "$trainer" 2>/dev/null || true' TERM INT
+status=0
+wait "$trainer" || status=$?
+while kill -0 "$trainer" 2>/dev/null; do # a forwarded signal ends the wait before it ends the trainer
+    status=0
+    wait "$trainer" || status=$?
+done
+exec 3>&-
+wait "$tee" 2>/dev/null || true
+exit "$status"

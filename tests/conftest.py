@@ -1,0 +1,112 @@
+"""Shared fixtures: a tiny random Llama with a tokenizer of its own, and adapters whose weights are not zero."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers_patch import LlamaLoRAMoEForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    return LlamaConfig(**(values | changes))
+
+
+def tiny_model() -> LlamaLoRAMoEForCausalLM:
+    torch.manual_seed(0)
+    return LlamaLoRAMoEForCausalLM(tiny_config())
+
+
+def fill_adapter(model: PeftModel, seed: int = 1) -> PeftModel:
+    """Give A, B and the routers fixed values away from zero: a fresh adapter hides faults, since B = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def filled_model(**settings) -> PeftModel:
+    """A tiny Llama with an adapter of non-zero weights; 4 experts of rank 2 and no dropout where not set otherwise."""
+    values = {"task_type": TaskType.CAUSAL_LM, "r": 2, "lora_alpha": 4, "lora_nums": 4, "lora_dropout": 0.0}
+    return fill_adapter(get_peft_model(tiny_model(), LoraConfig(**(values | settings))))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges worth speaking of, with a chat template in the ChatML manner."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(["the cat sat on the mat and the dog lay in the sun"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", additional_special_tokens=specials[2:]
+    )
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return tokenizer
+
+
+def example_rows(count: int = 12) -> list[dict]:
+    """Rows of different lengths and both task types."""
+    return [
+        {
+            "instruction": f"Say {'very ' * (index % 4)}softly the number",
+            "input": str(index) if index % 2 else "",
+            "output": f"number {index}",
+            "task_type": index % 2,
+            "task": ("summarization", "closed_book_qa")[index % 2],
+        }
+        for index in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """A folder with a tiny random Llama and its tokenizer, as a base model for the command line."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def data_file(tmp_path) -> Path:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(example_rows()))
+    return file

@@ -1,0 +1,80 @@
+"""The localized balancing constraint."""
+
+import pytest
+import torch
+from reference import balance_loop
+
+from peft import balance_coefficients, localized_balance_term, sample_shares
+
+
+def test_value_worked_by_hand():
+    """Two samples, of type 0 and 1, on two experts; delta 0.1.
+
+    I = [[0.9, 1.1], [1.1, 0.9]], q = [[0.6, 0.4], [0.5, 0.5]], so Z = 0.54, 0.44, 0.55, 0.45.
+    mean = 0.495; squared deviations 0.002025, 0.003025, 0.003025, 0.002025, sum 0.0101, variance 0.0101 / 3.
+    """
+    shares = torch.tensor([[[0.6, 0.4], [0.5, 0.5]]])
+    coefficients = balance_coefficients(torch.tensor([0, 1]), num_experts=2, num_task_types=2, delta=0.1)
+    torch.testing.assert_close(coefficients, torch.tensor([[0.9, 1.1], [1.1, 0.9]]))
+    term = localized_balance_term(shares, coefficients)
+    torch.testing.assert_close(term, torch.tensor(0.0101 / 3 / 0.495**2))
+
+
+def test_it_is_summed_over_linears():
+    shares = torch.tensor([[[0.6, 0.4], [0.5, 0.5]], [[0.9, 0.1], [0.2, 0.8]]])
+    coefficients = balance_coefficients(torch.tensor([0, 1]), 2, 2, 0.1)
+    apart = [localized_balance_term(shares[layer : layer + 1], coefficients) for layer in range(2)]
+    torch.testing.assert_close(localized_balance_term(shares, coefficients), apart[0] + apart[1])
+
+
+def test_unlabelled_samples_and_indivisible_groups_have_coefficient_one():
+    coefficients = balance_coefficients(torch.tensor([-1, 1]), 4, 2, 0.1)
+    torch.testing.assert_close(coefficients, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.1, 1.1, 0.9, 0.9]]))
+    assert torch.equal(balance_coefficients(torch.tensor([0, 1]), 3, 2, 0.1), torch.ones(2, 3))
+
+
+def test_minimised_alone_it_gives_the_matching_group_55_percent():
+    """A free router of shape 2 samples x 4 experts settles at (1 + delta) / 2 for the group of the sample's type."""
+    logits = torch.zeros(2, 4, requires_grad=True)
+    coefficients = balance_coefficients(torch.tensor([0, 1]), 4, 2, 0.1)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        term = localized_balance_term(torch.softmax(logits, dim=-1)[None], coefficients)
+        term.backward()
+        return term
+
+    optimizer.step(closure)
+    group_shares = torch.softmax(logits, dim=-1).detach().unflatten(1, (2, 2)).sum(dim=-1)
+    torch.testing.assert_close(group_shares, torch.tensor([[0.55, 0.45], [0.45, 0.55]]), rtol=0, atol=1e-3)
+    assert closure() < 1e-6
+
+
+@pytest.mark.parametrize(("experts", "groups", "delta"), [(4, 2, 0.1), (6, 3, 0.5), (6, 2, 0.0)])
+def test_values_and_gradients_equal_the_loop(experts, groups, delta):
+    torch.manual_seed(0)
+    lengths, types = [7, 3, 5], [0, 1, -1]
+    logits = [torch.randn(3, 7, experts, requires_grad=True) for _ in range(2)]
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    weights = [torch.softmax(layer, dim=-1) for layer in logits]
+    shares = torch.stack([sample_shares(layer, mask) for layer in weights])
+    ours = localized_balance_term(shares, balance_coefficients(torch.tensor(types), experts, groups, delta))
+    loop = balance_loop(weights, lengths, types, groups, delta)
+    torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-6)
+    ours_gradients = torch.autograd.grad(ours, logits, retain_graph=True)
+    loop_gradients = torch.autograd.grad(loop, logits)
+    assert all(gradient.abs().max() > 0 for gradient in loop_gradients)
+    torch.testing.assert_close(ours_gradients, loop_gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_does_not_count():
+    weights = torch.softmax(torch.randn(1, 4, 3), dim=-1)
+    padded = torch.cat([weights, torch.full((1, 2, 3), 7.0)], dim=1)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    torch.testing.assert_close(sample_shares(padded, mask), sample_shares(weights))
+
+
+def test_shares_are_float32_whatever_comes_in():
+    weights = torch.softmax(torch.randn(2, 4, 3), dim=-1).to(torch.bfloat16)
+    assert sample_shares(weights, torch.ones(2, 4)).dtype is torch.float32

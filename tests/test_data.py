@@ -1,0 +1,276 @@
+"""Rows, prompts, encoded data sets and batches."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, example_rows
+
+from data import (
+    Collator,
+    Encoding,
+    InputError,
+    count_shared_rows,
+    encode_prompt,
+    encode_target,
+    load_data,
+    resolve_template,
+)
+
+ENCODING = Encoding(template="plain", max_seq_length=256, num_task_types=2)
+GOOD = {"instruction": "Say", "input": "", "output": "yes", "task_type": 1}
+
+
+def load(path, tokenizer, tmp_path, encoding=ENCODING, **options):
+    return load_data(path, tokenizer, encoding, tmp_path / "cache", **options)
+
+
+def without(name: str) -> dict:
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+BAD_ROWS = {
+    "no output": (without("output"), r"row 2: has no 'output'; its fields are 'instruction', 'input', 'task_type'"),
+    "empty output": (GOOD | {"output": ""}, r"row 2: 'output' is empty"),
+    "number for a string": (GOOD | {"instruction": 3}, r"row 2: 'instruction' is 3, but has to be a string"),
+    "list for a string": (GOOD | {"output": ["a"]}, r"row 2: 'output' is \[\"a\"\], but has to be a string"),
+    "no object": (["Say", "yes"], r"row 2: is \[\"Say\", \"yes\"\], but has to be an object"),
+    "negative type": (GOOD | {"task_type": -1}, r"row 2: 'task_type' is -1, but has to be 0 or 1, or be left out"),
+    "fractional type": (GOOD | {"task_type": 0.5}, r"row 2: 'task_type' is 0.5, but has to be 0 or 1"),
+    "type too large": (GOOD | {"task_type": 2}, r"row 2: 'task_type' is 2, but has to be 0 or 1"),
+    "type as text": (GOOD | {"task_type": "1"}, r"row 2: 'task_type' is \"1\", but has to be 0 or 1"),
+    "type as truth": (GOOD | {"task_type": True}, r"row 2: 'task_type' is true, but has to be 0 or 1"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_bad_rows_are_named_by_file_and_number(tmp_path, tokenizer, row, message, suffix):
+    file = tmp_path / f"rows{suffix}"
+    rows = [GOOD, row, GOOD]
+    file.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=rf"rows{suffix}: {message}"):
+        load(file, tokenizer, tmp_path)
+    assert not list((tmp_path / "cache").glob("*/statistics.json"))
+
+
+def test_several_bad_rows_are_listed_together(tmp_path, tokenizer):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([GOOD, without("output"), GOOD, without("instruction")]))
+    with pytest.raises(InputError, match=r"(?s)row 2: has no 'output'.*row 4: has no 'instruction'"):
+        load(file, tokenizer, tmp_path)
+
+
+BAD_FILES = {
+    "missing": ("rows.json", None, "no such file or folder"),
+    "empty": ("rows.json", "", "the file is empty"),
+    "not JSON": ("rows.json", "{instruction", "not JSON"),
+    "JSON Lines by another name": ("rows.json", '{"a": 1}\n{"a": 2}', "JSON Lines files are named .jsonl"),
+    "one object": ("rows.json", '{"a": 1}', "has to be a list of rows"),
+    "no rows": ("rows.json", "[]", "there is no row"),
+    "a torn line": ("rows.jsonl", json.dumps(GOOD) + '\n{"instr', "row 2: not JSON"),
+    "another kind": ("rows.csv", "a,b", "unknown kind of data file '.csv'; allowed are .json, .jsonl, .parquet"),
+    "not Parquet": ("rows.parquet", "nothing", "not a readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_named(tmp_path, tokenizer, name, content, message):
+    file = tmp_path / name
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load(file, tokenizer, tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_a_folder_without_data_is_named(tmp_path, tokenizer):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="no data files in this folder"):
+        load(tmp_path, tokenizer, tmp_path)
+
+
+def test_json_lines_parquet_and_folders_hold_the_same_rows(tmp_path, tokenizer):
+    rows = example_rows()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows[:5])) + "\n\n")
+    datasets.Dataset.from_list(rows[5:]).to_parquet(folder / "b.parquet")
+    one, counts = load(tmp_path / "rows.json", tokenizer, tmp_path)
+    both, counts_of_folder = load(folder, tokenizer, tmp_path)
+    assert one.to_list() == both.to_list()
+    assert counts == counts_of_folder
+    assert (counts.rows, counts.kept, counts.dropped) == (12, 12, 0)
+    assert counts.tokens == sum(map(len, one["input_ids"]))
+    assert counts.supervised_tokens == counts.tokens - sum(one["prompt_length"])
+
+
+def test_optional_fields(tmp_path, tokenizer):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"instruction": "Say", "output": "yes"}, {**GOOD, "input": None, "task": "nli"}]))
+    rows = load(file, tokenizer, tmp_path)[0]
+    assert rows["task_type"][:] == [-1, 1]
+    assert rows["task"][:] == ["", "nli"]
+
+
+def test_plain_prompts_are_the_authors_format(tokenizer):
+    prompt = encode_prompt(tokenizer, "plain", "Add.", "1 and 2")
+    target = encode_target(tokenizer, "plain", "Add.", "1 and 2", "3")
+    assert tokenizer.decode(prompt) == "Add.\n1 and 2</s>"
+    assert tokenizer.decode(target) == "3</s>"
+    assert tokenizer.decode(encode_prompt(tokenizer, "plain", "Add.", "")) == "Add.</s>"
+
+
+def test_chat_prompts_follow_the_tokenizers_template(tokenizer):
+    prompt = encode_prompt(tokenizer, "chat", "Add.", "1 and 2")
+    target = encode_target(tokenizer, "chat", "Add.", "1 and 2", "3")
+    assert tokenizer.decode(prompt) == "<|user|>Add.\n1 and 2</s><|assistant|>"
+    assert tokenizer.decode(target) == "3</s>"
+    conversation = [{"role": "user", "content": "Add.\n1 and 2"}]
+    assert prompt == tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_special_tokens_written_in_a_row_stay_text(tokenizer, template):
+    prompt = encode_prompt(tokenizer, template, "Repeat </s> and <|user|>", "")
+    target = encode_target(tokenizer, template, "Repeat", "", "a </s> b")
+    end = tokenizer.eos_token_id
+    assert prompt.count(end) == 1
+    assert prompt.count(tokenizer.convert_tokens_to_ids("<|user|>")) == (template == "chat")
+    assert target.count(end) == 1
+    assert target[-1] == end
+    assert "Repeat </s> and <|user|>" in tokenizer.decode(prompt)
+
+
+def test_template_names(tokenizer):
+    assert resolve_template("auto", tokenizer) == "chat"
+    with pytest.raises(InputError, match=r"'alpaca' is unknown; allowed are auto, plain, chat"):
+        resolve_template("alpaca", tokenizer)
+    tokenizer.chat_template = None
+    assert resolve_template("auto", tokenizer) == "plain"
+    with pytest.raises(InputError, match="has no chat template"):
+        resolve_template("chat", tokenizer)
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    with pytest.raises(InputError, match="use prompt_template plain"):
+        encode_target(tokenizer, "chat", "Add.", "", "3")
+
+
+def test_truncation_cuts_the_end_and_is_counted(tmp_path, tokenizer):
+    rows = [
+        {"instruction": "ab", "input": "", "output": "c"},
+        {"instruction": "ab", "input": "", "output": "c" * 20},
+        {"instruction": "a" * 20, "input": "", "output": "c"},
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    encoding = Encoding("plain", 8, 2)
+    encoded, counts = load(file, tokenizer, tmp_path, encoding)
+    assert (counts.rows, counts.kept, counts.truncated, counts.dropped) == (3, 2, 1, 1)
+    assert [len(ids) for ids in encoded["input_ids"]] == [5, 8]
+    assert tokenizer.decode(encoded[1]["input_ids"]) == "ab</s>ccccc"
+    assert counts.summary(8) == (
+        "2 rows, 13 tokens, 7 of them supervised; 1 rows cut at 8 tokens; "
+        "1 rows dropped, since their prompt alone fills 8 tokens"
+    )
+    with pytest.raises(InputError, match="no row has a label left within max_seq_length 3; raise max_seq_length"):
+        load(file, tokenizer, tmp_path, Encoding("plain", 3, 2))
+
+
+def test_the_cache_is_keyed_by_content(tmp_path, tokenizer, data_file):
+    def entries():
+        return {entry.name for entry in (tmp_path / "cache").iterdir() if entry.is_dir()}
+
+    load(data_file, tokenizer, tmp_path)
+    first = entries()
+    data_file.touch()
+    load(data_file, tokenizer, tmp_path)
+    assert entries() == first
+    load(data_file, tokenizer, tmp_path, Encoding("chat", 256, 2))
+    load(data_file, tokenizer, tmp_path, Encoding("plain", 255, 2))
+    assert len(entries()) == 3
+    rows = example_rows()
+    rows[3]["output"] = "edited"
+    data_file.write_text(json.dumps(rows))
+    assert load(data_file, tokenizer, tmp_path)[0]["output"][3] == "edited"
+    tokenizer.add_tokens(["number"])
+    load(data_file, tokenizer, tmp_path)
+    assert len(entries()) == 5
+
+
+def test_an_interrupted_build_is_repeated(tmp_path, tokenizer, data_file, monkeypatch):
+    import data.dataset
+
+    def fail(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.dataset, "DataStatistics", fail)
+    with pytest.raises(KeyboardInterrupt):
+        load(data_file, tokenizer, tmp_path)
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").glob("*/statistics.json"))
+    assert len(load(data_file, tokenizer, tmp_path)[0]) == 12
+    assert not list((tmp_path / "cache").glob("*incomplete*"))
+
+
+def test_several_processes_encode_the_same(tmp_path, tokenizer, data_file):
+    one = load(data_file, tokenizer, tmp_path / "one")[0]
+    two = load(data_file, tokenizer, tmp_path / "two", num_proc=2)[0]
+    assert one.to_list() == two.to_list()
+
+
+def test_batches_are_padded_by_length():
+    rows = [
+        {"input_ids": [5, 1, 6, 1], "prompt_length": 2, "task_type": 1},
+        {"input_ids": [7, 1], "prompt_length": 1, "task_type": -1},
+    ]
+    batch = Collator(pad_token_id=1)(rows)
+    expected = {
+        "input_ids": [[5, 1, 6, 1], [7, 1, 1, 1]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
+        "labels": [[-100, -100, 6, 1], [-100, 1, -100, -100]],
+        "task_types": [1, -1],
+    }
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    assert all(tensor.dtype is torch.int64 for tensor in batch.values())
+
+
+def test_shared_rows_are_counted(tmp_path, tokenizer):
+    rows = example_rows(13)
+    for name, part in (("train", rows[:8]), ("test", rows[5:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    train, test = (load(tmp_path / f"{name}.json", tokenizer, tmp_path)[0] for name in ("train", "test"))
+    shared = sum(
+        (row["instruction"], row["input"]) in {(r["instruction"], r["input"]) for r in rows[:8]} for row in rows[5:]
+    )
+    assert count_shared_rows(train, test) == shared > 0
+
+
+def read_tiny(name: str) -> list[dict]:
+    return json.loads(Path(ROOT / "data/tiny_data" / name).read_text())
+
+
+def test_the_tiny_data_set():
+    train, test = read_tiny("train/train.json"), read_tiny("test.json")
+    kinds = {
+        "closed_book_qa",
+        "coreference",
+        "natural_language_inference",
+        "reading_comprehension",
+        "summarization",
+        "text_classification",
+        "translation",
+    }
+    for rows in (train, test):
+        assert {row["task"] for row in rows} == kinds
+        assert all((row["task_type"] == 1) == (row["task"] == "closed_book_qa") for row in rows)
+        assert 0.3 < sum(row["task_type"] for row in rows) / len(rows) < 0.4
+    assert (len(train), len(test)) == (160, 40)
+    assert not {(row["instruction"], row["input"]) for row in train} & {
+        (row["instruction"], row["input"]) for row in test
+    }

@@ -1,0 +1,302 @@
+"""The adapted model: losses, gradients, saving, loading, generation."""
+
+import pytest
+import torch
+from conftest import fill_adapter, filled_model, tiny_config, tiny_model
+from reference import balance_loop
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from peft import LoraConfig, LoraLayer, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from transformers_patch import AutoModelForCausalLM, RoutingRecorder
+
+MLP = [f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj", "down_proj")]
+TENSORS = ["lora_A", "lora_B", "router.weight"]
+
+
+def make_batch(pad: int = 0, side: str = "right") -> dict[str, torch.Tensor]:
+    """Three rows of 9, 6 and 4 tokens, the first three unlabelled; `pad` further columns of padding."""
+    generator = torch.Generator().manual_seed(3)
+    lengths, width = (9, 6, 4), 9 + pad
+    ids = torch.full((3, width), 1)
+    mask, labels = torch.zeros(3, width, dtype=torch.long), torch.full((3, width), -100)
+    for row, length in enumerate(lengths):
+        span = slice(0, length) if side == "right" else slice(width - length, width)
+        tokens = torch.randint(2, 300, (length,), generator=generator)
+        ids[row, span], mask[row, span] = tokens, 1
+        labels[row, span] = torch.where(torch.arange(length) < 3, -100, tokens)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "task_types": torch.tensor([0, 1, 0])}
+
+
+def gradients(model: nn.Module, batch: dict, part: str) -> dict[str, torch.Tensor]:
+    """Gradients of one part of the loss; checks first that each of A, B and router has one that is not zero."""
+    model.zero_grad()
+    getattr(model(**batch), part).backward(retain_graph=True)
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # The balance term reaches B and A through the routers of later layers alone.
+    reached = {name: grad for name, grad in found.items() if grad is not None and grad.abs().max() > 0}
+    for kind in TENSORS:
+        assert any(name.endswith(kind) for name in reached), f"no {part} gradient on any {kind}"
+    return {name: torch.zeros(()) if grad is None else grad.clone() for name, grad in found.items()}
+
+
+def test_loss_is_lm_loss_plus_weighted_balance_term():
+    model, batch = filled_model(blc_weight=0.3).train(), make_batch()
+    with RoutingRecorder(model) as recorder:
+        output = model(**batch)
+    assert len(recorder.weights) == 6
+    torch.testing.assert_close(output.loss, output.lm_loss + 0.3 * output.balance_loss)
+    expected = balance_loop(list(recorder.weights.values()), [9, 6, 4], [0, 1, 0], groups=2, delta=0.1)
+    torch.testing.assert_close(output.balance_loss, expected, rtol=1e-5, atol=1e-6)
+    shifted = batch["labels"][:, 1:].reshape(-1)
+    reference = nn.functional.cross_entropy(output.logits[:, :-1].reshape(-1, 300), shifted)
+    torch.testing.assert_close(output.lm_loss, reference)
+
+
+def test_beta_zero_is_the_lm_loss_bit_for_bit():
+    batch = make_batch()
+    without, plain = filled_model(blc_weight=0).train()(**batch), filled_model(blc_weight=0.1).train()(**batch)
+    assert torch.equal(without.loss, plain.lm_loss)
+    assert torch.equal(without.loss, without.lm_loss)
+    assert not without.balance_loss.requires_grad
+
+
+def test_in_eval_mode_the_loss_is_the_lm_loss():
+    output = filled_model().eval()(**make_batch())
+    assert torch.equal(output.loss, output.lm_loss)
+    assert output.balance_loss > 0
+
+
+def test_one_expert_has_no_balance_term():
+    output = filled_model(lora_nums=1).train()(**make_batch())
+    assert output.balance_loss == 0
+    assert torch.equal(output.loss, output.lm_loss)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("part", ["lm_loss", "balance_loss"])
+def test_padding_has_no_influence_on_losses_and_gradients(side, part):
+    model = filled_model().train()
+    tight, padded = make_batch(), make_batch(pad=5, side=side)
+    torch.testing.assert_close(getattr(model(**padded), part), getattr(model(**tight), part), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(model, padded, part), gradients(model, tight, part), rtol=1e-4, atol=1e-6)
+
+
+def test_the_padding_token_has_no_influence():
+    model, batch, other = filled_model().train(), make_batch(pad=3), make_batch(pad=3)
+    other["input_ids"] = torch.where(batch["attention_mask"] == 0, 77, batch["input_ids"])
+    assert torch.equal(model(**batch).loss, model(**other).loss)
+
+
+def test_a_fresh_adapter_is_the_base_model_bit_for_bit():
+    base = tiny_model()
+    batch = make_batch()
+    expected = base(batch["input_ids"], batch["attention_mask"]).logits
+    model = get_peft_model(base, LoraConfig(task_type=TaskType.CAUSAL_LM))
+    assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, expected)
+
+
+def test_disable_adapter_gives_the_base_model_back():
+    model, batch = filled_model(), make_batch()
+    expected = tiny_model()(**batch)
+    with model.disable_adapter():
+        output = model.train()(**batch)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.loss, expected.loss)
+    assert model(**batch).balance_loss > 0
+
+
+def test_a_step_moves_every_adapter_tensor_and_no_base_weight():
+    model = filled_model().train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    model(**make_batch()).loss.backward()
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    expected = {f"base_model.model.{module}.experts.default.{tensor}" for module in MLP for tensor in TENSORS}
+    assert trainable == expected
+    assert moved == expected
+
+
+def test_saved_keys_are_exact_and_reloading_is_bit_equal(tmp_path):
+    model, batch = filled_model(), make_batch()
+    model.save_pretrained(tmp_path)
+    expected = {f"base_model.model.{module}.experts.{tensor}" for module in MLP for tensor in TENSORS}
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == expected
+    assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert not again.training
+    trainable = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
+    assert trainable.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+def test_loading_names_every_key_that_does_not_fit(tmp_path):
+    filled_model().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(name for name in tensors if name.endswith("lora_A"))
+    tensors["surplus"] = tensors.pop(key)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"missing: {key}\n  unexpected: surplus"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+
+
+def test_loading_onto_a_model_of_another_width_names_the_layers(tmp_path):
+    filled_model().save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_config(tiny_config(intermediate_size=64))
+    with pytest.raises(ValueError, match=r"down_proj.experts.lora_A has shape \(8, 48\), the model needs \(8, 64\)"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_damaged_adapter_folders_are_named(tmp_path, name, damage):
+    filled_model().save_pretrained(tmp_path)
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[:20]) if damage == "truncate" else file.unlink()
+    with pytest.raises(ValueError, match=name):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+
+
+def test_several_adapters_on_one_base(tmp_path):
+    batch = make_batch()
+    first, second = filled_model().eval(), fill_adapter(filled_model(lora_nums=2), seed=2).eval()
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "first", adapter_name="first")
+    model.load_adapter(tmp_path / "second", "second")
+    assert torch.equal(model(**batch).logits, first(**batch).logits)
+    model.set_adapter("second")
+    assert torch.equal(model(**batch).logits, second(**batch).logits)
+    torch.testing.assert_close(model(**batch).balance_loss, second(**batch).balance_loss)
+    with pytest.raises(ValueError, match=r"no adapter named 'third'; this model has first, second"):
+        model.set_adapter("third")
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_with_and_without_cache_is_the_same(beams):
+    model, batch = filled_model().eval(), make_batch(side="left")
+    arguments = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "num_beams": beams,
+    }
+    cached = model.generate(**arguments, use_cache=True)
+    assert torch.equal(cached, model.generate(**arguments, use_cache=False))
+    assert torch.equal(cached, model.generate(**arguments, use_cache=True, task_types=batch["task_types"]))
+    base = tiny_model().generate(**arguments)
+    assert cached.shape != base.shape or not torch.equal(cached, base)
+
+
+def test_attention_projections_can_be_targets():
+    model = filled_model(target_modules=["q_proj", "v_proj", "o_proj"]).train()
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    names = ("q_proj", "v_proj", "o_proj")
+    assert wrapped == {f"base_model.model.model.layers.{n}.self_attn.{name}" for n in range(2) for name in names}
+    gradients(model, make_batch(), "lm_loss")
+    gradients(model, make_batch(), "balance_loss")
+
+
+def test_missing_targets_are_named_with_near_misses():
+    with pytest.raises(ValueError, match=r"'gate_prj' does not exist in the model; did you mean 'gate_proj'"):
+        get_peft_model(tiny_model(), LoraConfig(target_modules=["gate_prj"]))
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp' is a LlamaMLP; only Linear layers"):
+        get_peft_model(tiny_model(), LoraConfig(target_modules=["mlp"]))
+
+
+def test_a_stock_model_is_refused_where_the_balance_term_counts():
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM does not compute the balance term.*AutoModelForCausalLM"):
+        get_peft_model(LlamaForCausalLM(tiny_config()), LoraConfig())
+    get_peft_model(LlamaForCausalLM(tiny_config()), LoraConfig(blc_weight=0))
+    get_peft_model(LlamaForCausalLM(tiny_config()), LoraConfig(lora_nums=1))
+
+
+@pytest.mark.parametrize("part", ["lm_loss", "balance_loss"])
+def test_checkpointing_changes_no_gradient(part):
+    model, batch = filled_model().train(), make_batch()
+    expected = gradients(model, batch, part)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(model, batch, part), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = filled_model().train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="re-entrant gradient checkpointing"):
+        model(**make_batch())
+
+
+def test_nothing_is_recorded_in_inference(monkeypatch):
+    monkeypatch.setattr(RoutingRecorder, "__enter__", lambda self: pytest.fail("the recorder was opened"))
+    model, batch = filled_model().eval(), make_batch()
+    model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2)
+
+
+def test_bad_task_types_and_masks_are_named():
+    model, batch = filled_model().train(), make_batch()
+    with pytest.raises(ValueError, match=r"task_types has shape \(2,\); this batch needs \(3,\)"):
+        model(**batch | {"task_types": torch.tensor([0, 1])})
+    with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
+        model(**batch | {"attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})
+
+
+def test_task_types_may_be_left_out():
+    model, batch = filled_model().train(), make_batch()
+    del batch["task_types"]
+    assert torch.equal(model(**batch).loss, model(**batch, task_types=torch.tensor([-1, -1, -1])).loss)
+
+
+def test_outputs_as_a_tuple():
+    batch = make_batch()
+    loss, logits, *_ = filled_model().eval()(**batch, return_dict=False)
+    assert (loss.shape, logits.shape) == ((), (3, 9, 300))
+
+
+def test_a_fully_tuned_model_is_saved_as_a_stock_llama(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    stock = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert stock.config.architectures == ["LlamaForCausalLM"]
+    batch = make_batch()
+    assert torch.equal(stock(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
+
+
+def test_unsupported_architectures_are_named():
+    from transformers import GPT2Config
+
+    with pytest.raises(ValueError, match=r"type 'gpt2' are not supported; supported are llama"):
+        AutoModelForCausalLM.from_config(GPT2Config())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base_models_train_with_checkpointing(tmp_path, bits):
+    from transformers import BitsAndBytesConfig
+
+    stock = LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128))
+    stock.save_pretrained(tmp_path / "base")
+    quantization = {
+        4: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        8: BitsAndBytesConfig(load_in_8bit=True),
+    }[bits]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    config = LoraConfig(r=2, lora_alpha=4, lora_nums=4, lora_dropout=0.0)
+    model = fill_adapter(get_peft_model(prepare_model_for_kbit_training(base), config)).train()
+    assert type(model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer")).__module__.startswith(
+        "bitsandbytes"
+    )
+    for part in ("lm_loss", "balance_loss"):
+        gradients(model, make_batch(), part)
+    assert (
+        model.get_nb_trainable_parameters()[1]
+        == sum(p.numel() for p in stock.parameters()) + (model.get_nb_trainable_parameters()[0])
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    batch = make_batch()
+    assert (full(**batch).logits - model.eval()(**batch).logits).abs().mean() < 0.2

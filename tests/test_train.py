@@ -1,0 +1,266 @@
+"""`train.py` as a user runs it, in this process, on a tiny Llama."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import example_rows, filled_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, TrainerCallback
+
+import train
+from data import InputError
+from peft import LoraConfig
+from transformers_patch.training import arguments
+
+
+class Runner:
+    """Calls `train.main` with the flags of a short run; keyword arguments override them, None leaves one out."""
+
+    def __init__(self, folder: Path, model_dir: Path):
+        self.folder = folder
+        self.output = folder / "run"
+        (folder / "train.json").write_text(json.dumps(example_rows(12)))
+        (folder / "test.json").write_text(json.dumps(example_rows(20)[15:]))
+        self.flags = {
+            "model_name_or_path": model_dir,
+            "dataset_dir": folder / "train.json",
+            "validation_file": folder / "test.json",
+            "output_dir": self.output,
+            "data_cache_dir": folder / "cache",
+            "use_cpu": "true",
+            "lora_nums": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "num_train_epochs": 2,
+            "save_steps": 2,
+            "seed": 3,
+        }
+
+    def arguments(self, **changes) -> list[str]:
+        flags = {name: value for name, value in (self.flags | changes).items() if value is not None}
+        return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+    def __call__(self, **changes) -> dict:
+        train.main(self.arguments(**changes))
+        return json.loads(Path(changes.get("output_dir", self.output), "all_results.json").read_text())
+
+    def log(self) -> list[dict]:
+        return json.loads((self.output / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture
+def run(tmp_path, model_dir, monkeypatch) -> Runner:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    return Runner(tmp_path, model_dir)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if a model is built."""
+    monkeypatch.setattr(train, "build_model", lambda *arguments: pytest.fail("weights were read"))
+
+
+def test_a_run_writes_everything_it_promises(run, capsys):
+    results = run()
+    names = {file.name for file in run.output.iterdir()}
+    assert names >= {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "all_results.json", "checkpoint-6",
+        "routing.json", "run_config.json", "tensorboard", "tokenizer.json", "trainer_state.json",
+    }  # fmt: skip
+    assert not any(file.suffix == ".bin" for file in run.output.iterdir())
+    assert results["eval_lm_loss_after"] < results["eval_lm_loss_before"]
+    assert results["eval_perplexity_after"] == pytest.approx(math.exp(results["eval_lm_loss_after"]))
+    assert results["train_runtime"] > 0
+    assert list((run.output / "tensorboard").iterdir())
+    config = LoraConfig.from_pretrained(run.output)
+    assert (config.lora_nums, config.r, config.num_task_types) == (4, 4, 2)
+    routing = json.loads((run.output / "routing.json").read_text())
+    assert len(routing["modules"]) == 6
+    for shares in routing["group_share_by_task_type"].values():
+        assert sum(shares) == pytest.approx(1)
+    shown = capsys.readouterr().out
+    for text in ("held-out LM loss", "held-out perplexity", "rows of task type 1", "sample 2", str(run.output)):
+        assert text in shown
+
+
+def test_log_lines_hold_both_losses_with_accumulation_and_a_short_last_window(run):
+    """12 rows, micro-batches of 4, 2 per step: the second step of each epoch has one micro-batch alone."""
+    run(gradient_accumulation_steps=2, blc_weight=0.5, lora_dropout=0)
+    steps = [entry for entry in run.log() if "lm_loss" in entry]
+    assert len(steps) == 4
+    for entry in steps:
+        assert entry["balance_loss"] > 0
+        assert entry["loss"] == pytest.approx(entry["lm_loss"] + 0.5 * entry["balance_loss"], rel=1e-5)
+
+
+def test_evaluation_is_per_token_whatever_the_batch_size(run):
+    losses = [
+        run(output_dir=run.folder / f"eval{size}", max_steps=1, per_device_eval_batch_size=size)["eval_lm_loss_before"]
+        for size in (1, 3)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_second_identical_call_repeats_the_results(run, capsys, monkeypatch):
+    first = run()
+    capsys.readouterr()
+    monkeypatch.setattr(train, "build_model", lambda *arguments: pytest.fail("trained again"))
+    assert run(logging_steps=2, save_steps=5) == first
+    shown = capsys.readouterr().out
+    assert "this run is finished already" in shown
+    assert f"{first['eval_lm_loss_after']:.4f} after training" in shown
+
+
+def test_another_configuration_in_the_same_folder_is_refused(run, no_weights):
+    train.main([*run.arguments(), "--prepare_only"])
+    with pytest.raises(InputError) as caught:
+        run(lora_rank=8, learning_rate=0.5)
+    message = str(caught.value)
+    assert "learning_rate: 0.01 there, 0.5 now" in message
+    assert "lora_rank: 4 there, 8 now" in message
+    assert "exp_name=" in message
+    assert "--restart" in message
+    (run.folder / "train.json").write_text(json.dumps(example_rows(13)))
+    with pytest.raises(InputError, match="dataset_sha256"):
+        run()
+
+
+def test_restart_keeps_the_old_run_under_another_name(run):
+    run(max_steps=1)
+    old = load_file(run.output / "adapter_model.safetensors")
+    assert run(lora_rank=2, restart=True, max_steps=1)["train_samples"] == 12
+    assert LoraConfig.from_pretrained(run.output).r == 2
+    (aside,) = run.folder.glob("run.before-*")
+    kept = load_file(aside / "adapter_model.safetensors")
+    assert all(torch.equal(kept[key], old[key]) for key in old)
+
+
+def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, monkeypatch):
+    expected = run(output_dir=run.folder / "undisturbed")
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **arguments):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    build = train.build_trainer
+
+    def interrupted(*arguments):
+        trainer = build(*arguments)
+        trainer.add_callback(Interrupt())
+        return trainer
+
+    monkeypatch.setattr(train, "build_trainer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(train, "build_trainer", build)
+    results = run()
+    assert f"resuming from {run.output / 'checkpoint-2'}" in capsys.readouterr().out
+    assert results["eval_lm_loss_before"] == expected["eval_lm_loss_before"]
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (run.output, run.folder / "undisturbed")]
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[1])
+
+
+def test_the_best_checkpoint_can_be_loaded_at_the_end(run):
+    results = run(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, learning_rate=0.3)
+    losses = [entry["eval_lm_loss"] for entry in run.log() if "eval_lm_loss" in entry and entry["step"]]
+    assert results["eval_lm_loss_after"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_full_tuning_takes_the_same_path(run, capsys):
+    results = run(tuning="full", learning_rate=1e-3)
+    assert results["eval_lm_loss_after"] < results["eval_lm_loss_before"]
+    model = LlamaForCausalLM.from_pretrained(run.output)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert "rows of task type" not in capsys.readouterr().out
+    assert not (run.output / "routing.json").exists()
+
+
+def test_training_continues_from_an_adapter(run, tmp_path):
+    filled_model().save_pretrained(tmp_path / "adapter")
+    same = {"peft_path": tmp_path / "adapter", "lora_rank": 2, "lora_alpha": 4}
+    run(**same, learning_rate=0, lora_dropout=0.3)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "adapter", run.output))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    with pytest.raises(InputError, match=r"--lora_rank is 4, the adapter has 2; --lora_alpha is 32, the adapter has 4"):
+        run(peft_path=tmp_path / "adapter")
+
+
+def test_training_without_evaluation(run):
+    results = run(validation_file=None, max_steps=1)
+    assert not any(name.startswith("eval") for name in results)
+
+
+def test_evaluation_rows_that_are_training_rows_are_counted(run, capsys, no_weights):
+    with pytest.raises(pytest.fail.Exception):
+        run(validation_file=run.folder / "train.json")
+    assert "warning: 12 of 12 evaluation rows are also training rows" in capsys.readouterr().out
+
+
+BAD_FLAGS = {
+    "rank 0": ({"lora_rank": 0}, r"--lora_rank is 0, but has to be a whole number of at least 1"),
+    "delta 1": ({"blc_alpha": 1}, r"--blc_alpha is 1.0, but has to be in \[0, 1\)"),
+    "delta below 0": ({"blc_alpha": -0.1}, r"--blc_alpha is -0.1, but has to be in \[0, 1\)"),
+    "beta below 0": ({"blc_weight": -1}, r"--blc_weight is -1.0, but has to be at least 0"),
+    "uneven groups": ({"lora_nums": 5}, r"--lora_nums is 5 and --num_task_types is 2: .* cannot be split"),
+    "no such target": ({"trainable": "gate_prj"}, r"'gate_prj' does not exist in the model; did you mean 'gate_proj'"),
+    "no targets": ({"trainable": ","}, r"--trainable is empty"),
+    "no such model": ({"model_name_or_path": "models/none"}, r"no model could be found at models/none"),
+    "no such adapter": ({"peft_path": "none"}, r"--peft_path none is no adapter folder"),
+    "bits": ({"load_in_kbits": 3}, r"--load_in_kbits is 3; allowed are 4, 8 and 16"),
+    "template": ({"prompt_template": "alpaca"}, r"--prompt_template is 'alpaca'; allowed are auto, plain, chat"),
+    "length": ({"max_seq_length": 1}, r"--max_seq_length is 1, but has to be at least 2"),
+    "no label left": ({"max_seq_length": 5}, r"train.json: no row has a label left within max_seq_length 5"),
+    "fp16 on a CPU": ({"fp16": True}, r"--fp16 does nothing on a CPU"),
+    "FSDP": ({"fsdp": True}, r"--fsdp is not supported"),
+    "no evaluation rows": (
+        {"eval_strategy": "steps", "validation_file": None},
+        r"--eval_strategy steps needs a --validation_file",
+    ),
+    "no such DeepSpeed file": ({"deepspeed": "none.json"}, r"--deepspeed none.json: no such file"),
+    "re-entrant": (
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": '{"use_reentrant": true}'},
+        r"re-entrant checkpointing cuts the balance term off",
+    ),
+    "unknown flag": ({"lora_rnk": 4}, r"unrecognized arguments: --lora_rnk.*did you mean --lora_rank"),
+    "wrong kind": ({"lora_rank": "four"}, r"argument --lora_rank.*invalid int value: 'four'"),
+    "full tuning of an adapter": ({"tuning": "full", "peft_path": "x"}, r"--tuning full trains no adapter"),
+    "Trainer's own": ({"warmup_steps": -1}, r"warmup_steps"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flags_are_named_before_any_weight_is_read(run, no_weights, changes, message):
+    with pytest.raises(InputError, match=message):
+        run(**changes)
+    assert not run.output.exists()
+
+
+def test_uneven_groups_are_allowed_without_the_balance_term(run, capsys):
+    run(lora_nums=5, blc_weight=0, max_steps=1)
+    assert "5 experts cannot be split among 2 task types" in capsys.readouterr().out
+
+
+def test_contradictions_are_reported_together(run, no_weights):
+    with pytest.raises(InputError) as caught:
+        run(lora_rank=0, blc_alpha=2, load_in_kbits=5, fp16=True, dataset_dir=None)
+    assert [line[:14] for line in str(caught.value).splitlines()] == [
+        "- --dataset_di", "- --load_in_kb", "- --lora_rank ", "- --blc_alpha ", "- --fp16 does ",
+    ]  # fmt: skip
+
+
+def test_bad_rows_are_found_before_any_weight_is_read(run, no_weights):
+    (run.folder / "train.json").write_text(json.dumps([*example_rows(3), {"instruction": "Say"}]))
+    with pytest.raises(InputError, match=r"train.json: row 4: has no 'output'"):
+        run()
+    assert not run.output.exists()
+
+
+def test_every_deepspeed_file_is_accepted():
+    for file in Path(arguments.__file__).parents[2].glob("scripts/deepspeed/*.json"):
+        flags = ["--model_name_or_path", "m", "--dataset_dir", "d", "--output_dir", "o", "--prepare_only"]
+        assert arguments.parse_arguments([*flags, "--deepspeed", str(file)])[2].deepspeed == str(file)

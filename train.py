@@ -1,0 +1,155 @@
+"""Train a mixture of LoRA experts (or all weights) on instruction data. `python train.py --help` lists the flags."""
+
+import os
+import sys
+import warnings
+
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from data import Collator, DataStatistics, Encoding, InputError, count_shared_rows, load_data
+from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from transformers_patch.training.base_model import build_model, check_base_model, load_tokenizer
+from transformers_patch.training.report import (
+    generate_samples,
+    routing_lines,
+    summary_lines,
+    write_model_card,
+    write_routing,
+)
+from transformers_patch.training.run_folder import RESULTS_NAME, RunFolder, run_config, write_json
+from transformers_patch.training.trainer import LoRAMoETrainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """One run, from flags to results.
+
+    Raises:
+        InputError: something about the input is wrong; no weight has been read and nothing overwritten then.
+    """
+    model_args, data_args, args = parse_arguments(argv)
+    with args.main_process_first(desc="checking the input"):
+        check_base_model(model_args)
+        tokenizer = load_tokenizer(model_args)
+        train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
+        config = run_config(model_args, data_args, args)
+        folder = prepare_folder(config, args)
+    if args.prepare_only:
+        return
+    if folder.results:
+        say(args, "this run is finished already; its results were:", *summary_lines(folder.path, folder.results))
+        return
+    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, folder)
+    results = trainer.train(resume_from_checkpoint=folder.last_checkpoint).metrics
+    results["train_samples"] = len(train_data)
+    trainer.save_model()
+    if eval_data is not None:
+        results |= evaluate(trainer, model_args)
+    finish(trainer, folder, config, results)
+
+
+def load_rows(
+    tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, data_args: DataArguments, args: RunArguments
+) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation rows, encoded. Says what was found, and warns of rows that are in both."""
+    encoding = Encoding(data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types)
+
+    def load(path: str) -> tuple[Dataset, DataStatistics]:
+        return load_data(path, tokenizer, encoding, data_args.data_cache_dir, data_args.preprocessing_num_workers)
+
+    train_data, train_counts = load(data_args.dataset_dir)
+    messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]
+    eval_data = None
+    if data_args.validation_file:
+        eval_data, eval_counts = load(data_args.validation_file)
+        messages.append(f"evaluation rows  {data_args.validation_file}: {eval_counts.summary(encoding.max_seq_length)}")
+        if shared := count_shared_rows(train_data, eval_data):
+            messages.append(
+                f"warning: {shared} of {len(eval_data)} evaluation rows are also training rows (same instruction and "
+                "input), so the evaluation flatters the model"
+            )
+    if not args.prepare_only:
+        say(args, *messages)
+    return train_data, eval_data
+
+
+def prepare_folder(config: dict, args: RunArguments) -> RunFolder:
+    """The run's folder, claimed for this configuration."""
+    folder = RunFolder(args.output_dir)
+    if args.restart and (aside := folder.set_aside()):
+        print(f"--restart: what was in {folder.path} is now in {aside}")
+    folder.check(config)
+    folder.claim(config)
+    return folder
+
+
+def build_trainer(
+    model_args: ModelArguments,
+    args: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: Dataset,
+    eval_data: Dataset | None,
+    folder: RunFolder,
+) -> LoRAMoETrainer:
+    """Base model, adapter and Trainer."""
+    set_seed(args.seed)
+    model = build_model(model_args, args)
+    if args.process_index == 0 and model_args.tuning == "loramoe":
+        model.print_trainable_parameters()
+    if folder.last_checkpoint:
+        say(args, f"resuming from {folder.last_checkpoint}")
+    args.eval_on_start = eval_data is not None and folder.last_checkpoint is None
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    return LoRAMoETrainer(
+        model=model,
+        args=args,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+    )
+
+
+def evaluate(trainer: LoRAMoETrainer, model_args: ModelArguments) -> dict:
+    """Held-out measurements of the trained model, beside those taken before the first step."""
+    before = next(entry for entry in trainer.state.log_history if "eval_lm_loss" in entry)
+    after = trainer.evaluate()
+    results = {f"{name}_before": before[name] for name in ("eval_lm_loss", "eval_perplexity")}
+    results |= {f"{name}_after": after[name] for name in ("eval_lm_loss", "eval_perplexity")}
+    results["eval_samples"] = len(trainer.eval_dataset)
+    if trainer.routing:
+        results["routing_table"] = routing_lines(trainer.routing, model_args.num_task_types)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    results["samples"] = generate_samples(model, trainer.processing_class, trainer.eval_dataset)
+    return results
+
+
+def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: dict) -> None:
+    """Write what is left; `all_results.json` comes last and marks the run as finished."""
+    if not trainer.is_world_process_zero():
+        return
+    trainer.save_state()
+    if trainer.routing:
+        write_routing(folder.path / "routing.json", trainer.routing, config["num_task_types"])
+    write_model_card(folder.path, config, results)
+    write_json(folder.path / RESULTS_NAME, results)
+    say(trainer.args, *summary_lines(folder.path, results))
+
+
+def say(args: RunArguments, *lines: str) -> None:
+    """Print on the main process only."""
+    if args.process_index == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    # DeepSpeed calls collectives by names that torch has deprecated; the user can do nothing about it.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

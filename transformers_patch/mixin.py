@@ -1,0 +1,131 @@
+"""What turns any causal language model of transformers into one that knows task types and the balance term."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from peft import LoraConfig, balance_coefficients, gather_samples, localized_balance_term
+from transformers_patch.recorder import RoutingRecorder
+
+
+@dataclass
+class LoRAMoEOutput(CausalLMOutputWithPast):
+    """Output of a model with the mixin.
+
+    Args:
+        loss: what is minimised: LM loss plus weighted balance term while training, the LM loss alone in eval mode.
+        lm_loss: next-token cross-entropy over the labelled positions.
+        balance_loss: the unweighted balance term; 0 where there is nothing to balance.
+    """
+
+    lm_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+
+
+class LoRAMoEMixin:
+    """Put before a `...ForCausalLM` class of transformers: `class X(LoRAMoEMixin, LlamaForCausalLM)`.
+
+    The stock forward runs unchanged; routing is recorded around it only where labels are given, so generation and
+    plain inference cost nothing extra and need no task types.
+    """
+
+    _balance_config: LoraConfig | None = None
+
+    def configure_balance(self, config: LoraConfig | None) -> None:
+        """Called by `peft` when an adapter becomes active; None where there is no adapter or it is disabled."""
+        self._balance_config = config
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        task_types: Tensor | None = None,
+        balance_scale: float = 1.0,
+        **kwargs,
+    ) -> LoRAMoEOutput:
+        """The stock forward, plus LM loss and balance term where labels are given.
+
+        Args:
+            task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
+            balance_scale: factor on the balance term in `loss`, by which a trainer makes the micro-batches of one
+                optimizer step count as their mean. `balance_loss` is reported without it.
+            Others: as in the stock class.
+
+        Raises:
+            ValueError: the shape of `task_types` does not fit the batch, or the mask cannot tell padding from text.
+            RuntimeError: re-entrant checkpointing cut the routing off from its gradient.
+        """
+        config = self._balance_config
+        records = labels is not None and config is not None and config.lora_nums > 1
+        with RoutingRecorder(self) if records else nullcontext() as recorder:
+            outputs = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **kwargs,
+            )
+        output = LoRAMoEOutput(**outputs)
+        if labels is None:
+            return output
+        output.lm_loss = output.loss
+        output.balance_loss = output.lm_loss.new_zeros(())
+        if records:
+            with torch.set_grad_enabled(self.training and torch.is_grad_enabled() and config.balances):
+                output.balance_loss = self._balance_term(recorder, attention_mask, task_types)
+            if self.training and config.balances:
+                output.loss = output.lm_loss + config.blc_weight * balance_scale * output.balance_loss
+        return output
+
+    def _balance_term(self, recorder: RoutingRecorder, mask_BT: Tensor | None, task_types_B: Tensor | None) -> Tensor:
+        config = self._balance_config
+        if mask_BT is not None and mask_BT.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {mask_BT.ndim} dimensions; training with the balance term needs one of shape "
+                "(batch, length), which tells padding from text"
+            )
+        _refuse_detached(recorder)
+        shares_LBE = recorder.sample_shares(mask_BT)
+        num_samples = shares_LBE.shape[1]
+        if task_types_B is None:
+            task_types_B = torch.full((num_samples,), -1, device=shares_LBE.device)
+        if task_types_B.shape != (num_samples,):
+            raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_samples},)")
+        if torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
+            shares_LBE, task_types_B = gather_samples(shares_LBE, task_types_B)
+        coefficients_BE = balance_coefficients(task_types_B, config.lora_nums, config.num_task_types, config.blc_alpha)
+        return localized_balance_term(shares_LBE, coefficients_BE)
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Save as the stock class, so that the folder (full fine-tuning, a merged model) loads anywhere."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("transformers."))
+            self.config.architectures = [stock.__name__]
+            self.config.save_pretrained(save_directory)
+
+
+def _refuse_detached(recorder: RoutingRecorder) -> None:
+    """Re-entrant checkpointing runs the layers without gradients: the term would silently train nothing."""
+    if torch.is_grad_enabled() and not all(weights.requires_grad for weights in recorder.weights.values()):
+        raise RuntimeError(
+            "the router weights carry no gradient: re-entrant gradient checkpointing is on, or the adapter is frozen. "
+            "Use gradient_checkpointing_kwargs={'use_reentrant': False} (the default)"
+        )

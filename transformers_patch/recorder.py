@@ -1,0 +1,47 @@
+"""How routing leaves the layers: forward hooks on the routers, alive for one forward pass."""
+
+import torch
+from torch import Tensor, nn
+
+from peft import Router, sample_shares
+
+
+class RoutingRecorder:
+    """Context manager that keeps what each router of a model returns while it is open.
+
+        with RoutingRecorder(model) as recorder:
+            model(**batch)
+        shares_LBE = recorder.sample_shares(batch["attention_mask"])
+
+    The hooks only keep references and add no operation, so a checkpointed layer saves and recomputes exactly the same
+    tensors with and without them, and the recorded weights carry their gradient (with non-re-entrant checkpointing).
+
+    Attributes:
+        weights: router weights (B, T, E) by the router's dotted name, in the order of the calls; routers of inactive
+            adapters do not appear.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        self._hooks: list = []
+        self.weights: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "RoutingRecorder":
+        for name, router in self._routers.items():
+            self._hooks.append(router.register_forward_hook(self._keep(name)))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def sample_shares(self, mask_BT: Tensor | None = None) -> Tensor:
+        """Mean weight of each expert over the real tokens of each sample, (L, B, E) over the L recorded routers."""
+        return torch.stack([sample_shares(weights_BTE, mask_BT) for weights_BTE in self.weights.values()])
+
+    def _keep(self, name: str):
+        def hook(module, inputs, output):
+            self.weights[name] = output
+
+        return hook

@@ -1,0 +1,222 @@
+"""The flags of `train.py`: what they mean, and every contradiction among them found before anything is loaded."""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from data import TEMPLATES, InputError
+from peft import LoraConfig, TaskType
+
+# LoraConfig's field names, as the command line spells them.
+FLAG_OF_FIELD = {
+    "r": "--lora_rank",
+    "lora_alpha": "--lora_alpha",
+    "lora_nums": "--lora_nums",
+    "lora_dropout": "--lora_dropout",
+    "blc_alpha": "--blc_alpha",
+    "blc_weight": "--blc_weight",
+    "num_task_types": "--num_task_types",
+    "target_modules": "--trainable",
+}
+
+
+def _flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """The base model and the adapter on it."""
+
+    model_name_or_path: str | None = _flag(None, "base model: a local folder or a hub id")
+    tokenizer_name_or_path: str | None = _flag(None, "tokenizer, where it is not the base model's")
+    tuning: Literal["loramoe", "full"] = _flag("loramoe", "loramoe trains experts and routers; full trains all weights")
+    peft_path: str | None = _flag(None, "adapter folder to continue from, instead of a fresh adapter")
+    lora_rank: int = _flag(4, "rank of each expert")
+    lora_alpha: float = _flag(32, "the experts' output is scaled by lora_alpha / lora_rank")
+    lora_nums: int = _flag(6, "experts per adapted Linear; 1 is plain LoRA")
+    lora_dropout: float = _flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
+    trainable: str = _flag("gate_proj,up_proj,down_proj", "names of the Linears to adapt, separated by commas")
+    blc_alpha: float = _flag(0.1, "delta of the balance term, in [0, 1): how far a group is drawn to its task type")
+    blc_weight: float = _flag(0.1, "beta, the weight of the balance term in the loss; 0 turns it off")
+    num_task_types: int = _flag(2, "number of task types K; the experts fall into K equal groups")
+    load_in_kbits: int = _flag(16, "4 (nf4) or 8 (int8) quantises the frozen base model; 16 leaves it as it is")
+    attn_implementation: str = _flag(
+        "auto", "attention kernel; auto takes FlashAttention 2 where it can run, else sdpa"
+    )
+
+    def lora_config(self) -> LoraConfig:
+        """Raises ValueError where a value is out of range."""
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            base_model_name_or_path=self.model_name_or_path,
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_nums=self.lora_nums,
+            lora_dropout=self.lora_dropout,
+            blc_alpha=self.blc_alpha,
+            blc_weight=self.blc_weight,
+            num_task_types=self.num_task_types,
+            target_modules=[name.strip() for name in self.trainable.split(",") if name.strip()],
+        )
+
+
+@dataclass
+class DataArguments:
+    """The rows and how they become tokens."""
+
+    dataset_dir: str | None = _flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
+    validation_file: str | None = _flag(None, "evaluation rows, file or folder; without it nothing is evaluated")
+    max_seq_length: int = _flag(1024, "longest row in tokens; longer ones are cut at the end")
+    prompt_template: str = _flag(
+        "auto", "plain, chat (the tokenizer's own template), or auto (chat where there is one)"
+    )
+    data_cache_dir: str = _flag(".cache/data", "folder of encoded data sets, keyed by content")
+    preprocessing_num_workers: int | None = _flag(None, "processes that encode rows")
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """Hugging Face's TrainingArguments with this project's defaults, plus what concerns the run folder."""
+
+    learning_rate: float = _flag(2e-4, "peak learning rate")
+    lr_scheduler_type: str = _flag("cosine", "shape of the learning rate over the run")
+    warmup_steps: float = _flag(0.03, "steps of warm-up, or below 1 the share of all steps")
+    num_train_epochs: float = _flag(1.0, "passes over the training rows")
+    logging_steps: float = _flag(5, "optimizer steps between two log lines")
+    logging_first_step: bool = _flag(True, "log the first step, too")
+    save_total_limit: int | None = _flag(2, "checkpoints to keep; older ones are deleted")
+    report_to: str = _flag("tensorboard", "where the logs go besides the terminal")
+    # Every adapter parameter takes part in every step, so DDP need not look for unused ones.
+    ddp_find_unused_parameters: bool | None = _flag(False, "let DDP look for parameters without a gradient")
+    # The collator picks the fields of a row itself.
+    remove_unused_columns: bool = _flag(False, "drop data columns that the model does not take")
+    restart: bool = _flag(False, "set aside what the output folder holds and start over")
+    prepare_only: bool = _flag(False, "check everything, encode the data and stop before any weight is read")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        for flag in unknown:
+            if near := difflib.get_close_matches(flag, self._option_string_actions, n=2):
+                message += f"; did you mean {' or '.join(near)} instead of {flag}?"
+        raise InputError(f"{message} (python train.py --help lists every flag)")
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
+    """Parse the command line.
+
+    Raises:
+        InputError: unknown flags, values of the wrong kind, or settings that contradict each other, all at once.
+    """
+    parser = _Parser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False)
+    values = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    problems = _contradictions(argparse.Namespace(**values))
+    if problems:
+        raise InputError(problems[0] if len(problems) == 1 else "\n".join(f"- {problem}" for problem in problems))
+    deepspeed = values["deepspeed"]
+    if values["prepare_only"]:
+        # Preparing runs in one process, ahead of the launcher: DeepSpeed would wait for the others.
+        values["deepspeed"] = None
+    try:
+        model_args, data_args, args = parser.parse_dict(values)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    args.deepspeed = deepspeed
+    if deepspeed and args.device.type == "cpu" and not args.prepare_only:
+        _open_deepspeed_on_cpu()
+    return model_args, data_args, args
+
+
+def _open_deepspeed_on_cpu() -> None:
+    """Hand the gloo process group to DeepSpeed, which on a CPU nobody else does before the model is built.
+
+    Its shared-memory collectives are kept from being compiled: they are an option beside gloo, yet the build needs a
+    compiler, takes up to two minutes, and leaves a lock that stops every later run where it is interrupted.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _contradictions(flags: argparse.Namespace) -> list[str]:
+    """One sentence for each flag, or pair of flags, that cannot be."""
+    return [*_missing(flags), *_adapter_problems(flags), *_data_problems(flags), *_training_problems(flags)]
+
+
+def _missing(flags: argparse.Namespace) -> list[str]:
+    needed = ("model_name_or_path", "dataset_dir", "output_dir")
+    return [f"--{name} is missing" for name in needed if not getattr(flags, name)]
+
+
+def _adapter_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    if flags.load_in_kbits not in (4, 8, 16):
+        problems.append(f"--load_in_kbits is {flags.load_in_kbits}; allowed are 4, 8 and 16 (not quantised)")
+    if flags.tuning == "full":
+        if flags.peft_path:
+            problems.append("--tuning full trains no adapter, so it cannot continue from --peft_path")
+        if flags.load_in_kbits in (4, 8):
+            problems.append(f"--tuning full cannot train weights that --load_in_kbits {flags.load_in_kbits} quantises")
+        return problems
+    try:
+        ModelArguments(**{name: getattr(flags, name) for name in ModelArguments.__dataclass_fields__}).lora_config()
+    except ValueError as error:
+        pattern = r"\b(" + "|".join(FLAG_OF_FIELD) + r")\b"
+        problems += re.sub(pattern, lambda match: FLAG_OF_FIELD[match[0]], str(error)).split("; ")
+    if flags.peft_path and not (Path(flags.peft_path) / "adapter_config.json").is_file():
+        problems.append(f"--peft_path {flags.peft_path} is no adapter folder: it has no adapter_config.json")
+    return problems
+
+
+def _data_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    if flags.max_seq_length < 2:
+        problems.append(f"--max_seq_length is {flags.max_seq_length}, but has to be at least 2")
+    if flags.prompt_template not in TEMPLATES:
+        problems.append(f"--prompt_template is {flags.prompt_template!r}; allowed are {', '.join(TEMPLATES)}")
+    if not flags.validation_file and flags.eval_strategy != "no":
+        problems.append(f"--eval_strategy {flags.eval_strategy} needs a --validation_file")
+    return problems
+
+
+def _training_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    on_cpu = flags.use_cpu or not torch.cuda.is_available()
+    if flags.fp16 and on_cpu:
+        problems.append("--fp16 does nothing on a CPU (training would silently stay in fp32); use --bf16 or neither")
+    if flags.label_smoothing_factor:
+        problems.append("--label_smoothing_factor bypasses the model's own loss and with it the balance term")
+    if not flags.average_tokens_across_devices:
+        problems.append("--average_tokens_across_devices false makes the loss depend on the number of processes")
+    if flags.fsdp:
+        problems.append("--fsdp is not supported; use --deepspeed scripts/deepspeed/zero3.json to shard the weights")
+    if flags.deepspeed:
+        problems += _deepspeed_problems(flags)
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if re.search(r"use_reentrant\W+true", str(getattr(flags, name)), re.IGNORECASE):
+            problems.append(f"--{name}: re-entrant checkpointing cuts the balance term off; leave use_reentrant false")
+    return problems
+
+
+def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
+    try:
+        config = json.loads(Path(flags.deepspeed).read_text())
+    except OSError:
+        return [f"--deepspeed {flags.deepspeed}: no such file; ready-made ones are in scripts/deepspeed"]
+    except ValueError as error:
+        return [f"--deepspeed {flags.deepspeed}: not JSON ({error})"]
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 and flags.load_in_kbits in (4, 8):
+        return [f"--load_in_kbits {flags.load_in_kbits} cannot be sharded by ZeRO-3; use scripts/deepspeed/zero2.json"]
+    return []

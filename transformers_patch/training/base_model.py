@@ -1,0 +1,123 @@
+"""The base model, its tokenizer, and the adapter on it."""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from data import InputError
+from peft import LoraConfig, PeftModel, find_targets, get_peft_model, prepare_model_for_kbit_training
+from transformers_patch.auto import AutoModelForCausalLM
+from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
+
+# What a continued adapter cannot change: the shapes of its tensors and the meaning of its weights.
+FIXED_FIELDS = ("r", "lora_alpha", "lora_nums", "num_task_types", "target_modules")
+
+
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the end-of-sequence token for padding where it has no padding token.
+
+    Raises:
+        InputError: there is none at that place, or it has no end-of-sequence token.
+    """
+    name = model_args.tokenizer_name_or_path or model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer could be loaded from {name}: {_first_line(error)}") from error
+    if tokenizer.eos_token is None:
+        raise InputError(f"the tokenizer of {name} has no end-of-sequence token, so no answer could ever end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_base_model(model_args: ModelArguments) -> None:
+    """Find out, without reading any weight, whether the base model and its target modules exist.
+
+    Raises:
+        InputError: no such model, an architecture without a patched class, target modules that do not exist, or an
+            adapter to continue from that was made with other settings.
+    """
+    name = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model could be found at {name}: {_first_line(error)}") from error
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        if model_args.tuning == "loramoe":
+            find_targets(skeleton, _adapter_config(model_args).target_modules)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
+    """Load the base model and put the adapter on it: a fresh one, or the one at `peft_path`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=_weight_dtype(model_args, args),
+        attn_implementation=_attention(model_args, args),
+        quantization_config=_quantization(model_args, args),
+    )
+    model.config.use_cache = False
+    if model_args.tuning == "full":
+        return model
+    if model_args.load_in_kbits in (4, 8):
+        # The Trainer turns checkpointing on itself where it is asked for.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if model_args.peft_path:
+        model = PeftModel.from_pretrained(model, model_args.peft_path, is_trainable=True)
+        config, wanted = model.active_peft_config, model_args.lora_config()
+        # Settings of the training, not of the adapter, follow the command line.
+        config.blc_alpha, config.blc_weight = wanted.blc_alpha, wanted.blc_weight
+        return model
+    return get_peft_model(model, model_args.lora_config())
+
+
+def _adapter_config(model_args: ModelArguments) -> LoraConfig:
+    """The adapter's configuration; where training continues, checked against the adapter that is there."""
+    wanted = model_args.lora_config()
+    if not model_args.peft_path:
+        return wanted
+    found = LoraConfig.from_pretrained(model_args.peft_path)
+    differing = [
+        f"{FLAG_OF_FIELD[name]} is {getattr(wanted, name)}, the adapter has {getattr(found, name)}"
+        for name in FIXED_FIELDS
+        if getattr(wanted, name) != getattr(found, name)
+    ]
+    if differing:
+        raise ValueError(f"the adapter in --peft_path was made with other settings: {'; '.join(differing)}")
+    return found
+
+
+def _weight_dtype(model_args: ModelArguments, args: RunArguments) -> torch.dtype:
+    """Half precision for a frozen base model, and where DeepSpeed keeps float32 copies of what it trains."""
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return half if model_args.tuning == "loramoe" or args.deepspeed else torch.float32
+
+
+def _attention(model_args: ModelArguments, args: RunArguments) -> str:
+    if model_args.attn_implementation != "auto":
+        return model_args.attn_implementation
+    half_on_gpu = (args.bf16 or args.fp16) and args.device.type == "cuda"
+    capable = half_on_gpu and torch.cuda.get_device_capability(args.device)[0] >= 8
+    return "flash_attention_2" if capable and is_flash_attn_2_available() else "sdpa"
+
+
+def _quantization(model_args: ModelArguments, args: RunArguments) -> BitsAndBytesConfig | None:
+    if model_args.load_in_kbits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if model_args.load_in_kbits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=_weight_dtype(model_args, args),
+        )
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,170 @@
+"""What a finished run tells: the summary on the terminal, `routing.json` and the model card."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from transformers_patch.training.run_folder import write_json
+from transformers_patch.training.trainer import Routing
+
+NUM_SAMPLES = 3
+MAX_NEW_TOKENS = 40
+CARD_SETTINGS = (
+    "tuning", "lora_nums", "lora_rank", "lora_alpha", "lora_dropout", "trainable", "blc_alpha", "blc_weight",
+    "num_task_types", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_seq_length", "prompt_template", "seed", "dataset_dir", "dataset_sha256",
+    "validation_file",
+)  # fmt: skip
+CARD_METRICS = (
+    "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",
+)  # fmt: skip
+
+
+def group_shares(routing: Routing, num_task_types: int) -> dict[int, np.ndarray] | None:
+    """Mean weight of each expert group by task type of the row, over rows and adapted Linears.
+
+    None where the experts cannot be split into equal groups.
+    """
+    num_experts = routing.shares_BLE.shape[-1]
+    if num_experts % num_task_types:
+        return None
+    return {
+        kind: shares_LE.mean(axis=0).reshape(num_task_types, -1).sum(axis=1)
+        for kind, shares_LE in routing.by_task_type().items()
+    }
+
+
+def write_routing(path: Path, routing: Routing, num_task_types: int) -> None:
+    """`routing.json`: mean expert weights on the evaluation rows, in all and by adapted Linear."""
+    groups = group_shares(routing, num_task_types)
+    value = {
+        "num_experts": routing.shares_BLE.shape[-1],
+        "num_task_types": num_task_types,
+        "rows": {str(kind): int((routing.task_types_B == kind).sum()) for kind in np.unique(routing.task_types_B)},
+        "modules": [name.split(".experts.")[0] for name in routing.modules],
+        "expert_share_by_task_type": {
+            str(kind): shares_LE.mean(axis=0).tolist() for kind, shares_LE in routing.by_task_type().items()
+        },
+        "expert_share_by_task_type_and_module": {
+            str(kind): shares_LE.tolist() for kind, shares_LE in routing.by_task_type().items()
+        },
+    }
+    if groups:
+        value["group_share_by_task_type"] = {str(kind): shares.tolist() for kind, shares in groups.items()}
+    write_json(path, value)
+
+
+def routing_lines(routing: Routing, num_task_types: int) -> list[str]:
+    """A small table: one line for each task type, one column for each expert group."""
+    groups = group_shares(routing, num_task_types)
+    num_experts = routing.shares_BLE.shape[-1]
+    if groups is None:
+        return [f"no groups: {num_experts} experts cannot be split among {num_task_types} task types"]
+    size = num_experts // num_task_types
+    spans = [f"experts {start}-{start + size - 1}" for start in range(0, num_experts, size)]
+    lines = [" " * 24 + "".join(f"{span:>16}" for span in spans)]
+    for kind, shares in groups.items():
+        name = "unlabelled rows" if kind < 0 else f"rows of task type {kind}"
+        lines.append(f"  {name:22}" + "".join(f"{share:16.1%}" for share in shares))
+    return lines
+
+
+def generate_samples(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset
+) -> list[tuple[str, str, str]]:
+    """Greedy answers to a few rows of different task kinds: (instruction and input, expected, generated).
+
+    Under ZeRO-3 this is a collective: every rank calls it with the same rows.
+    """
+    picked = _one_of_each_kind(rows)
+    prompts = [torch.tensor(row["input_ids"][: row["prompt_length"]]) for row in picked]
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, ids in enumerate(prompts):
+        input_ids[index, longest - len(ids) :] = ids
+        attention_mask[index, longest - len(ids) :] = 1
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    answers = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return [
+        ("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"], answer.strip())
+        for row, answer in zip(picked, answers, strict=True)
+    ]
+
+
+def summary_lines(folder: Path, results: dict) -> list[str]:
+    """What the terminal shows at the end of a run, and again where the run is found finished."""
+    lines = [f"===== LoRAMoE run finished: {folder} ====="]
+    if "eval_lm_loss_after" in results:
+        lines += [
+            f"held-out LM loss      {results['eval_lm_loss_before']:.4f} before, "
+            f"{results['eval_lm_loss_after']:.4f} after training",
+            f"held-out perplexity   {results['eval_perplexity_before']:.2f} before, "
+            f"{results['eval_perplexity_after']:.2f} after training",
+        ]
+    if results.get("routing_table"):
+        lines += ["mean routing share of each expert group on the held-out rows:", *results["routing_table"]]
+    for number, (prompt, expected, generated) in enumerate(results.get("samples", []), start=1):
+        lines += [f"sample {number}", *_indented("prompt", prompt), *_indented("expected", expected)]
+        lines += _indented("generated", generated)
+    files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    return [*lines, f"saved in {folder}: {', '.join(files)}"]
+
+
+def write_model_card(folder: Path, config: dict, results: dict) -> None:
+    """README.md of the run folder: what the model is, how it was made, what was measured."""
+    kind = "Full fine-tuning" if config["tuning"] == "full" else "LoRAMoE adapter"
+    text = [
+        "---",
+        f"base_model: {config['model_name_or_path']}",
+        "tags: [loramoe, mixture-of-experts, lora]",
+        "---",
+        f"# {kind} of {config['model_name_or_path']}",
+        "",
+        "A mixture of LoRA experts in every adapted Linear, weighed per token by a softmax router, trained with a "
+        "localized balancing constraint (Dou et al., *LoRAMoE*, arXiv 2312.09979)."
+        if config["tuning"] == "loramoe"
+        else "All weights were trained: the baseline of the LoRAMoE experiments.",
+        "",
+        "## Training",
+        *_table(("setting", "value"), ((name, config[name]) for name in CARD_SETTINGS if config.get(name) is not None)),
+        "",
+        "## Measured",
+        *_table(("metric", "value"), ((name, results[name]) for name in CARD_METRICS if name in results)),
+    ]
+    (folder / "README.md").write_text("\n".join(text) + "\n")
+
+
+def _one_of_each_kind(rows: datasets.Dataset) -> list[dict]:
+    picked: dict[str, dict] = {}
+    for row in rows:
+        picked.setdefault(row["task"], row)
+        if len(picked) == NUM_SAMPLES:
+            break
+    return list(picked.values())
+
+
+def _indented(label: str, text: str) -> list[str]:
+    first, *rest = text.splitlines() or [""]
+    return [f"  {label:10}{first}", *(f"  {'':10}{line}" for line in rest)]
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, object]]) -> list[str]:
+    return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]

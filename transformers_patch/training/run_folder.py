@@ -1,0 +1,105 @@
+"""The folder of one run: which configuration it belongs to, whether it is finished, where to resume."""
+
+import json
+import shutil
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from data import InputError, content_hash
+from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
+
+CONFIG_NAME = "run_config.json"
+RESULTS_NAME = "all_results.json"
+
+# Flags that decide where and how often something is written, or how fast it runs, but not what is trained.
+WITHOUT_EFFECT = {
+    "attn_implementation", "data_cache_dir", "debug", "disable_tqdm", "local_rank", "output_dir",
+    "per_device_eval_batch_size", "prepare_only", "preprocessing_num_workers", "project", "report_to", "restart",
+    "resume_from_checkpoint", "run_name", "use_cpu",
+}  # fmt: skip
+WITHOUT_EFFECT_PREFIXES = ("ddp_", "do_", "eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_")
+
+
+class RunFolder:
+    """OUTPUT_DIR/EXP_NAME.
+
+    Args:
+        path: the folder, which need not exist.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def results(self) -> dict | None:
+        """What the finished run measured; None where no run has finished here."""
+        file = self.path / RESULTS_NAME
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    @property
+    def last_checkpoint(self) -> str | None:
+        return get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+
+    def check(self, config: dict) -> None:
+        """Compare the configuration with the one that the folder belongs to, if it belongs to any.
+
+        Raises:
+            InputError: they differ, or the folder holds something that is no run.
+        """
+        file = self.path / CONFIG_NAME
+        if not file.is_file():
+            if (self.path / RESULTS_NAME).is_file() or self.last_checkpoint:
+                raise InputError(f"{self.path} holds checkpoints or results but no {CONFIG_NAME}; {_WAY_OUT}")
+            return
+        there = json.loads(file.read_text())
+        differing = [
+            f"  {name}: {there.get(name)!r} there, {config.get(name)!r} now"
+            for name in sorted(there.keys() | config.keys())
+            if there.get(name) != config.get(name)
+        ]
+        if differing:
+            found = "\n".join(differing)
+            raise InputError(f"{self.path} holds a run with another configuration:\n{found}\n{_WAY_OUT}")
+
+    def claim(self, config: dict) -> None:
+        """Make the folder this configuration's."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / CONFIG_NAME, config)
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder, so that a new run can start; nothing is deleted. Returns its new place."""
+        if not self.path.exists():
+            return None
+        aside = self.path.with_name(f"{self.path.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
+        shutil.move(self.path, aside)
+        return aside
+
+
+_WAY_OUT = (
+    "choose another folder (exp_name=NAME for run_loramoe.sh, --output_dir for train.py), or start over in this one "
+    "with --restart, which keeps the old folder under another name"
+)
+
+
+def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict:
+    """Everything that the result of a run depends on, as plain JSON values; data files by their content."""
+    values = {**asdict(model_args), **asdict(data_args), **args.to_dict()}
+    config = {
+        name: value
+        for name, value in values.items()
+        if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_PREFIXES)
+    }
+    config["dataset_sha256"] = content_hash(data_args.dataset_dir)
+    if data_args.validation_file:
+        config["validation_sha256"] = content_hash(data_args.validation_file)
+    return json.loads(json.dumps(config, default=str))
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file in one step: it is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,113 @@
+"""The Trainer: two losses logged apart, the balance term averaged as it should be, evaluation per token.
+
+Shape suffixes: B samples, T tokens, L adapted Linears, E experts.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import nested_gather
+
+from data import IGNORED_LABEL
+from transformers_patch.recorder import RoutingRecorder
+
+
+@dataclass
+class Routing:
+    """Where the evaluation rows were routed.
+
+    Args:
+        modules: names of the adapted Linears, L of them.
+        shares_BLE: mean weight of each expert over the real tokens of each row.
+        task_types_B: the rows' task types.
+    """
+
+    modules: list[str]
+    shares_BLE: np.ndarray
+    task_types_B: np.ndarray
+
+    def by_task_type(self) -> dict[int, np.ndarray]:
+        """Mean share (L, E) over the rows of each task type that occurs."""
+        return {
+            int(kind): self.shares_BLE[self.task_types_B == kind].mean(axis=0) for kind in np.unique(self.task_types_B)
+        }
+
+
+class LoRAMoETrainer(Trainer):
+    """Hugging Face's Trainer for a model with the mixin.
+
+    - Trainer sums the losses of an optimizer step over micro-batches and multiplies them by the number of processes,
+      which is right for the LM loss (normalised by all labelled tokens of the step) and would multiply the balance
+      term. The model is told to scale the term so that it counts as the mean of the micro-batches that there really
+      are; the last step of an epoch may have fewer.
+    - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`.
+    - Evaluation weighs every labelled token alike, whatever the batches and processes, and never contains the balance
+      term. `routing` then holds the shares of the last evaluation; None where nothing is routed.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_metrics=self._metrics, **kwargs)
+        self.routing: Routing | None = None
+        self._routed_modules: list[str] = []
+        self._losses_since_log = torch.zeros(1, 3, dtype=torch.float64)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
+        micro_batches = self.current_gradient_accumulation_steps
+        inputs = {**inputs, "balance_scale": 1 / (micro_batches * self.accelerator.num_processes)}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        steps = torch.full((), 1 / micro_batches)
+        losses = [outputs.lm_loss.detach(), outputs.balance_loss.detach() / micro_batches, steps]
+        self._losses_since_log = self._losses_since_log.to(loss.device)
+        self._losses_since_log += torch.stack([value.to(self._losses_since_log) for value in losses])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            # One row a rank: its part of the LM loss, the balance term (the same on all), the optimizer steps.
+            lm_loss_W, balance_loss_W, steps_W = nested_gather(self._losses_since_log, self.args.parallel_mode).T
+            logs["lm_loss"] = (lm_loss_W.sum() / steps_W[0]).item()
+            logs["balance_loss"] = (balance_loss_W.mean() / steps_W[0]).item()
+            self._losses_since_log.zero_()
+        super().log(logs, start_time)
+
+    def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
+        """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        recorder = RoutingRecorder(self.accelerator.unwrap_model(model))
+        with torch.no_grad(), self.compute_loss_context_manager(), recorder:
+            logits = model(**inputs).logits
+        predictions = [label_likelihood(logits, labels)]
+        if recorder.weights:
+            self._routed_modules = list(recorder.weights)
+            predictions.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1).contiguous())
+        return None, tuple(predictions), inputs["task_types"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle with this machine's paths; everything in it is in run_config.json.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        likelihood_B2, *shares = prediction.predictions
+        if shares:
+            self.routing = Routing(self._routed_modules, shares[0], prediction.label_ids)
+        nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
+        lm_loss = nll / tokens
+        return {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}
+
+
+def label_likelihood(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Summed negative log-likelihood of each row's labels and their number, shape (B, 2), float32."""
+    targets_BT = labels_BT[:, 1:]
+    nll_BT = F.cross_entropy(
+        logits_BTV[:, :-1].float().transpose(1, 2), targets_BT, reduction="none", ignore_index=IGNORED_LABEL
+    )
+    return torch.stack([nll_BT.sum(dim=1), targets_BT.ne(IGNORED_LABEL).sum(dim=1)], dim=1)
