@@ -85,16 +85,20 @@ class LoRAMoEMixin:
         output = LoRAMoEOutput(**outputs)
         if labels is None:
             return output
-        output.lm_loss = output.loss
+        output.lm_loss = output.loss.clone()  # Trainer scales `loss` in place
         output.balance_loss = output.lm_loss.new_zeros(())
         if records:
-            with torch.set_grad_enabled(self.training and torch.is_grad_enabled() and config.balances):
-                output.balance_loss = self._balance_term(recorder, attention_mask, task_types)
+            trains = self.training and torch.is_grad_enabled()
+            with torch.set_grad_enabled(trains and config.balances):
+                output.balance_loss = self._balance_term(recorder, attention_mask, task_types, over_ranks=trains)
             if self.training and config.balances:
                 output.loss = output.lm_loss + config.blc_weight * balance_scale * output.balance_loss
         return output
 
-    def _balance_term(self, recorder: RoutingRecorder, mask_BT: Tensor | None, task_types_B: Tensor | None) -> Tensor:
+    def _balance_term(
+        self, recorder: RoutingRecorder, mask_BT: Tensor | None, task_types_B: Tensor | None, over_ranks: bool
+    ) -> Tensor:
+        """The term of this micro-batch; with `over_ranks`, of the samples of all ranks together (a collective)."""
         config = self._balance_config
         if mask_BT is not None and mask_BT.ndim != 2:
             raise ValueError(
@@ -108,7 +112,7 @@ class LoRAMoEMixin:
             task_types_B = torch.full((num_samples,), -1, device=shares_LBE.device)
         if task_types_B.shape != (num_samples,):
             raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_samples},)")
-        if torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
+        if over_ranks and dist.is_initialized() and dist.get_world_size() > 1:
             shares_LBE, task_types_B = gather_samples(shares_LBE, task_types_B)
         coefficients_BE = balance_coefficients(task_types_B, config.lora_nums, config.num_task_types, config.blc_alpha)
         return localized_balance_term(shares_LBE, coefficients_BE)

@@ -1,0 +1,194 @@
+"""What needs processes of its own: several ranks, and `run_loramoe.sh`."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, filled_model
+from safetensors.torch import load_file
+from test_train import Runner
+
+from peft import LoraConfig
+
+SHELL_VARIABLES = (
+    "pretrained_model", "tokenizer_path", "peft_path", "dataset_dir", "validation_file", "output_dir", "exp_name",
+    "tuning", "lora_rank", "lora_alpha", "lora_trainable", "lora_dropout", "lora_nums", "blc_alpha", "blc_weight", "lr",
+    "num_train_epochs", "max_steps", "seed", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "max_seq_length", "prompt_template", "save_steps", "eval_steps", "load_in_kbits",
+    "gradient_checkpointing", "deepspeed_config_file", "num_processes", "nnodes", "node_rank", "master_addr",
+    "master_port",
+)  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def call(command: list[str], **variables) -> subprocess.CompletedProcess:
+    """Run a command at the root of the repository, with this interpreter first on the PATH."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        **{name: str(value) for name, value in variables.items()},
+    }
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def torchrun(processes: int, flags: list[str]) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    outcome = call([sys.executable, *launcher, "train.py", *flags])
+    assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-6000:]
+
+
+@pytest.fixture
+def run(tmp_path, model_dir, monkeypatch) -> Runner:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    return Runner(tmp_path, model_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("zero2", {"deepspeed": "scripts/deepspeed/zero2.json", "blc_weight": 0}),
+        ("zero3", {"deepspeed": "scripts/deepspeed/zero3_offload.json", "blc_weight": 0.5}),
+        ("ddp", {"blc_weight": 0.5, "activation_checkpointing": True}),
+    ],
+)
+def test_two_processes_train_as_one(run, tmp_path, name, settings):
+    """Same rows in every global batch, dropout 0, from non-zero A, B and routers."""
+    filled_model().save_pretrained(tmp_path / "adapter")
+    common = {
+        "peft_path": tmp_path / "adapter",
+        "lora_rank": 2,
+        "lora_alpha": 4,
+        "lora_dropout": 0,
+        "max_steps": 3,
+        "blc_weight": settings["blc_weight"],
+    }
+    run(**common)
+    one = [entry for entry in run.log() if "lm_loss" in entry]
+    alone = load_file(run.output / "adapter_model.safetensors")
+    run.output = tmp_path / name
+    torchrun(2, run.arguments(**common | settings, per_device_train_batch_size=2, output_dir=run.output))
+    two = [entry for entry in run.log() if "lm_loss" in entry]
+    assert len(one) == len(two) == 3
+    for before, after in zip(one, two, strict=True):
+        for loss in ("loss", "lm_loss", "balance_loss"):
+            assert after[loss] == pytest.approx(before[loss], rel=1e-5)
+    together = load_file(run.output / "adapter_model.safetensors")
+    start = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert together.keys() == alone.keys()
+    for key, tensor in alone.items():
+        assert (tensor - start[key]).norm() > 1e-2 * start[key].norm()
+        assert (together[key] - tensor).norm() <= 1e-4 * tensor.norm()
+
+
+@pytest.fixture
+def shell(run):
+    """Calls run_loramoe.sh on the tiny model; keyword arguments are shell variables."""
+
+    def call_script(*flags: str, **variables) -> subprocess.CompletedProcess:
+        defaults = {
+            "pretrained_model": run.flags["model_name_or_path"],
+            "dataset_dir": run.flags["dataset_dir"],
+            "validation_file": run.flags["validation_file"],
+            "output_dir": run.folder / "outputs",
+            "master_port": free_port(),
+        }
+        cache = ["--data_cache_dir", str(run.flags["data_cache_dir"])]
+        return call(["bash", "run_loramoe.sh", *cache, *flags], **defaults | variables)
+
+    return call_script
+
+
+def test_the_shell_script_trains_with_variables_and_flags(run, shell):
+    outcome = shell("--max_steps", "3", lora_rank=8, lora_nums=4, exp_name="x")
+    assert outcome.returncode == 0, outcome.stderr
+    folder = run.folder / "outputs" / "x"
+    config = LoraConfig.from_pretrained(folder)
+    assert (config.r, config.lora_nums, config.lora_alpha, config.blc_weight) == (8, 4, 32, 0.1)
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
+    assert "held-out LM loss" in outcome.stdout
+    assert "held-out LM loss" in (folder / "train.log").read_text()
+
+
+BAD_INPUT = {
+    "one process": ({"lora_rank": 0}, "error: --lora_rank is 0, but has to be a whole number of at least 1"),
+    "two processes": ({"num_processes": 2, "dataset_dir": "none.json"}, "error: none.json: no such file or folder"),
+}
+
+
+@pytest.mark.parametrize(("variables", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_gives_one_message_and_exit_code_1(run, shell, variables, message):
+    outcome = shell(**variables)
+    said = outcome.stdout + outcome.stderr
+    assert outcome.returncode == 1
+    assert said.count(message) == 1
+    assert "Traceback" not in said
+    assert not (run.folder / "outputs").exists()
+
+
+def test_the_exit_code_is_the_trainers(run, shell):
+    (run.folder / "outputs" / "default").mkdir(parents=True)
+    (run.folder / "outputs" / "default" / "tensorboard").write_text("a file where a folder has to be")
+    outcome = shell("--max_steps", "1")
+    assert outcome.returncode == 1
+    assert "Traceback" in outcome.stdout
+
+
+def test_every_hyperparameter_is_explained_overridable_and_used():
+    script = (ROOT / "run_loramoe.sh").read_text()
+    for name in SHELL_VARIABLES:
+        assert re.search(rf"^{name}=\$\{{{name}:?-.*\}}\s+# \S", script, re.MULTILINE), name
+        uses = script.count(f"${name}") + len(re.findall(rf"\b{name} [>|]", script))
+        assert uses >= 1, name
+
+
+def test_the_gradients_of_two_ranks_with_uneven_batches(tmp_path):
+    """`gather_samples` against the same samples on one process: three on rank 0, one on rank 1."""
+    program = tmp_path / "ranks.py"
+    program.write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    outcome = call([*launcher, "--master_port", str(free_port()), str(program), str(tmp_path)], PYTHONPATH=ROOT)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    one, *ranks = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "rank0", "rank1"))
+    gathered = torch.cat([gradient for gradient, _ in ranks], dim=1) / 2  # data parallelism averages over the ranks
+    torch.testing.assert_close(gathered, one[0])
+    for _, term in ranks:
+        torch.testing.assert_close(term, one[1])
+
+
+RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from peft import balance_coefficients, gather_samples, localized_balance_term
+
+def term_of(shares, types):
+    return localized_balance_term(shares, balance_coefficients(types, 4, 2, 0.1))
+
+torch.manual_seed(0)
+shares = torch.softmax(torch.randn(2, 4, 4), dim=-1)
+types = torch.tensor([0, 1, -1, 1])
+dist.init_process_group("gloo")
+mine = slice(0, 3) if dist.get_rank() == 0 else slice(3, 4)
+local = shares[:, mine].clone().requires_grad_()
+term = term_of(*gather_samples(local, types[mine]))
+term.backward()
+torch.save((local.grad, term.detach()), f"{sys.argv[1]}/rank{dist.get_rank()}.pt")
+if dist.get_rank() == 0:
+    whole = shares.clone().requires_grad_()
+    term = term_of(whole, types)
+    term.backward()
+    torch.save((whole.grad, term.detach()), f"{sys.argv[1]}/one.pt")
+dist.destroy_process_group()
+"""
