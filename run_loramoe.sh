@@ -28,7 +28,7 @@ blc_weight=${blc_weight:-0.1}                       # beta: weight of the balanc
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 lr=${lr:-2e-4}                                      # peak learning rate, cosine decay after 3 % of warm-up
-num_train_epochs=${num_train_epochs:-3}             # passes over the training rows
+num_train_epochs=${num_train_epochs:-2}             # passes over the training rows
 max_steps=${max_steps:--1}                          # optimizer steps; above 0 it overrides num_train_epochs
 seed=${seed:-41}                                    # of initialisation, data order and dropout
 per_device_train_batch_size=${per_device_train_batch_size:-8}  # rows per process and micro-batch

@@ -160,8 +160,11 @@ def shorten(text: str) -> str:
 def most_telling_line(output: list[str]) -> str:
     """Return the line of a program's output that says best why it failed."""
     lines = [line.strip() for line in output if line.strip()]
-    # The last of these is pip's conclusion; its link to a manual is not.
+    # The last of these is pip's conclusion. Its link to a manual is not, nor is the head of a traceback, which ends
+    # with what matters.
     errors = [line for line in lines if line.startswith(("ERROR:", "×", "Error:")) and "for help visit" not in line]
+    if errors and errors[-1] == "ERROR: Exception:":
+        errors = []
     return shorten((errors or lines or ["no output"])[-1].removeprefix("ERROR: ").removeprefix("× "))
 
 
@@ -173,7 +176,7 @@ def explain_pip_failure(output: list[str]) -> str:
         # pip's own conclusion is misleading here: that no version of the package was found.
         cause = shorten(last_retries[-1].partition("connection broken by ")[2]) if last_retries else reason
         return (
-            f"The package index cannot be reached: {cause}. "
+            f"The package index cannot be reached: {cause.rstrip('.')}. "
             "Check the network connection, and the proxy and index settings of pip, then run this again."
         )
     return f"pip failed: {reason.rstrip('.')}."
@@ -247,8 +250,9 @@ def announce_installation(unmet_here: list[str]) -> None:
     untouched = "" if in_virtual_environment() else " and is left as it is"
     say(f"{sys.executable} does not satisfy requirements.txt{untouched}: {lacks}.")
     say(
-        f"The packages of requirements.txt are now installed into {VIRTUAL_ENVIRONMENT}. This is needed once and takes "
-        "about 4 minutes and 2 GB of disk with PyTorch for the CPU, several GB more if pip chooses PyTorch with CUDA."
+        f"The packages of requirements.txt are now installed into {VIRTUAL_ENVIRONMENT}. This is needed once. With "
+        "PyTorch for the CPU it takes 2 to 4 minutes on a fast network and 2 GB of disk, with PyTorch for CUDA, which "
+        "pip chooses on most Linux machines, longer and several GB more."
     )
 
 

@@ -1,0 +1,46 @@
+"""What the README tells people to type is accepted by the programs."""
+
+import re
+import shlex
+
+from conftest import ROOT
+from test_launch import SHELL_VARIABLES
+
+from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FLAGS = {name for part in (ModelArguments, DataArguments, RunArguments) for name in part.__dataclass_fields__}
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"}
+
+
+def commands() -> list[str]:
+    """Every shell line of every page, continued lines joined, comments left out."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return found
+
+
+def test_every_command_names_a_program_variables_and_flags_that_exist():
+    assert len(commands()) > 5
+    for command in commands():
+        words = shlex.split(command, comments=True)
+        variables = [word.split("=")[0] for word in words if re.match(r"\w+=", word)]
+        assert set(variables) <= {*SHELL_VARIABLES, *ENVIRONMENT}, command
+        flags = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")]
+        if "run_loramoe.sh" in words or "train.py" in words:
+            assert set(flags) <= FLAGS, command
+        for word in words:
+            if word.startswith("scripts.") and "-m" in words:
+                assert (ROOT / f"{word.replace('.', '/')}.py").is_file(), command
+            if word.endswith((".sh", ".py")) or word.startswith("scripts/"):
+                assert (ROOT / word).exists(), command
+
+
+def test_every_file_that_the_pages_link_to_exists():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
