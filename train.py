@@ -1,5 +1,6 @@
 """Train a mixture of LoRA experts (or all weights) on instruction data. `python train.py --help` lists the flags."""
 
+import gc
 import os
 import sys
 import warnings
@@ -143,6 +144,13 @@ def say(args: RunArguments, *lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
+def close_process_group() -> None:
+    """Leave the process group. What still refers to it goes first: gloo's threads abort a process that ends with them."""
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     # DeepSpeed calls collectives by names that torch has deprecated; the user can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -151,5 +159,4 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        close_process_group()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -67,7 +67,7 @@ def save_adapter_weights(tensors: dict[str, Tensor], directory: str | os.PathLik
     path = Path(directory) / WEIGHTS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".safetensors.tmp")
-    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
+    temporary.write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, {"format": "pt"}))
     temporary.replace(path)
 
 

@@ -43,9 +43,10 @@ def call(command: list[str], **variables) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def torchrun(processes: int, flags: list[str]) -> None:
+def launch(processes: int, program: list[str]) -> None:
+    """Run a program on several ranks, or without a launcher on one; fails the test if it fails."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    outcome = call([sys.executable, *launcher, "train.py", *flags])
+    outcome = call([sys.executable, *(launcher if processes > 1 else []), *program])
     assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-6000:]
 
 
@@ -78,7 +79,7 @@ def test_two_processes_train_as_one(run, tmp_path, name, settings):
     one = [entry for entry in run.log() if "lm_loss" in entry]
     alone = load_file(run.output / "adapter_model.safetensors")
     run.output = tmp_path / name
-    torchrun(2, run.arguments(**common | settings, per_device_train_batch_size=2, output_dir=run.output))
+    launch(2, ["train.py", *run.arguments(**common | settings, per_device_train_batch_size=2, output_dir=run.output)])
     two = [entry for entry in run.log() if "lm_loss" in entry]
     assert len(one) == len(two) == 3
     for before, after in zip(one, two, strict=True):

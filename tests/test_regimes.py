@@ -1,0 +1,130 @@
+"""Gradients do not depend on how a global batch is computed.
+
+Each case is a whole `train.py` run of one plain SGD step with a huge learning rate, so that the change of every saved
+tensor is its gradient (times the rate) to float32 accuracy, in every regime and through the code that users run. The
+expected gradients come from calling the model directly on one process, without any Trainer.
+"""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import ROOT, example_rows, filled_model, tiny_tokenizer
+from safetensors.torch import load_file
+from test_launch import launch
+
+from data import Collator, Encoding, load_data
+from peft import get_peft_model_state_dict
+
+RATE = 1e4
+BETA = 10.0
+GLOBAL_BATCH = 8
+ACCUMULATION = (1, 2, 4)
+REGIMES = {
+    "one process": (1, {}),
+    "DDP": (2, {}),
+    "ZeRO-2": (2, {"deepspeed": "scripts/deepspeed/zero2.json"}),
+    "ZeRO-3": (2, {"deepspeed": "scripts/deepspeed/zero3.json"}),
+}
+
+
+class Case:
+    """Runs of one step from the same adapter, and what their gradients have to be."""
+
+    def __init__(self, folder, model_dir):
+        self.folder = folder
+        self.model = filled_model().train()
+        self.model.save_pretrained(folder / "adapter")
+        self.start = load_file(folder / "adapter" / "adapter_model.safetensors")
+        (folder / "rows.json").write_text(json.dumps(example_rows(GLOBAL_BATCH)))
+        self.rows = load_data(folder / "rows.json", tiny_tokenizer(), Encoding("auto", 256, 2), folder / "cache")[0]
+        self.flags = {
+            "model_name_or_path": model_dir,
+            "peft_path": folder / "adapter",
+            "dataset_dir": folder / "rows.json",
+            "data_cache_dir": folder / "cache",
+            "lora_nums": 4,
+            "lora_rank": 2,
+            "lora_alpha": 4,
+            "lora_dropout": 0,
+            "optim": "sgd",
+            "learning_rate": RATE,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "max_grad_norm": 0,
+            "max_steps": 1,
+            "train_sampling_strategy": "sequential",
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": "true",
+        }
+
+    def run(self, name: str, processes: int, changes: list[dict]) -> list[dict[str, torch.Tensor]]:
+        """The gradients found by runs with these changes of flags, all in one launch."""
+        outputs = [self.folder / f"{name} {index}" for index in range(len(changes))]
+        commands = [
+            [
+                text
+                for pair in (self.flags | change | {"output_dir": output}).items()
+                for text in (f"--{pair[0]}", str(pair[1]))
+            ]
+            for change, output in zip(changes, outputs, strict=True)
+        ]
+        (self.folder / "commands.json").write_text(json.dumps(commands))
+        launch(processes, [str(ROOT / "tests" / "regimes.py"), str(self.folder / "commands.json")])
+        ends = [load_file(output / "adapter_model.safetensors") for output in outputs]
+        return [{key: (self.start[key].double() - end[key].double()) / RATE for key in end} for end in ends]
+
+    def expected(self, part: str, micro_batches: list[range]) -> dict[str, torch.Tensor]:
+        """Mean over the micro-batches of the gradients of `lm_loss` or `balance_loss`."""
+        self.model.zero_grad()
+        for rows in micro_batches:
+            batch = Collator(pad_token_id=1)([self.rows[index] for index in rows])
+            (getattr(self.model(**batch), part) / len(micro_batches)).backward()
+        tensors = {name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        gradients = {name: torch.zeros(()) if grad is None else grad.double() for name, grad in tensors.items()}
+        return get_peft_model_state_dict(self.model, gradients)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, model_dir) -> Case:
+    return Case(tmp_path_factory.mktemp("regimes"), model_dir)
+
+
+def assert_same(found: dict, expected: dict, floor: dict) -> None:
+    """Equal in relative L2 norm, tensor by tensor; `floor` is what a tensor's rounding errors are relative to."""
+    assert found.keys() == expected.keys()
+    assert sum(tensor.norm() > 0 for tensor in expected.values()) > len(expected) / 2
+    for key, tensor in expected.items():
+        assert (found[key] - tensor).norm() <= 1e-5 * max(tensor.norm(), floor[key].norm()), key
+
+
+def split(count: int) -> list[range]:
+    size = GLOBAL_BATCH // count
+    return [range(start, start + size) for start in range(0, GLOBAL_BATCH, size)]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_gradients_are_those_of_one_process(case, regime):
+    processes, flags = REGIMES[regime]
+    table = list(itertools.product(ACCUMULATION, (False, True)))
+    changes = [
+        {
+            "gradient_accumulation_steps": count,
+            "per_device_train_batch_size": GLOBAL_BATCH // count // processes,
+            "activation_checkpointing": checkpointing,
+            "blc_weight": beta,
+        }
+        | flags
+        for count, checkpointing in table
+        for beta in (0, BETA)
+    ]
+    gradients = iter(case.run(regime, processes, changes))
+    lm_expected = case.expected("lm_loss", [range(GLOBAL_BATCH)])
+    for count, _ in table:
+        lm, total = next(gradients), next(gradients)
+        assert_same(lm, lm_expected, lm_expected)
+        balance = {key: (total[key] - lm[key]) / BETA for key in lm}
+        balance_expected = case.expected("balance_loss", split(count))
+        assert_same(balance, balance_expected, {key: tensor / BETA for key, tensor in lm_expected.items()})
