@@ -123,7 +123,11 @@ exec 3> >(exec tee -a "$output_dir/$exp_name/train.log")
 tee=$!
 "${launch[@]}" train.py "${arguments[@]}" --restart false >&3 2>&1 &
 trainer=$!
-trap 'kill -TERM "$trainer" 2>/dev/null || true' TERM INT
+# torchrun would end its workers without waiting for them, so a signal goes to the workers themselves.
+stop_training() {
+    if ((${#launch[@]} > 1)); then pkill -TERM -P "$trainer"; else kill -TERM "$trainer"; fi 2>/dev/null || true
+}
+trap stop_training TERM INT
 status=0
 wait "$trainer" || status=$?
 while kill -0 "$trainer" 2>/dev/null; do # a forwarded signal ends the wait before it ends the trainer

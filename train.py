@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import torch.distributed as dist
 from datasets import Dataset
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from data import Collator, DataStatistics, Encoding, InputError, count_shared_rows, load_data
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from transformers_patch.training.base_model import build_model, check_base_model, load_tokenizer
+from transformers_patch.training.checkpoint import find_checkpoint
 from transformers_patch.training.report import (
     generate_samples,
     routing_lines,
@@ -41,8 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     if folder.results:
         say(args, "this run is finished already; its results were:", *summary_lines(folder.path, folder.results))
         return
-    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, folder)
-    results = trainer.train(resume_from_checkpoint=folder.last_checkpoint).metrics
+    checkpoint, torn = find_checkpoint(folder.path)
+    say(args, *torn)
+    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint)
+    results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    if trainer.stop_signals.stopped:
+        say(
+            args, f"stopped by SIGTERM; step {trainer.state.global_step} is saved, and the same command goes on from it"
+        )
+        return
     results["train_samples"] = len(train_data)
     trainer.save_model()
     if eval_data is not None:
@@ -91,17 +100,17 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_data: Dataset,
     eval_data: Dataset | None,
-    folder: RunFolder,
+    checkpoint: Path | None,
 ) -> LoRAMoETrainer:
-    """Base model, adapter and Trainer."""
+    """Base model, adapter and Trainer; with a checkpoint, made ready to resume from it."""
     set_seed(args.seed)
     model = build_model(model_args, args)
     if args.process_index == 0 and model_args.tuning == "loramoe":
         model.print_trainable_parameters()
-    if folder.last_checkpoint:
-        say(args, f"resuming from {folder.last_checkpoint}")
-    args.eval_on_start = eval_data is not None and folder.last_checkpoint is None
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    if checkpoint:
+        say(args, f"resuming from {checkpoint}")
+    args.eval_on_start = eval_data is not None and checkpoint is None
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
     return LoRAMoETrainer(
         model=model,
         args=args,
@@ -140,12 +149,12 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
 
 def say(args: RunArguments, *lines: str) -> None:
     """Print on the main process only."""
-    if args.process_index == 0:
+    if args.process_index == 0 and lines:
         print(*lines, sep="\n", flush=True)
 
 
 def close_process_group() -> None:
-    """Leave the process group. What still refers to it goes first: gloo's threads abort a process that ends with them."""
+    """Leave the process group; what still refers to it goes first, since gloo's threads must not outlive it."""
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

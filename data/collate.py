@@ -21,8 +21,9 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` of shape (B, T), `task_types` of shape (B,), all int64."""
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor | list[str]]:
+        """The batch: `input_ids`, `attention_mask`, `labels` of shape (B, T), `task_types` of shape (B,), all int64;
+        and `sources`, the rows' files and numbers, for messages."""
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), longest)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -34,4 +35,10 @@ class Collator:
             attention_mask[index, : len(ids)] = 1
             labels[index, row["prompt_length"] : len(ids)] = ids[row["prompt_length"] :]
         task_types = torch.tensor([row["task_type"] for row in rows])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "task_types": task_types}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "task_types": task_types,
+            "sources": [row["source"] for row in rows],
+        }

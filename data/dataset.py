@@ -15,7 +15,7 @@ from data.prompt import encode_prompt, encode_target, resolve_template
 from data.rows import check_files, find_files, generate_rows
 
 # Part of every cache key: raise it when the encoding of a row changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ _ROW_FEATURES = datasets.Features(
         "output": datasets.Value("large_string"),
         "task_type": datasets.Value("int64"),
         "task": datasets.Value("string"),
+        "source": datasets.Value("string"),
     }
 )
 _ENCODED_FEATURES = datasets.Features(

@@ -94,9 +94,12 @@ def row_problem(row: object, num_task_types: int) -> str | None:
 
 
 def generate_rows(files: list[Path]) -> Iterator[dict]:
-    """Checked rows with every field present; a missing task type is -1, a missing `input` or `task` empty."""
+    """Checked rows with every field present; a missing task type is -1, a missing `input` or `task` empty.
+
+    `source` says where a row comes from.
+    """
     for file in files:
-        for _, row in read_rows(file):
+        for number, row in read_rows(file):
             task_type = row.get("task_type")
             yield {
                 "instruction": row["instruction"],
@@ -104,6 +107,7 @@ def generate_rows(files: list[Path]) -> Iterator[dict]:
                 "output": row["output"],
                 "task_type": UNLABELLED if task_type is None else task_type,
                 "task": row.get("task") or "",
+                "source": f"{file.name} row {number}",
             }
 
 

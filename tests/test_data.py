@@ -101,7 +101,8 @@ def test_json_lines_parquet_and_folders_hold_the_same_rows(tmp_path, tokenizer):
     datasets.Dataset.from_list(rows[5:]).to_parquet(folder / "b.parquet")
     one, counts = load(tmp_path / "rows.json", tokenizer, tmp_path)
     both, counts_of_folder = load(folder, tokenizer, tmp_path)
-    assert one.to_list() == both.to_list()
+    assert one.remove_columns("source").to_list() == both.remove_columns("source").to_list()
+    assert both["source"][4:6] == ["a.jsonl row 5", "b.parquet row 1"]
     assert counts == counts_of_folder
     assert (counts.rows, counts.kept, counts.dropped) == (12, 12, 0)
     assert counts.tokens == sum(map(len, one["input_ids"]))
@@ -226,8 +227,8 @@ def test_several_processes_encode_the_same(tmp_path, tokenizer, data_file):
 
 def test_batches_are_padded_by_length():
     rows = [
-        {"input_ids": [5, 1, 6, 1], "prompt_length": 2, "task_type": 1},
-        {"input_ids": [7, 1], "prompt_length": 1, "task_type": -1},
+        {"input_ids": [5, 1, 6, 1], "prompt_length": 2, "task_type": 1, "source": "a"},
+        {"input_ids": [7, 1], "prompt_length": 1, "task_type": -1, "source": "b"},
     ]
     batch = Collator(pad_token_id=1)(rows)
     expected = {
@@ -236,6 +237,7 @@ def test_batches_are_padded_by_length():
         "labels": [[-100, -100, 6, 1], [-100, 1, -100, -100]],
         "task_types": [1, -1],
     }
+    assert batch.pop("sources") == ["a", "b"]
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert all(tensor.dtype is torch.int64 for tensor in batch.values())
 

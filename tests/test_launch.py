@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, filled_model
+from conftest import ROOT, filled_model, tiny_model
 from safetensors.torch import load_file
 from test_train import Runner
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from transformers_patch.training.checkpoint import checkpoint_problem
 
 SHELL_VARIABLES = (
     "pretrained_model", "tokenizer_path", "peft_path", "dataset_dir", "validation_file", "output_dir", "exp_name",
@@ -32,15 +35,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def call(command: list[str], **variables) -> subprocess.CompletedProcess:
-    """Run a command at the root of the repository, with this interpreter first on the PATH."""
-    environment = os.environ | {
+def environment(**variables) -> dict[str, str]:
+    """This process's environment, with this interpreter first on the PATH and the variables set."""
+    return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         **{name: str(value) for name, value in variables.items()},
     }
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def call(command: list[str], **variables) -> subprocess.CompletedProcess:
+    """Run a command at the root of the repository."""
+    return subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=600)
 
 
 def launch(processes: int, program: list[str]) -> None:
@@ -93,20 +100,43 @@ def test_two_processes_train_as_one(run, tmp_path, name, settings):
         assert (together[key] - tensor).norm() <= 1e-4 * tensor.norm()
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_resuming_under_deepspeed_ends_the_same(run, stage):
+    """Dropout on. The last checkpoint and the results are taken away after the run, and the same command goes on."""
+    settings = {"deepspeed": f"scripts/deepspeed/{stage}.json", "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    flags = run.arguments(**settings, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    program = run.folder / "commands.json"
+    program.write_text(json.dumps([flags]))
+    launch(2, ["tests/regimes.py", str(program)])
+    expected = load_file(run.output / "adapter_model.safetensors")
+    assert checkpoint_problem(run.output / "checkpoint-6") is None
+    shutil.rmtree(run.output / "checkpoint-6")
+    for name in ("all_results.json", "adapter_model.safetensors"):
+        (run.output / name).unlink()
+    launch(2, ["tests/regimes.py", str(program)])
+    found = load_file(run.output / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    PeftModel.from_pretrained(tiny_model(), run.output)
+
+
+def shell_variables(run: Runner) -> dict:
+    """Settings of run_loramoe.sh for the tiny model."""
+    return {
+        "pretrained_model": run.flags["model_name_or_path"],
+        "dataset_dir": run.flags["dataset_dir"],
+        "validation_file": run.flags["validation_file"],
+        "output_dir": run.folder / "outputs",
+        "master_port": free_port(),
+    }
+
+
 @pytest.fixture
 def shell(run):
     """Calls run_loramoe.sh on the tiny model; keyword arguments are shell variables."""
 
     def call_script(*flags: str, **variables) -> subprocess.CompletedProcess:
-        defaults = {
-            "pretrained_model": run.flags["model_name_or_path"],
-            "dataset_dir": run.flags["dataset_dir"],
-            "validation_file": run.flags["validation_file"],
-            "output_dir": run.folder / "outputs",
-            "master_port": free_port(),
-        }
         cache = ["--data_cache_dir", str(run.flags["data_cache_dir"])]
-        return call(["bash", "run_loramoe.sh", *cache, *flags], **defaults | variables)
+        return call(["bash", "run_loramoe.sh", *cache, *flags], **shell_variables(run) | variables)
 
     return call_script
 
@@ -136,6 +166,26 @@ def test_bad_input_gives_one_message_and_exit_code_1(run, shell, variables, mess
     assert said.count(message) == 1
     assert "Traceback" not in said
     assert not (run.folder / "outputs").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes):
+    """As SLURM does: the signal goes to the script, which passes it on."""
+    command = ["bash", "run_loramoe.sh", "--data_cache_dir", str(run.flags["data_cache_dir"]), "--max_steps", "100000"]
+    variables = shell_variables(run) | {"num_processes": processes, "save_steps": 100000}
+    folder = run.folder / "outputs" / "default"
+    with subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, text=True) as script:
+        for line in script.stdout:
+            if "'lm_loss'" in line:
+                break
+        script.send_signal(signal.SIGTERM)
+        said = script.stdout.read()
+        assert script.wait(timeout=120) == 0
+    (checkpoint,) = folder.glob("checkpoint-*")
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert said.count(f"stopped by SIGTERM; step {step} is saved") == 1
+    assert checkpoint_problem(checkpoint) is None
+    assert not (folder / "all_results.json").exists()
 
 
 def test_the_exit_code_is_the_trainers(run, shell):

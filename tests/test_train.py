@@ -1,19 +1,21 @@
 """`train.py` as a user runs it, in this process, on a tiny Llama."""
 
+import errno
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import example_rows, filled_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import train
 from data import InputError
 from peft import LoraConfig
-from transformers_patch.training import arguments
+from transformers_patch.training import arguments, checkpoint
 
 
 class Runner:
@@ -163,6 +165,64 @@ def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, monkeypatch):
     assert results["eval_lm_loss_before"] == expected["eval_lm_loss_before"]
     adapters = [load_file(folder / "adapter_model.safetensors") for folder in (run.output, run.folder / "undisturbed")]
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[1])
+
+
+TORN = {
+    "adapter_model.safetensors": ["truncate", "delete"],
+    "trainer_state.json": ["truncate", "delete"],
+    "adapter_config.json": ["truncate"],
+    "optimizer.pt": ["truncate"],
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), [(name, damage) for name, kinds in TORN.items() for damage in kinds])
+def test_a_torn_checkpoint_is_named_and_skipped(run, capsys, name, damage):
+    expected = run()
+    for file in ("all_results.json", "adapter_model.safetensors"):
+        (run.output / file).unlink()
+    torn = run.output / "checkpoint-6" / name
+    torn.write_bytes(torn.read_bytes()[:40]) if damage == "truncate" else torn.unlink()
+    capsys.readouterr()
+    results = run()
+    shown = capsys.readouterr().out
+    assert re.search(rf"checkpoint-6 cannot be resumed and is skipped: .*{name}", shown)
+    assert f"resuming from {run.output / 'checkpoint-4'}" in shown
+    assert results["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
+    assert checkpoint.checkpoint_problem(run.output / "checkpoint-6") is None
+
+
+def test_a_full_disk_harms_no_earlier_checkpoint(run, monkeypatch):
+    def full(self, output_dir):
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, output_dir)
+
+    save = Trainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(InputError) as caught:
+        run()
+    assert re.search(r"checkpoint-4 could not be written: .*No space left on device", str(caught.value))
+    assert f"The last good checkpoint is {run.output / 'checkpoint-2'}" in str(caught.value)
+    assert [folder.name for folder in run.output.glob("*checkpoint*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert run()["train_samples"] == 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
+    step = Trainer.compute_loss
+
+    def compute_loss(self, *arguments, **keywords):
+        loss, outputs = step(self, *arguments, **keywords)
+        return (loss * float("nan") if self.state.global_step == 3 else loss), outputs
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    with pytest.raises(InputError) as caught:
+        run(per_device_train_batch_size=2)
+    message = str(caught.value)
+    assert "the loss of step 4 is not finite" in message
+    assert len(re.findall(r"train.json row \d+", message)) == 2
+    assert f"the last good checkpoint is {run.output / 'checkpoint-2'}" in message
+    assert not (run.output / "checkpoint-4").exists()
 
 
 def test_the_best_checkpoint_can_be_loaded_at_the_end(run):

@@ -6,8 +6,6 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from data import InputError, content_hash
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
 
@@ -39,10 +37,6 @@ class RunFolder:
         file = self.path / RESULTS_NAME
         return json.loads(file.read_text()) if file.is_file() else None
 
-    @property
-    def last_checkpoint(self) -> str | None:
-        return get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
-
     def check(self, config: dict) -> None:
         """Compare the configuration with the one that the folder belongs to, if it belongs to any.
 
@@ -51,7 +45,7 @@ class RunFolder:
         """
         file = self.path / CONFIG_NAME
         if not file.is_file():
-            if (self.path / RESULTS_NAME).is_file() or self.last_checkpoint:
+            if (self.path / RESULTS_NAME).is_file() or any(self.path.glob("checkpoint-*")):
                 raise InputError(f"{self.path} holds checkpoints or results but no {CONFIG_NAME}; {_WAY_OUT}")
             return
         there = json.loads(file.read_text())

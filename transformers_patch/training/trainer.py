@@ -4,19 +4,24 @@ Shape suffixes: B samples, T tokens, L adapted Linears, E experts.
 """
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import rotate_checkpoints
 
-from data import IGNORED_LABEL
+from data import IGNORED_LABEL, InputError
 from transformers_patch.recorder import RoutingRecorder
+from transformers_patch.training.checkpoint import ASIDE, STATE, put_in_place, unwritten_message
+from transformers_patch.training.stopping import StopSignals
 
 
 @dataclass
@@ -54,14 +59,19 @@ class LoRAMoETrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=self._metrics, **kwargs)
+        self.stop_signals = StopSignals()
+        self.add_callback(self.stop_signals)
         self.routing: Routing | None = None
+        self._aside: Path | None = None
         self._routed_modules: list[str] = []
         self._losses_since_log = torch.zeros(1, 3, dtype=torch.float64)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         micro_batches = self.current_gradient_accumulation_steps
         inputs = {**inputs, "balance_scale": 1 / (micro_batches * self.accelerator.num_processes)}
+        sources = inputs.pop("sources")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.stop_signals.watch(loss, sources)
         steps = torch.full((), 1 / micro_batches)
         losses = [outputs.lm_loss.detach(), outputs.balance_loss.detach() / micro_batches, steps]
         self._losses_since_log = self._losses_since_log.to(loss.device)
@@ -80,7 +90,7 @@ class LoRAMoETrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
+        labels, _ = inputs.pop("labels"), inputs.pop("sources")
         recorder = RoutingRecorder(self.accelerator.unwrap_model(model))
         with torch.no_grad(), self.compute_loss_context_manager(), recorder:
             logits = model(**inputs).logits
@@ -89,6 +99,36 @@ class LoRAMoETrainer(Trainer):
             self._routed_modules = list(recorder.weights)
             predictions.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1).contiguous())
         return None, tuple(predictions), inputs["task_types"]
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Write the checkpoint aside and rename it: a run that is killed meanwhile leaves no torn one.
+
+        Raises:
+            InputError: it could not be written (the disk is full, say); earlier checkpoints are as they were.
+        """
+        run_folder = Path(self.args.output_dir)
+        aside, name = run_folder / ASIDE, f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(unwritten_message(run_folder, name, error)) from error
+        finally:
+            self._aside = None
+        if self.state.best_model_checkpoint == str(aside / name):
+            self.state.best_model_checkpoint = str(run_folder / name)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(aside / name / STATE))
+            put_in_place(aside, name)
+            rotate_checkpoints(str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

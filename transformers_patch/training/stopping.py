@@ -1,0 +1,77 @@
+"""Ending a run early, on all ranks at the same step: after SIGTERM, or at a loss that is not finite."""
+
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from data import InputError
+from transformers_patch.training.checkpoint import find_checkpoint
+
+
+class StopSignals(TrainerCallback):
+    """Asks once per optimizer step whether any rank has to stop; one small all-reduce.
+
+    SIGTERM, as SLURM sends it ahead of a time limit, makes the run save a checkpoint and end training normally.
+
+    Attributes:
+        stopped: whether training ended because of SIGTERM.
+
+    Raises:
+        InputError: at the end of a step in which a loss was not finite; nothing is saved then.
+    """
+
+    def __init__(self):
+        self.stopped = False
+        self._terminated = False
+        self._losses: list[tuple[Tensor, list[str]]] = []
+        self._previous_handler = None
+
+    def watch(self, loss: Tensor, sources: list[str]) -> None:
+        """Remember the loss of a micro-batch and where its rows come from, until the end of the step."""
+        self._losses.append((loss.detach(), sources))
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._previous_handler = signal.signal(signal.SIGTERM, self._terminate)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        signal.signal(signal.SIGTERM, self._previous_handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._losses]))
+        flags = torch.stack([bad.any(), torch.tensor(self._terminated, device=bad.device)]).int()
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        not_finite, terminated = flags.tolist()
+        if not_finite:
+            rows = [source for (_, sources), is_bad in zip(self._losses, bad.tolist(), strict=True) if is_bad
+                    for source in sources]  # fmt: skip
+            raise InputError(_not_finite_message(args, state, _of_all_ranks(rows)))
+        self._losses.clear()
+        if terminated:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _terminate(self, number, frame):
+        self._terminated = True
+
+
+def _of_all_ranks(rows: list[str]) -> list[str]:
+    if not dist.is_initialized():
+        return rows
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]
+
+
+def _not_finite_message(args: TrainingArguments, state: TrainerState, rows: list[str]) -> str:
+    checkpoint, _ = find_checkpoint(Path(args.output_dir))
+    return (
+        f"the loss of step {state.global_step} is not finite; its rows were {', '.join(rows)}. Nothing was saved "
+        f"then; the last good checkpoint is {checkpoint or 'none'}. Look at these rows, lower the learning "
+        "rate, or use bf16 in place of fp16"
+    )
