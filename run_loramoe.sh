@@ -48,9 +48,22 @@ deepspeed_config_file=${deepspeed_config_file-auto} # JSON in scripts/deepspeed;
 nnodes=${nnodes:-1}                                 # number of nodes; start this script on each
 node_rank=${node_rank:-0}                           # this node's number, 0 to nnodes - 1
 master_addr=${master_addr:-127.0.0.1}               # address of node 0
-master_port=${master_port:-29500}                   # free port on node 0
+master_port=${master_port:-}                        # free port on node 0; empty: any on one node, 29500 on several
 
 # ======================================================================================================================
+for flag in "$@"; do
+    if [[ $flag == --output_dir* ]]; then
+        echo "error: the run's folder is output_dir/exp_name: set these two variables in place of --output_dir" >&2
+        exit 1
+    fi
+done
+for name in num_processes nnodes node_rank; do
+    if [[ ! ${!name} =~ ^[0-9]*$ || (${!name} == 0 && $name != node_rank) ]]; then
+        echo "error: $name is '${!name}', but has to be a whole number of at least $([[ $name == node_rank ]] && echo 0 || echo 1)" >&2
+        exit 1
+    fi
+done
+
 python=$(bash scripts/setup.sh)
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
@@ -58,7 +71,8 @@ if [[ $pretrained_model == models/SmolLM2-135M-Instruct ]]; then
     "$python" -m scripts.fetch_base_model
 fi
 
-# "GPUs half" as torch sees them, so that CUDA_VISIBLE_DEVICES counts; a laptop is not made to wait for torch.
+# Ask torch for the number of GPUs, since it minds CUDA_VISIBLE_DEVICES, and for their half precision. A machine without
+# a GPU driver is not made to wait for the answer.
 gpus=0
 if command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null; then
     read -r gpus half < <("$python" -c '
@@ -99,6 +113,7 @@ arguments=(
     --gradient_accumulation_steps "$gradient_accumulation_steps"
     --activation_checkpointing "$gradient_checkpointing"
     --output_dir "$output_dir/$exp_name"
+    --num_processes "$((num_processes * nnodes))"
     --save_steps "$save_steps"
     "${hardware[@]}"
 )
@@ -112,19 +127,25 @@ arguments+=("$@")
 "$python" train.py "${arguments[@]}" --prepare_only true
 
 launch=("$python")
-if ((num_processes > 1 || nnodes > 1)) || [[ -n $deepspeed_config_file ]]; then
-    launch+=(-m torch.distributed.run --nnodes "$nnodes" --node_rank "$node_rank" --nproc_per_node "$num_processes"
-        --master_addr "$master_addr" --master_port "$master_port")
+if ((gpus > 0 || num_processes > 1 || nnodes > 1)) || [[ -n $deepspeed_config_file ]]; then
+    launch+=(-m torch.distributed.run --nproc_per_node "$num_processes")
+    if ((nnodes == 1)) && [[ -z $master_port ]]; then
+        launch+=(--standalone)
+    else
+        launch+=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "$master_addr" --master_port "${master_port:-29500}")
+    fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 
 # The terminal shows everything, the run's folder keeps it, and the exit code is the trainer's, not tee's.
-exec 3> >(exec tee -a "$output_dir/$exp_name/train.log")
+exec 3> >(trap '' INT; exec tee -a "$output_dir/$exp_name/train.log")
 tee=$!
 "${launch[@]}" train.py "${arguments[@]}" --restart false >&3 2>&1 &
 trainer=$!
+stopped=false
 # torchrun would end its workers without waiting for them, so a signal goes to the workers themselves.
 stop_training() {
+    stopped=true
     if ((${#launch[@]} > 1)); then pkill -TERM -P "$trainer"; else kill -TERM "$trainer"; fi 2>/dev/null || true
 }
 trap stop_training TERM INT
@@ -136,4 +157,8 @@ while kill -0 "$trainer" 2>/dev/null; do # a forwarded signal ends the wait befo
 done
 exec 3>&-
 wait "$tee" 2>/dev/null || true
+# A run that was stopped ends cleanly but is not finished: job chains see 143, as of a process ended by SIGTERM.
+if [[ $stopped == true && $status == 0 && ! -f $output_dir/$exp_name/all_results.json ]]; then
+    status=143
+fi
 exit "$status"

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -33,16 +34,33 @@ def main(argv: list[str] | None = None) -> None:
     """
     model_args, data_args, args = parse_arguments(argv)
     with args.main_process_first(desc="checking the input"):
-        check_base_model(model_args)
         tokenizer = load_tokenizer(model_args)
+        check_base_model(model_args, tokenizer)
         train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
         config = run_config(model_args, data_args, args)
-        folder = prepare_folder(config, args)
-    if args.prepare_only:
-        return
-    if folder.results:
-        say(args, "this run is finished already; its results were:", *summary_lines(folder.path, folder.results))
-        return
+    folder = RunFolder(args.output_dir)
+    with folder.held() if args.process_index == 0 else nullcontext():
+        with args.main_process_first(local=False, desc="preparing the run's folder"):
+            if args.process_index == 0:
+                prepare_folder(folder, config, restart=args.restart)
+        if args.prepare_only:
+            return
+        if folder.results:
+            say(args, "this run is finished already; its results were:", *summary_lines(folder.path, folder.results))
+            return
+        run(model_args, args, folder, config, tokenizer, train_data, eval_data)
+
+
+def run(
+    model_args: ModelArguments,
+    args: RunArguments,
+    folder: RunFolder,
+    config: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: Dataset,
+    eval_data: Dataset | None,
+) -> None:
+    """Train from the last checkpoint, if there is one, to the results."""
     checkpoint, torn = find_checkpoint(folder.path)
     say(args, *torn)
     trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint)
@@ -74,7 +92,7 @@ def load_rows(
     if data_args.validation_file:
         eval_data, eval_counts = load(data_args.validation_file)
         messages.append(f"evaluation rows  {data_args.validation_file}: {eval_counts.summary(encoding.max_seq_length)}")
-        if shared := count_shared_rows(train_data, eval_data):
+        if args.process_index == 0 and (shared := count_shared_rows(train_data, eval_data)):
             messages.append(
                 f"warning: {shared} of {len(eval_data)} evaluation rows are also training rows (same instruction and "
                 "input), so the evaluation flatters the model"
@@ -84,14 +102,12 @@ def load_rows(
     return train_data, eval_data
 
 
-def prepare_folder(config: dict, args: RunArguments) -> RunFolder:
-    """The run's folder, claimed for this configuration."""
-    folder = RunFolder(args.output_dir)
-    if args.restart and (aside := folder.set_aside()):
+def prepare_folder(folder: RunFolder, config: dict, restart: bool) -> None:
+    """Make the folder this configuration's, or find that it is."""
+    if restart and (aside := folder.set_aside()):
         print(f"--restart: what was in {folder.path} is now in {aside}")
     folder.check(config)
     folder.claim(config)
-    return folder
 
 
 def build_trainer(

@@ -2,7 +2,7 @@
 (`collate.py`). Knows no model."""
 
 from data.collate import IGNORED_LABEL, Collator
-from data.dataset import DataStatistics, Encoding, content_hash, count_shared_rows, load_data
+from data.dataset import DataStatistics, Encoding, content_hash, count_shared_rows, file_hash, load_data
 from data.errors import InputError
 from data.prompt import TEMPLATES, encode_prompt, encode_target, resolve_template
 
@@ -17,6 +17,7 @@ __all__ = [
     "count_shared_rows",
     "encode_prompt",
     "encode_target",
+    "file_hash",
     "load_data",
     "resolve_template",
 ]

@@ -99,12 +99,17 @@ def load_data(
 
 
 def content_hash(path: str | Path) -> str:
-    """SHA-256 over the names and bytes of the data files that a path means."""
+    """SHA-256 over the contents of the data files that a path means, in name order."""
     digest = hashlib.sha256()
     for file in find_files(path):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        digest.update(file_hash(file).encode())
     return digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def count_shared_rows(first: datasets.Dataset, second: datasets.Dataset) -> int:
@@ -123,7 +128,8 @@ def _prompt_hash(row: dict) -> bytes:
 def _cache_key(files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> str:
     digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
     for file in files:
-        digest.update(content_hash(file).encode())
+        # Kind and name are part of the result: how the file is read, and what its rows are called in messages.
+        digest.update(f"{file.name}:{file_hash(file)}".encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, asdict(encoding)]).encode())
     return digest.hexdigest()[:32]

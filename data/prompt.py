@@ -1,10 +1,13 @@
 """Turning a row into the text that the model reads (prompt) and the text that it learns to write (target)."""
 
+from collections.abc import Callable
+
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import InputError
 
 TEMPLATES = ("auto", "plain", "chat")
+PLACEHOLDER = "PLACE-OF-THE-CONTENT"
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -30,12 +33,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction
 
     Special tokens come from the template alone: text in a row that spells one (`</s>`) stays text.
     """
-    text = f"{instruction}\n{context}" if context else instruction
+    text = _user_text(instruction, context)
     if template == "plain":
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         return [*_without_end(ids, tokenizer), tokenizer.eos_token_id]
-    rendered = tokenizer.apply_chat_template(_turns(text), tokenize=False, add_generation_prompt=True)
-    return _encode_rendered(tokenizer, rendered, text)
+    return _encode_chat(tokenizer, text, lambda content: _render(tokenizer, content))
 
 
 def encode_target(
@@ -49,29 +51,46 @@ def encode_target(
     if template == "plain":
         ids = tokenizer(output, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, tokenizer.eos_token_id]
-    text = f"{instruction}\n{context}" if context else instruction
-    prompt = tokenizer.apply_chat_template(_turns(text), tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*_turns(text), {"role": "assistant", "content": output}], tokenize=False)
+    text = _user_text(instruction, context)
+    ids = _encode_chat(tokenizer, output, lambda content: _render_answer(tokenizer, text, content))
+    return ids if ids and ids[-1] in tokenizer.all_special_ids else [*ids, tokenizer.eos_token_id]
+
+
+def _user_text(instruction: str, context: str) -> str:
+    return f"{instruction}\n{context}" if context else instruction
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    turns = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _render_answer(tokenizer: PreTrainedTokenizerBase, text: str, output: str) -> str:
+    """What the template puts behind the prompt for an answer, without the white space between turns."""
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": output}]
+    prompt, whole = _render(tokenizer, text), tokenizer.apply_chat_template(turns, tokenize=False)
     if not whole.startswith(prompt):
         raise InputError(
             "the tokenizer's chat template does not append the answer to the prompt, so the supervised part cannot "
             "be told apart; use prompt_template plain"
         )
-    ids = _encode_rendered(tokenizer, whole[len(prompt) :].rstrip(), output)
-    return ids if ids and ids[-1] in tokenizer.all_special_ids else [*ids, tokenizer.eos_token_id]
+    return whole[len(prompt) :].rstrip()
 
 
-def _turns(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, content: str, render: Callable[[str], str]) -> list[int]:
+    """Token ids of `render(content)`, in which special tokens count only where the template wrote them.
 
-
-def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str, content: str) -> list[int]:
-    """Token ids of a rendered template, in which special tokens count only outside the user's content."""
-    content = content.strip()
+    Where the content spells one, the template is rendered around a placeholder and the content encoded apart.
+    """
     if not any(token in content for token in tokenizer.all_special_tokens):
-        return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    before, content, after = rendered.partition(content)
-    pieces = ((before, False), (content, True), (after, False))
+        return tokenizer(render(content), add_special_tokens=False)["input_ids"]
+    parts = render(PLACEHOLDER).split(PLACEHOLDER)
+    if len(parts) != 2:
+        raise InputError(
+            "a row spells a special token, and the tokenizer's chat template does not show its text exactly once, so "
+            "the two cannot be told apart; use prompt_template plain"
+        )
+    pieces = ((parts[0], False), (content, True), (parts[1], False))
     return [
         token
         for text, literal in pieces

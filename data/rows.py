@@ -17,6 +17,8 @@ from data.errors import InputError
 SUFFIXES = (".json", ".jsonl", ".parquet")
 UNLABELLED = -1
 MOST_PROBLEMS_SHOWN = 10
+# The last is what nesting without end gives.
+NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -84,12 +86,14 @@ def row_problem(row: object, num_task_types: int) -> str | None:
             return f"has no {name!r}; its fields are {', '.join(map(repr, row)) or 'none'}"
         if not isinstance(value, str):
             return f"{name!r} is {_shown(value)}, but has to be a string"
-    if not row["output"]:
+        if not _is_unicode(value):
+            return f"{name!r} holds half of a surrogate pair, which is no character: {_shown(value)}"
+    if not row["output"].strip():
         return "'output' is empty: there is nothing to learn from"
     task_type = row.get("task_type")
     if task_type is not None and (type(task_type) is not int or not 0 <= task_type < num_task_types):
         allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
-        return f"'task_type' is {_shown(task_type)}, but has to be {allowed}, or be left out"
+        return f"'task_type' is {_shown(task_type)}, but has to be {allowed} (a whole number), or be left out"
     return None
 
 
@@ -113,8 +117,8 @@ def generate_rows(files: list[Path]) -> Iterator[dict]:
 
 def _read_json(file: Path) -> Iterator[tuple[int, object]]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except NOT_JSON as error:
         raise InputError(f"{file}: not JSON ({error}); JSON Lines files are named .jsonl") from None
     if not isinstance(rows, list):
         raise InputError(f"{file}: holds {_shown(rows)}, but a .json file has to be a list of rows")
@@ -127,8 +131,8 @@ def _read_json_lines(file: Path) -> Iterator[tuple[int, object]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except NOT_JSON as error:
                 raise InputError(f"{file}: row {number}: not JSON ({error})") from None
 
 
@@ -140,10 +144,18 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{file}: not a readable Parquet file ({error})") from None
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _shown(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -2,6 +2,7 @@
 
 import enum
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -78,9 +79,14 @@ class PeftConfig:
             raise ValueError(f"{path}: peft_type is {found!r}, but only {PeftType.LORAMOE.value!r} can be loaded here")
         kind = LoraConfig if cls is PeftConfig else cls
         known = {item.name for item in fields(kind)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{path}: unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return kind(**values)
+        problems = [f"unknown field {name!r}" for name in sorted(set(values) - known)]
+        problems += [f"missing field {name!r}" for name in sorted(known - set(values))]
+        try:
+            if not problems:
+                return kind(**values)
+        except ValueError as error:
+            problems = str(error).splitlines()
+        raise ValueError(f"{path}: {'; '.join(problems)}")
 
 
 @dataclass
@@ -99,7 +105,7 @@ class LoraConfig(PeftConfig):
         target_modules: names of the Linears to adapt, compared with the end of each module's dotted name.
 
     Raises:
-        ValueError: at least one value is out of range; the message lists every problem.
+        ValueError: at least one value is out of range; the message has a line for every problem.
     """
 
     r: int = 4
@@ -117,7 +123,7 @@ class LoraConfig(PeftConfig):
             self.target_modules = [self.target_modules]
         self.target_modules = sorted(set(self.target_modules))
         if problems := self.problems():
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
     @property
     def balances(self) -> bool:
@@ -129,15 +135,15 @@ class LoraConfig(PeftConfig):
         problems = [
             f"{name} is {value}, but has to be a whole number of at least 1"
             for name, value in (("r", self.r), ("lora_nums", self.lora_nums), ("num_task_types", self.num_task_types))
-            if not isinstance(value, int) or value < 1
+            if type(value) is not int or value < 1
         ]
-        if self.lora_alpha <= 0:
-            problems.append(f"lora_alpha is {self.lora_alpha}, but has to be above 0")
+        if not (_is_finite(self.lora_alpha) and self.lora_alpha > 0):
+            problems.append(f"lora_alpha is {self.lora_alpha}, but has to be a number above 0")
         for name, value in (("lora_dropout", self.lora_dropout), ("blc_alpha", self.blc_alpha)):
-            if not 0 <= value < 1:
+            if not (_is_finite(value) and 0 <= value < 1):
                 problems.append(f"{name} is {value}, but has to be in [0, 1)")
-        if not self.blc_weight >= 0:
-            problems.append(f"blc_weight is {self.blc_weight}, but has to be at least 0")
+        if not (_is_finite(self.blc_weight) and self.blc_weight >= 0):
+            problems.append(f"blc_weight is {self.blc_weight}, but has to be a number of at least 0")
         if not self.target_modules:
             problems.append("target_modules is empty, but at least one Linear has to be named")
         if not problems and self.balances and self.lora_nums % self.num_task_types:
@@ -147,3 +153,7 @@ class LoraConfig(PeftConfig):
                 "the balance term off with blc_weight 0"
             )
         return problems
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

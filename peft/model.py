@@ -51,12 +51,14 @@ class PeftModel(nn.Module):
         return self.base_model.model
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> None:
-        """Add a fresh adapter; it becomes active only by `set_adapter`."""
+        """Add a fresh adapter; it becomes active, and trainable, only by `set_adapter`."""
         if adapter_name in self.peft_config:
             raise ValueError(f"there is already an adapter named {adapter_name!r}")
         if not adapter_name.isidentifier():
             raise ValueError(f"{adapter_name!r} cannot name an adapter: letters, digits and underscores only")
         self.base_model.add_adapter(adapter_name, peft_config)
+        for parameter in adapter_parameters(self, adapter_name).values():
+            parameter.requires_grad_(False)
         if peft_config.base_model_name_or_path is None:
             peft_config.base_model_name_or_path = getattr(self.base_model.model, "name_or_path", None)
         self.peft_config[adapter_name] = peft_config

@@ -34,10 +34,15 @@ def without(name: str) -> dict:
 BAD_ROWS = {
     "no output": (without("output"), r"row 2: has no 'output'; its fields are 'instruction', 'input', 'task_type'"),
     "empty output": (GOOD | {"output": ""}, r"row 2: 'output' is empty"),
+    "blank output": (GOOD | {"output": " \n"}, r"row 2: 'output' is empty"),
+    "half a surrogate": (GOOD | {"output": "a\ud83d"}, r"row 2: 'output' holds half of a surrogate pair"),
     "number for a string": (GOOD | {"instruction": 3}, r"row 2: 'instruction' is 3, but has to be a string"),
     "list for a string": (GOOD | {"output": ["a"]}, r"row 2: 'output' is \[\"a\"\], but has to be a string"),
     "no object": (["Say", "yes"], r"row 2: is \[\"Say\", \"yes\"\], but has to be an object"),
-    "negative type": (GOOD | {"task_type": -1}, r"row 2: 'task_type' is -1, but has to be 0 or 1, or be left out"),
+    "negative type": (
+        GOOD | {"task_type": -1},
+        r"row 2: 'task_type' is -1, but has to be 0 or 1 \(a whole number\), or be left out",
+    ),
     "fractional type": (GOOD | {"task_type": 0.5}, r"row 2: 'task_type' is 0.5, but has to be 0 or 1"),
     "type too large": (GOOD | {"task_type": 2}, r"row 2: 'task_type' is 2, but has to be 0 or 1"),
     "type as text": (GOOD | {"task_type": "1"}, r"row 2: 'task_type' is \"1\", but has to be 0 or 1"),
@@ -72,6 +77,7 @@ BAD_FILES = {
     "no rows": ("rows.json", "[]", "there is no row"),
     "a torn line": ("rows.jsonl", json.dumps(GOOD) + '\n{"instr', "row 2: not JSON"),
     "another kind": ("rows.csv", "a,b", "unknown kind of data file '.csv'; allowed are .json, .jsonl, .parquet"),
+    "nested without end": ("rows.json", "[" * 100000, "not JSON"),
     "not Parquet": ("rows.parquet", "nothing", "not a readable Parquet file"),
 }
 
@@ -146,6 +152,16 @@ def test_special_tokens_written_in_a_row_stay_text(tokenizer, template):
     assert "Repeat </s> and <|user|>" in tokenizer.decode(prompt)
 
 
+@pytest.mark.parametrize("text", ["<|user|>", "a</s>", "<|assistant|> </s>", "</s>\nx"])
+def test_special_tokens_of_the_template_and_of_a_row_are_told_apart(tokenizer, text):
+    prompt = encode_prompt(tokenizer, "chat", text, "")
+    user, end, assistant = (tokenizer.convert_tokens_to_ids(name) for name in ("<|user|>", "</s>", "<|assistant|>"))
+    assert prompt[0] == user
+    assert prompt[-2:] == [end, assistant]
+    assert not {user, end, assistant} & set(prompt[1:-2])
+    assert tokenizer.decode(prompt[1:-2]) == text
+
+
 def test_template_names(tokenizer):
     assert resolve_template("auto", tokenizer) == "chat"
     with pytest.raises(InputError, match=r"'alpaca' is unknown; allowed are auto, plain, chat"):
@@ -202,6 +218,26 @@ def test_the_cache_is_keyed_by_content(tmp_path, tokenizer, data_file):
     tokenizer.add_tokens(["number"])
     load(data_file, tokenizer, tmp_path)
     assert len(entries()) == 5
+
+
+def test_another_chat_template_means_other_tokens(tmp_path, tokenizer, data_file):
+    encoding = Encoding("chat", 256, 2)
+    before = load(data_file, tokenizer, tmp_path, encoding)[0]
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ turn.content }}", "({{ turn.content }})")
+    after = load(data_file, tokenizer, tmp_path, encoding)[0]
+    assert tokenizer.decode(before[0]["input_ids"]).startswith("<|user|>Say")
+    assert tokenizer.decode(after[0]["input_ids"]).startswith("<|user|>(Say")
+
+
+def test_another_end_token_means_other_tokens(tmp_path, tokenizer, data_file):
+    """Both are in the vocabulary anyway; only the role changes."""
+    load(data_file, tokenizer, tmp_path)
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    tokenizer.eos_token = "<s>"
+    assert tokenizer.backend_tokenizer.to_str() == vocabulary
+    ids = load(data_file, tokenizer, tmp_path)[0][0]["input_ids"]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<s>")) == 2
+    assert tokenizer.convert_tokens_to_ids("</s>") not in ids
 
 
 def test_an_interrupted_build_is_repeated(tmp_path, tokenizer, data_file, monkeypatch):

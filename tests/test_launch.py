@@ -19,14 +19,44 @@ from test_train import Runner
 from peft import LoraConfig, PeftModel
 from transformers_patch.training.checkpoint import checkpoint_problem
 
-SHELL_VARIABLES = (
-    "pretrained_model", "tokenizer_path", "peft_path", "dataset_dir", "validation_file", "output_dir", "exp_name",
-    "tuning", "lora_rank", "lora_alpha", "lora_trainable", "lora_dropout", "lora_nums", "blc_alpha", "blc_weight", "lr",
-    "num_train_epochs", "max_steps", "seed", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "max_seq_length", "prompt_template", "save_steps", "eval_steps", "load_in_kbits",
-    "gradient_checkpointing", "deepspeed_config_file", "num_processes", "nnodes", "node_rank", "master_addr",
-    "master_port",
-)  # fmt: skip
+# Variables of run_loramoe.sh: the flag that each one sets, and a value that is no default and no other's.
+TRAIN_VARIABLES = {
+    "pretrained_model": ("--model_name_or_path", "models/my base"),
+    "tokenizer_path": ("--tokenizer_name_or_path", "models/my tokenizer"),
+    "peft_path": ("--peft_path", "outputs/my adapter"),
+    "load_in_kbits": ("--load_in_kbits", "8"),
+    "dataset_dir": ("--dataset_dir", "data/my rows"),
+    "validation_file": ("--validation_file", "data/my test.json"),
+    "max_seq_length": ("--max_seq_length", "101"),
+    "prompt_template": ("--prompt_template", "plain"),
+    "tuning": ("--tuning", "full"),
+    "lora_nums": ("--lora_nums", "102"),
+    "lora_rank": ("--lora_rank", "103"),
+    "lora_alpha": ("--lora_alpha", "104"),
+    "lora_dropout": ("--lora_dropout", "0.105"),
+    "lora_trainable": ("--trainable", "q_proj,v_proj"),
+    "blc_alpha": ("--blc_alpha", "0.106"),
+    "blc_weight": ("--blc_weight", "0.107"),
+    "lr": ("--learning_rate", "0.108"),
+    "num_train_epochs": ("--num_train_epochs", "109"),
+    "max_steps": ("--max_steps", "110"),
+    "seed": ("--seed", "111"),
+    "per_device_train_batch_size": ("--per_device_train_batch_size", "112"),
+    "per_device_eval_batch_size": ("--per_device_eval_batch_size", "113"),
+    "gradient_accumulation_steps": ("--gradient_accumulation_steps", "114"),
+    "gradient_checkpointing": ("--activation_checkpointing", "true"),
+    "save_steps": ("--save_steps", "115"),
+    "eval_steps": ("--eval_steps", "116"),
+    "deepspeed_config_file": ("--deepspeed", "my zero.json"),
+}
+LAUNCHER_VARIABLES = {
+    "num_processes": ("--nproc_per_node", "117"),
+    "nnodes": ("--nnodes", "118"),
+    "node_rank": ("--node_rank", "119"),
+    "master_addr": ("--master_addr", "node.example"),
+    "master_port": ("--master_port", "120"),
+}
+SHELL_VARIABLES = ("output_dir", "exp_name", *TRAIN_VARIABLES, *LAUNCHER_VARIABLES)
 
 
 def free_port() -> int:
@@ -126,7 +156,6 @@ def shell_variables(run: Runner) -> dict:
         "dataset_dir": run.flags["dataset_dir"],
         "validation_file": run.flags["validation_file"],
         "output_dir": run.folder / "outputs",
-        "master_port": free_port(),
     }
 
 
@@ -155,6 +184,10 @@ def test_the_shell_script_trains_with_variables_and_flags(run, shell):
 BAD_INPUT = {
     "one process": ({"lora_rank": 0}, "error: --lora_rank is 0, but has to be a whole number of at least 1"),
     "two processes": ({"num_processes": 2, "dataset_dir": "none.json"}, "error: none.json: no such file or folder"),
+    "no number": (
+        {"num_processes": "two"},
+        "error: num_processes is 'two', but has to be a whole number of at least 1",
+    ),
 }
 
 
@@ -180,7 +213,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes):
                 break
         script.send_signal(signal.SIGTERM)
         said = script.stdout.read()
-        assert script.wait(timeout=120) == 0
+        assert script.wait(timeout=120) == 143
     (checkpoint,) = folder.glob("checkpoint-*")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert said.count(f"stopped by SIGTERM; step {step} is saved") == 1
@@ -196,12 +229,100 @@ def test_the_exit_code_is_the_trainers(run, shell):
     assert "Traceback" in outcome.stdout
 
 
-def test_every_hyperparameter_is_explained_overridable_and_used():
+def test_every_hyperparameter_is_explained_and_overridable():
     script = (ROOT / "run_loramoe.sh").read_text()
-    for name in SHELL_VARIABLES:
-        assert re.search(rf"^{name}=\$\{{{name}:?-.*\}}\s+# \S", script, re.MULTILINE), name
-        uses = script.count(f"${name}") + len(re.findall(rf"\b{name} [>|]", script))
-        assert uses >= 1, name
+    overridable = re.findall(r"^(\w+)=\$\{\1:?-.*\}\s+# \S", script, re.MULTILINE)
+    assert sorted(overridable) == sorted(SHELL_VARIABLES)
+
+
+# Stands in for Python: writes its arguments down, and tells of as many GPUs as $GPUS where it is asked for them.
+STUB = """#!/usr/bin/env bash
+if [[ $1 == -c ]]; then echo "$GPUS"; exit; fi
+{ printf '%s\\t' "$@"; echo; } >>calls
+"""
+
+
+@pytest.fixture
+def dry_run(tmp_path):
+    """Runs a copy of run_loramoe.sh with nothing behind it; returns the argument lists that Python would be given."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "setup.sh").write_text(f"echo '{tmp_path}/python'\n")
+    shutil.copy(ROOT / "run_loramoe.sh", tmp_path)
+    for name, text in {"python": STUB, "nvidia-smi": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run_script(*flags: str, gpus: str = "0 fp16", **variables: str) -> list[list[str]]:
+        (tmp_path / variables.get("output_dir", "outputs") / variables.get("exp_name", "default")).mkdir(parents=True)
+        clean = {name: value for name, value in os.environ.items() if name not in SHELL_VARIABLES}
+        found = clean | variables | {"GPUS": gpus, "PATH": f"{tmp_path}{os.pathsep}{clean['PATH']}"}
+        subprocess.run(["bash", "run_loramoe.sh", *flags], cwd=tmp_path, env=found, check=True, timeout=60)
+        return [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return run_script
+
+
+def flag_values(arguments: list[str]) -> dict[str, str]:
+    """Flags and their values; fails the test where one is given twice."""
+    names, values = arguments[::2], arguments[1::2]
+    assert len(set(names)) == len(names) == len(values)
+    assert all(name.startswith("--") for name in names)
+    return dict(zip(names, values, strict=True))
+
+
+def test_every_hyperparameter_reaches_its_flag(dry_run):
+    table = TRAIN_VARIABLES | LAUNCHER_VARIABLES
+    variables = {name: value for name, (_, value) in table.items()}
+    assert len({*variables.values()}) == len(variables)
+    more = ["--weight_decay", "0.121"]
+    prepare, train = dry_run(*more, **variables, output_dir="my runs", exp_name="my run")
+    shared = prepare[1:-2]
+    assert prepare == ["train.py", *shared, "--prepare_only", "true"]
+    assert shared[-2:] == more
+    assert flag_values(shared) == dict(TRAIN_VARIABLES.values()) | {
+        "--output_dir": "my runs/my run",
+        "--num_processes": str(117 * 118),
+        "--eval_strategy": "steps",
+        "--use_cpu": "true",
+        "--weight_decay": "0.121",
+    }
+    program = train.index("train.py")
+    assert train[:2] == ["-m", "torch.distributed.run"]
+    assert flag_values(train[2:program]) == dict(LAUNCHER_VARIABLES.values())
+    assert train[program:] == ["train.py", *shared, "--restart", "false"]
+
+
+def test_without_variables_one_process_trains_on_the_fetched_model(dry_run):
+    fetch, prepare, train = dry_run()
+    assert fetch == ["-m", "scripts.fetch_base_model"]
+    flags = flag_values(prepare[1:])
+    assert flags["--model_name_or_path"] == "models/SmolLM2-135M-Instruct"
+    assert flags["--output_dir"] == "outputs/default"
+    assert not {"--deepspeed", "--peft_path", "--tokenizer_name_or_path"} & {*flags}
+    assert train[0] == "train.py"
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_on_gpus_there_is_a_process_for_each_with_zero2_and_half_precision(dry_run, half):
+    *_, prepare, train = dry_run(gpus=f"3 {half}", validation_file="")
+    flags = flag_values(prepare[1:])
+    assert flags[f"--{half}"] == "true"
+    assert flags["--deepspeed"] == "scripts/deepspeed/zero2.json"
+    assert not {"--use_cpu", "--validation_file", "--eval_strategy", "--eval_steps"} & {*flags}
+    assert flags["--num_processes"] == "3"
+    assert train[: train.index("train.py")] == ["-m", "torch.distributed.run", "--nproc_per_node", "3", "--standalone"]
+
+
+def test_several_nodes_meet_at_the_first_one(dry_run):
+    *_, prepare, train = dry_run(nnodes="2", node_rank="1", num_processes="4", master_addr="node.example")
+    assert flag_values(prepare[1:])["--num_processes"] == "8"
+    assert flag_values(train[2 : train.index("train.py")]) == {
+        "--nproc_per_node": "4",
+        "--nnodes": "2",
+        "--node_rank": "1",
+        "--master_addr": "node.example",
+        "--master_port": "29500",
+    }
 
 
 def test_the_gradients_of_two_ranks_with_uneven_batches(tmp_path):

@@ -8,7 +8,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from peft import LoraConfig, LoraLayer, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    LoraLayer,
+    PeftModel,
+    TaskType,
+    find_targets,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 
 MLP = [f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -208,6 +216,37 @@ def test_missing_targets_are_named_with_near_misses():
         get_peft_model(tiny_model(), LoraConfig(target_modules=["gate_prj"]))
     with pytest.raises(ValueError, match=r"'model.layers.0.mlp' is a LlamaMLP; only Linear layers"):
         get_peft_model(tiny_model(), LoraConfig(target_modules=["mlp"]))
+
+
+@pytest.mark.parametrize("name", ["proj", "ate_proj", "p.gate_proj", "gate", "layers.0.mlp.gate_pro", "0.mlp"])
+def test_a_target_is_named_by_whole_parts(name):
+    """`0.mlp` is whole, but no Linear: nothing that only looks like a target is adapted."""
+    with pytest.raises(ValueError, match=r"does not exist in the model|only Linear layers"):
+        find_targets(tiny_model(), [name])
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("gate_proj", 2), ("mlp.gate_proj", 2), ("0.mlp.gate_proj", 1), (MLP[0], 1), ("lm_head", 1)]
+)
+def test_a_target_may_be_any_whole_end_of_a_name(name, count):
+    targets = find_targets(tiny_model(), [name])
+    assert len(targets) == count
+    assert all(found.split(".")[-len(name.split(".")) :] == name.split(".") for found in targets)
+
+
+def test_a_and_routers_start_kaiming_uniform_and_b_at_zero():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, lora_nums=4))
+    seen = []
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            assert not parameter.any(), name
+        elif parameter.requires_grad:
+            bound = parameter.shape[1] ** -0.5
+            assert 0.9 * bound < parameter.abs().max() <= bound, name
+            assert parameter.abs().min() > 0, name
+            seen.append(parameter.flatten()[:8])
+    assert len(seen) == 12
+    assert torch.pdist(torch.stack(seen)).min() > 0
 
 
 def test_a_stock_model_is_refused_where_the_balance_term_counts():

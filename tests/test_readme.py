@@ -1,10 +1,13 @@
-"""What the README tells people to type is accepted by the programs."""
+"""What the README tells people to type is accepted by the programs, and its Python runs."""
 
 import re
 import shlex
+import sys
 
-from conftest import ROOT
-from test_launch import SHELL_VARIABLES
+import pytest
+from conftest import ROOT, filled_model
+from test_launch import SHELL_VARIABLES, call
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
 
@@ -37,6 +40,38 @@ def test_every_command_names_a_program_variables_and_flags_that_exist():
                 assert (ROOT / f"{word.replace('.', '/')}.py").is_file(), command
             if word.endswith((".sh", ".py")) or word.startswith("scripts/"):
                 assert (ROOT / word).exists(), command
+
+
+def python_block() -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return block
+
+
+def test_the_python_block_runs_as_printed(tmp_path, model_dir, monkeypatch, capsys):
+    """On the tiny model, under the names of folders that the block has."""
+    adapter, base = tmp_path / "outputs" / "default", tmp_path / "models" / "SmolLM2-135M-Instruct"
+    base.parent.mkdir()
+    base.symlink_to(model_dir)
+    filled_model().save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(adapter)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(python_block(), "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+    alone = AutoModelForCausalLM.from_pretrained(model_dir).generate(
+        **names["prompt"], max_new_tokens=10, do_sample=False
+    )
+    assert names["answer"].tolist() == alone.tolist()
+
+
+@pytest.mark.slow
+def test_the_python_block_runs_on_the_real_model():
+    for folder in ("outputs/default", "models/SmolLM2-135M-Instruct"):
+        if not (ROOT / folder).exists():
+            pytest.skip(f"{folder} is not there yet; bash run_loramoe.sh makes it")
+    outcome = call([sys.executable, "-c", python_block()])
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert outcome.stdout.strip()
 
 
 def test_every_file_that_the_pages_link_to_exists():

@@ -9,6 +9,9 @@ from transformers_patch.modeling_llama import LlamaLoRAMoEForCausalLM
 
 PATCHED_CLASSES: dict[str, type[PreTrainedModel]] = {"llama": LlamaLoRAMoEForCausalLM}
 
+# Which version of a model is meant and how it is fetched: the same for configuration and weights.
+HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
 
 class AutoModelForCausalLM:
     """As transformers' class of this name, but the models know task types and the balance term."""
@@ -20,7 +23,8 @@ class AutoModelForCausalLM:
         Raises:
             ValueError: the architecture has no patched class here.
         """
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path)
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **where)
         return patched_class(config).from_pretrained(name_or_path, config=config, **kwargs)
 
     @staticmethod

@@ -1,5 +1,6 @@
 """What turns any causal language model of transformers into one that knows task types and the balance term."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -61,7 +62,8 @@ class LoRAMoEMixin:
             task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
             balance_scale: factor on the balance term in `loss`, by which a trainer makes the micro-batches of one
                 optimizer step count as their mean. `balance_loss` is reported without it.
-            Others: as in the stock class.
+
+        The other arguments are those of the stock class.
 
         Raises:
             ValueError: the shape of `task_types` does not fit the batch, or the mask cannot tell padding from text.
@@ -122,8 +124,10 @@ class LoRAMoEMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("transformers."))
-            self.config.architectures = [stock.__name__]
-            self.config.save_pretrained(save_directory)
+            config = copy.deepcopy(self.config)
+            config.architectures = [stock.__name__]
+            config.use_cache = True  # off while training
+            config.save_pretrained(save_directory)
 
 
 def _refuse_detached(recorder: RoutingRecorder) -> None:

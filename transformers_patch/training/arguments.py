@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import json
+import math
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from data import TEMPLATES, InputError
 from peft import LoraConfig, TaskType
@@ -26,6 +29,32 @@ FLAG_OF_FIELD = {
     "num_task_types": "--num_task_types",
     "target_modules": "--trainable",
 }
+
+ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+# Flag, what it may be, and why it may be nothing else.
+UNSUPPORTED = (
+    ("label_smoothing_factor", (0,), "--label_smoothing_factor bypasses the model's own loss and its balance term"),
+    ("average_tokens_across_devices", (True,), "--average_tokens_across_devices false ties the loss to the processes"),
+    ("fsdp", (None, False, ""), "--fsdp is not supported; shard with --deepspeed scripts/deepspeed/zero3.json"),
+    ("remove_unused_columns", (False,), "--remove_unused_columns would take away what the collator needs"),
+    ("eval_do_concat_batches", (True,), "--eval_do_concat_batches false is not supported"),
+    ("batch_eval_metrics", (False,), "--batch_eval_metrics is not supported"),
+    ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes by itself from its last checkpoint"),
+    ("attn_implementation", ATTENTION, f"--attn_implementation has to be one of {', '.join(ATTENTION)}"),
+)  # fmt: skip
+
+# Flag, what it has to be, and a test of it.
+RANGES = (
+    ("seed", "at least 0", lambda value: value >= 0),
+    ("per_device_train_batch_size", "at least 1", lambda value: value >= 1),
+    ("per_device_eval_batch_size", "at least 1", lambda value: value >= 1),
+    ("gradient_accumulation_steps", "at least 1", lambda value: value >= 1),
+    ("num_processes", "at least 1", lambda value: value is None or value >= 1),
+    ("preprocessing_num_workers", "at least 1", lambda value: value is None or value >= 1),
+    ("learning_rate", "a number of at least 0", lambda value: math.isfinite(value) and value >= 0),
+    ("num_train_epochs", "above 0", lambda value: math.isfinite(value) and value > 0),
+)
 
 
 def _flag(default, text: str):
@@ -99,6 +128,7 @@ class RunArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = _flag(False, "let DDP look for parameters without a gradient")
     # The collator picks the fields of a row itself.
     remove_unused_columns: bool = _flag(False, "drop data columns that the model does not take")
+    num_processes: int | None = _flag(None, "processes of the run over all nodes; the launcher's where not given")
     restart: bool = _flag(False, "set aside what the output folder holds and start over")
     prepare_only: bool = _flag(False, "check everything, encode the data and stop before any weight is read")
 
@@ -132,9 +162,24 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     except ValueError as error:
         raise InputError(str(error)) from error
     args.deepspeed = deepspeed
+    args.num_processes = args.num_processes or args.world_size
+    model_args.model_name_or_path = model_args.model_name_or_path.rstrip("/")
+    if not args.prepare_only and (problem := _launch_problem(args)):
+        raise InputError(problem)
     if deepspeed and args.device.type == "cpu" and not args.prepare_only:
         _open_deepspeed_on_cpu()
     return model_args, data_args, args
+
+
+def _launch_problem(args: RunArguments) -> str | None:
+    """What is wrong with the processes that there are."""
+    if args.n_gpu > 1:
+        return (
+            "several GPUs need one process each: use run_loramoe.sh or torchrun, or let CUDA_VISIBLE_DEVICES name one"
+        )
+    if args.num_processes != args.world_size:
+        return f"--num_processes is {args.num_processes}, but the launcher started {args.world_size}"
+    return None
 
 
 def _open_deepspeed_on_cpu() -> None:
@@ -156,7 +201,18 @@ def _contradictions(flags: argparse.Namespace) -> list[str]:
 
 def _missing(flags: argparse.Namespace) -> list[str]:
     needed = ("model_name_or_path", "dataset_dir", "output_dir")
-    return [f"--{name} is missing" for name in needed if not getattr(flags, name)]
+    problems = [f"--{name} is missing" for name in needed if not getattr(flags, name)]
+    for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        if (place := getattr(flags, name)) and place.startswith((".", "/", "models/")) and not Path(place).is_dir():
+            problems.append(f"--{name} {place}: no such folder")
+    for name in ("output_dir", "data_cache_dir"):
+        if flags.output_dir and not _can_be_folder(Path(getattr(flags, name)).absolute()):
+            problems.append(f"--{name} {getattr(flags, name)} cannot be made: something in this path is no folder")
+    return problems
+
+
+def _can_be_folder(path: Path) -> bool:
+    return path.is_dir() or (not path.exists() and _can_be_folder(path.parent))
 
 
 def _adapter_problems(flags: argparse.Namespace) -> list[str]:
@@ -173,7 +229,7 @@ def _adapter_problems(flags: argparse.Namespace) -> list[str]:
         ModelArguments(**{name: getattr(flags, name) for name in ModelArguments.__dataclass_fields__}).lora_config()
     except ValueError as error:
         pattern = r"\b(" + "|".join(FLAG_OF_FIELD) + r")\b"
-        problems += re.sub(pattern, lambda match: FLAG_OF_FIELD[match[0]], str(error)).split("; ")
+        problems += re.sub(pattern, lambda match: FLAG_OF_FIELD[match[0]], str(error)).splitlines()
     if flags.peft_path and not (Path(flags.peft_path) / "adapter_config.json").is_file():
         problems.append(f"--peft_path {flags.peft_path} is no adapter folder: it has no adapter_config.json")
     return problems
@@ -195,14 +251,17 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
     on_cpu = flags.use_cpu or not torch.cuda.is_available()
     if flags.fp16 and on_cpu:
         problems.append("--fp16 does nothing on a CPU (training would silently stay in fp32); use --bf16 or neither")
-    if flags.label_smoothing_factor:
-        problems.append("--label_smoothing_factor bypasses the model's own loss and with it the balance term")
-    if not flags.average_tokens_across_devices:
-        problems.append("--average_tokens_across_devices false makes the loss depend on the number of processes")
-    if flags.fsdp:
-        problems.append("--fsdp is not supported; use --deepspeed scripts/deepspeed/zero3.json to shard the weights")
     if flags.deepspeed:
         problems += _deepspeed_problems(flags)
+    problems += [reason for name, allowed, reason in UNSUPPORTED if getattr(flags, name) not in allowed]
+    problems += [
+        f"--{name} is {getattr(flags, name)}, but has to be {needed}"
+        for name, needed, holds in RANGES
+        if not holds(getattr(flags, name))
+    ]
+    known = {"none", "all", *get_available_reporting_integrations()}
+    if flags.report_to not in known:
+        problems.append(f"--report_to {flags.report_to} is not installed here; there are {', '.join(sorted(known))}")
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if re.search(r"use_reentrant\W+true", str(getattr(flags, name)), re.IGNORECASE):
             problems.append(f"--{name}: re-entrant checkpointing cuts the balance term off; leave use_reentrant false")
@@ -216,6 +275,10 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
         return [f"--deepspeed {flags.deepspeed}: no such file; ready-made ones are in scripts/deepspeed"]
     except ValueError as error:
         return [f"--deepspeed {flags.deepspeed}: not JSON ({error})"]
+    if not isinstance(config, dict):
+        return [f"--deepspeed {flags.deepspeed}: has to be a JSON object"]
+    if not flags.prepare_only and "RANK" not in os.environ:
+        return ["--deepspeed needs a launcher, for one process too: use run_loramoe.sh or torchrun"]
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage == 3 and flags.load_in_kbits in (4, 8):
         return [f"--load_in_kbits {flags.load_in_kbits} cannot be sharded by ZeRO-3; use scripts/deepspeed/zero2.json"]

@@ -1,12 +1,14 @@
 """The base model, its tokenizer, and the adapter on it."""
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from data import InputError
-from peft import LoraConfig, PeftModel, find_targets, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft.saving import load_adapter_weights
 from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
 
@@ -32,12 +34,12 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_base_model(model_args: ModelArguments) -> None:
-    """Find out, without reading any weight, whether the base model and its target modules exist.
+def check_base_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Find out, without reading any weight of it, whether the base model exists and fits tokenizer and adapter.
 
     Raises:
-        InputError: no such model, an architecture without a patched class, target modules that do not exist, or an
-            adapter to continue from that was made with other settings.
+        InputError: no such model, an architecture without a patched class, target modules that do not exist, an
+            adapter to continue from that does not fit, or a tokenizer with more tokens than the model.
     """
     name = model_args.model_name_or_path
     try:
@@ -47,37 +49,52 @@ def check_base_model(model_args: ModelArguments) -> None:
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-        if model_args.tuning == "loramoe":
-            find_targets(skeleton, _adapter_config(model_args).target_modules)
+        _with_adapter(skeleton, model_args)
     except ValueError as error:
         raise InputError(str(error)) from error
+    last_token = max(tokenizer.get_vocab().values())
+    if last_token >= config.vocab_size:
+        raise InputError(
+            f"the tokenizer has token ids up to {last_token}, but the vocabulary of {name} ends at "
+            f"{config.vocab_size - 1}; use the model's own tokenizer"
+        )
 
 
 def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
-    """Load the base model and put the adapter on it: a fresh one, or the one at `peft_path`."""
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        dtype=_weight_dtype(model_args, args),
-        attn_implementation=_attention(model_args, args),
-        quantization_config=_quantization(model_args, args),
-    )
-    model.config.use_cache = False
-    if model_args.tuning == "full":
-        return model
+    """Load the base model and put the adapter on it: a fresh one, or the one at `peft_path`.
+
+    Raises:
+        InputError: the weights are missing or damaged.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            dtype=_weight_dtype(model_args, args),
+            attn_implementation=_attention(model_args, args),
+            quantization_config=_quantization(model_args, args),
+        )
+    except (OSError, SafetensorError) as error:
+        place = model_args.model_name_or_path
+        raise InputError(f"the weights of {place} could not be read: {_first_line(error)}") from error
     if model_args.load_in_kbits in (4, 8):
         # The Trainer turns checkpointing on itself where it is asked for.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if model_args.peft_path:
-        model = PeftModel.from_pretrained(model, model_args.peft_path, is_trainable=True)
-        config, wanted = model.active_peft_config, model_args.lora_config()
-        # Settings of the training, not of the adapter, follow the command line.
-        config.blc_alpha, config.blc_weight = wanted.blc_alpha, wanted.blc_weight
+    return _with_adapter(model, model_args)
+
+
+def _with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
+    """Put the adapter on a model, which may be on the meta device: then this only checks that everything fits."""
+    if model_args.tuning == "full":
         return model
-    return get_peft_model(model, model_args.lora_config())
+    model = get_peft_model(model, _adapter_config(model_args))
+    if model_args.peft_path:
+        set_peft_model_state_dict(model, load_adapter_weights(model_args.peft_path))
+    return model
 
 
 def _adapter_config(model_args: ModelArguments) -> LoraConfig:
-    """The adapter's configuration; where training continues, checked against the adapter that is there."""
+    """The adapter's configuration. Where training continues, shapes and scaling are those of the adapter that is there,
+    while dropout and balance term follow the flags."""
     wanted = model_args.lora_config()
     if not model_args.peft_path:
         return wanted
@@ -89,7 +106,7 @@ def _adapter_config(model_args: ModelArguments) -> LoraConfig:
     ]
     if differing:
         raise ValueError(f"the adapter in --peft_path was made with other settings: {'; '.join(differing)}")
-    return found
+    return wanted
 
 
 def _weight_dtype(model_args: ModelArguments, args: RunArguments) -> torch.dtype:

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -14,11 +15,22 @@ from transformers_patch.training.trainer import Routing
 
 NUM_SAMPLES = 3
 MAX_NEW_TOKENS = 40
+CARD_KINDS = {
+    "full": ("Full fine-tuning", "All weights were trained: the baseline of the LoRAMoE experiments."),
+    "lora": ("LoRA adapter", "One LoRA expert in every adapted Linear: the baseline without a router."),
+    "loramoe": (
+        "LoRAMoE adapter",
+        "A mixture of LoRA experts in every adapted Linear, weighed per token by a softmax router, with a localized "
+        "balancing constraint (Dou et al., *LoRAMoE*, arXiv 2312.09979).",
+    ),
+}
 CARD_SETTINGS = (
-    "tuning", "lora_nums", "lora_rank", "lora_alpha", "lora_dropout", "trainable", "blc_alpha", "blc_weight",
-    "num_task_types", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "learning_rate", "num_train_epochs", "max_steps", "num_processes", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_seq_length", "prompt_template", "seed", "dataset_dir", "dataset_sha256",
     "validation_file",
+)  # fmt: skip
+CARD_ADAPTER_SETTINGS = (
+    "lora_nums", "lora_rank", "lora_alpha", "lora_dropout", "trainable", "blc_alpha", "blc_weight", "num_task_types",
 )  # fmt: skip
 CARD_METRICS = (
     "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",
@@ -130,21 +142,23 @@ def summary_lines(folder: Path, results: dict) -> list[str]:
 
 def write_model_card(folder: Path, config: dict, results: dict) -> None:
     """README.md of the run folder: what the model is, how it was made, what was measured."""
-    kind = "Full fine-tuning" if config["tuning"] == "full" else "LoRAMoE adapter"
+    kind = "full" if config["tuning"] == "full" else "lora" if config["lora_nums"] == 1 else "loramoe"
+    title, description = CARD_KINDS[kind]
+    settings = [*CARD_SETTINGS, *(CARD_ADAPTER_SETTINGS if kind != "full" else ())]
     text = [
         "---",
         f"base_model: {config['model_name_or_path']}",
-        "tags: [loramoe, mixture-of-experts, lora]",
+        f"tags: [{kind}]",
         "---",
-        f"# {kind} of {config['model_name_or_path']}",
+        f"# {title} of {config['model_name_or_path']}",
         "",
-        "A mixture of LoRA experts in every adapted Linear, weighed per token by a softmax router, trained with a "
-        "localized balancing constraint (Dou et al., *LoRAMoE*, arXiv 2312.09979)."
-        if config["tuning"] == "loramoe"
-        else "All weights were trained: the baseline of the LoRAMoE experiments.",
+        description,
         "",
         "## Training",
-        *_table(("setting", "value"), ((name, config[name]) for name in CARD_SETTINGS if config.get(name) is not None)),
+        *_table(("setting", "value"), ((name, config[name]) for name in settings if config.get(name) is not None)),
+        "",
+        f"Made with torch {torch.__version__}, transformers {transformers.__version__}; every other setting is in "
+        "`run_config.json`.",
         "",
         "## Measured",
         *_table(("metric", "value"), ((name, results[name]) for name in CARD_METRICS if name in results)),
@@ -153,12 +167,12 @@ def write_model_card(folder: Path, config: dict, results: dict) -> None:
 
 
 def _one_of_each_kind(rows: datasets.Dataset) -> list[dict]:
-    picked: dict[str, dict] = {}
-    for row in rows:
-        picked.setdefault(row["task"], row)
-        if len(picked) == NUM_SAMPLES:
-            break
-    return list(picked.values())
+    """The first row of each of the first task kinds; where there are too few kinds, further rows from the front."""
+    first_of_kind: dict[str, int] = {}
+    for index, kind in enumerate(rows["task"]):
+        first_of_kind.setdefault(kind, index)
+    picked = [*first_of_kind.values(), *(index for index in range(len(rows)) if index not in first_of_kind.values())]
+    return [rows[index] for index in picked[:NUM_SAMPLES]]
 
 
 def _indented(label: str, text: str) -> list[str]:

@@ -1,12 +1,18 @@
 """The folder of one run: which configuration it belongs to, whether it is finished, where to resume."""
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-from data import InputError, content_hash
+from filelock import FileLock, Timeout
+
+from data import InputError, content_hash, file_hash
+from peft.saving import WEIGHTS_NAME
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
 
 CONFIG_NAME = "run_config.json"
@@ -14,11 +20,17 @@ RESULTS_NAME = "all_results.json"
 
 # Flags that decide where and how often something is written, or how fast it runs, but not what is trained.
 WITHOUT_EFFECT = {
-    "attn_implementation", "data_cache_dir", "debug", "disable_tqdm", "local_rank", "output_dir",
+    "attn_implementation", "data_cache_dir", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "debug", "disable_tqdm", "local_rank", "output_dir",
     "per_device_eval_batch_size", "prepare_only", "preprocessing_num_workers", "project", "report_to", "restart",
     "resume_from_checkpoint", "run_name", "use_cpu",
 }  # fmt: skip
 WITHOUT_EFFECT_PREFIXES = ("ddp_", "do_", "eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_")
+
+
+# In the configuration for the reader; what counts is the content, which is there as well.
+DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path"}
+SECONDS_TO_WAIT = 10
 
 
 class RunFolder:
@@ -37,6 +49,26 @@ class RunFolder:
         file = self.path / RESULTS_NAME
         return json.loads(file.read_text()) if file.is_file() else None
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A context in which this process alone may train or change the folder.
+
+        Raises:
+            InputError: another process holds it.
+        """
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=SECONDS_TO_WAIT)
+        except Timeout:
+            raise InputError(f"{self.path} is in use by another run; wait for its end, or {_WAY_OUT}") from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be made: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def check(self, config: dict) -> None:
         """Compare the configuration with the one that the folder belongs to, if it belongs to any.
 
@@ -51,7 +83,7 @@ class RunFolder:
         there = json.loads(file.read_text())
         differing = [
             f"  {name}: {there.get(name)!r} there, {config.get(name)!r} now"
-            for name in sorted(there.keys() | config.keys())
+            for name in sorted((there.keys() | config.keys()) - DESCRIPTIVE)
             if there.get(name) != config.get(name)
         ]
         if differing:
@@ -79,7 +111,7 @@ _WAY_OUT = (
 
 
 def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict:
-    """Everything that the result of a run depends on, as plain JSON values; data files by their content."""
+    """Everything that the result of a run depends on, as plain JSON values; files by their content."""
     values = {**asdict(model_args), **asdict(data_args), **args.to_dict()}
     config = {
         name: value
@@ -89,11 +121,17 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
     config["dataset_sha256"] = content_hash(data_args.dataset_dir)
     if data_args.validation_file:
         config["validation_sha256"] = content_hash(data_args.validation_file)
+    if model_args.peft_path:
+        config["peft_sha256"] = file_hash(Path(model_args.peft_path) / WEIGHTS_NAME)
+    if args.deepspeed:
+        config["deepspeed"] = json.loads(Path(args.deepspeed).read_text())
+    if args.load_best_model_at_end:
+        config |= {"eval_steps": args.eval_steps, "save_steps": args.save_steps}
     return json.loads(json.dumps(config, default=str))
 
 
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file in one step: it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     temporary.replace(path)

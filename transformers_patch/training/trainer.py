@@ -5,6 +5,7 @@ Shape suffixes: B samples, T tokens, L adapted Linears, E experts.
 
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,10 @@ class LoRAMoETrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(unwritten_message(run_folder, name, error)) from error
+            message = unwritten_message(run_folder, name, error)
+            if not self.is_world_process_zero():
+                print(f"error: rank {self.args.process_index}: {message}", file=sys.stderr, flush=True)
+            raise InputError(message) from error
         finally:
             self._aside = None
         if self.state.best_model_checkpoint == str(aside / name):

@@ -1,0 +1,153 @@
+"""What a finished run tells, against the saved adapter looked at row by row, without batches or padding."""
+
+import json
+from functools import cached_property
+
+import pytest
+import torch
+from conftest import filled_model, tiny_tokenizer
+from test_train import Runner
+from torch.nn.functional import cross_entropy
+
+from data import encode_prompt, encode_target
+from peft import PeftModel
+from transformers_patch import AutoModelForCausalLM, RoutingRecorder
+from transformers_patch.training.report import MAX_NEW_TOKENS, Routing, group_shares, routing_lines
+
+TASK_TYPES = (0, 1, 1, None, 0, 1)
+
+
+def held_out_rows() -> list[dict]:
+    """Rows of very different lengths; as many kinds of task as task types, and one row without a type."""
+    return [
+        {
+            "instruction": f"{'Please, ' * (5 * index % 7)}name {index}",
+            "input": "",
+            "output": f"{index} " * (index + 1),
+            "task_type": kind,
+            "task": f"kind {kind}",
+        }
+        for index, kind in enumerate(TASK_TYPES)
+    ]
+
+
+class FinishedRun:
+    """A short run from a filled adapter that also evaluates after each of its steps, and its parts made anew."""
+
+    def __init__(self, folder, model_dir):
+        self.runner, self.start, self.tokenizer = Runner(folder, model_dir), folder / "start", tiny_tokenizer()
+        filled_model().save_pretrained(self.start)
+        (folder / "test.json").write_text(json.dumps(held_out_rows()))
+        adapter = {"peft_path": self.start, "lora_rank": 2, "lora_alpha": 4}
+        self.results = self.runner(**adapter, max_steps=2, warmup_steps=0, eval_strategy="steps", eval_steps=1)
+        self.routing = json.loads((self.runner.output / "routing.json").read_text())
+
+    def model(self, adapter) -> PeftModel:
+        return PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(self.runner.flags["model_name_or_path"]), adapter
+        )
+
+    def encoded(self) -> list[tuple[list[int], list[int]]]:
+        """Prompt and answer of every row."""
+        return [
+            (
+                encode_prompt(self.tokenizer, "chat", row["instruction"], row["input"]),
+                encode_target(self.tokenizer, "chat", row["instruction"], row["input"], row["output"]),
+            )
+            for row in held_out_rows()
+        ]
+
+    def lm_loss(self, adapter) -> float:
+        """Mean over all answer tokens of all rows."""
+        model, total, count = self.model(adapter), 0.0, 0
+        for prompt, answer in self.encoded():
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            total += cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+            count += len(answer)
+        return total / count
+
+    @cached_property
+    def shares(self) -> dict[str, torch.Tensor]:
+        """Mean share (module, expert) by task type, each row alone and unpadded."""
+        model, found = self.model(self.runner.output), {}
+        for kind, (prompt, answer) in zip(TASK_TYPES, self.encoded(), strict=True):
+            with torch.no_grad(), RoutingRecorder(model) as recorder:
+                model(torch.tensor([prompt + answer]))
+            rows = found.setdefault("-1" if kind is None else str(kind), [])
+            rows.append(torch.stack([weights_BTE[0].mean(dim=0) for weights_BTE in recorder.weights.values()]))
+        return {kind: torch.stack(rows).mean(dim=0) for kind, rows in found.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_dir) -> FinishedRun:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+        return FinishedRun(tmp_path_factory.mktemp("report"), model_dir)
+
+
+def assert_close(found: list, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=0)
+
+
+def test_the_rows_tell_faults_apart(finished):
+    """Lengths, task types and expert groups all have to differ clearly, or the comparisons below show nothing."""
+    lengths = [len(prompt) for prompt, _ in finished.encoded()]
+    assert max(lengths) > 2 * min(lengths)
+    groups = torch.stack([shares.mean(dim=0).view(2, 2).sum(dim=1) for shares in finished.shares.values()])
+    assert (groups[:, 0] - groups[:, 1]).abs().min() > 0.01
+    assert torch.pdist(groups).min() > 1e-3
+
+
+def test_routing_json_holds_the_mean_share_of_every_expert(finished):
+    routing = finished.routing
+    assert routing["rows"] == {"-1": 1, "0": 2, "1": 3}
+    names = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
+    assert [name[name.index("model.layers") :] for name in routing["modules"]] == names
+    for field in ("expert_share_by_task_type", "expert_share_by_task_type_and_module", "group_share_by_task_type"):
+        assert routing[field].keys() == finished.shares.keys()
+    for kind, shares in finished.shares.items():
+        assert_close(routing["expert_share_by_task_type_and_module"][kind], shares)
+        assert_close(routing["expert_share_by_task_type"][kind], shares.mean(dim=0))
+        assert_close(routing["group_share_by_task_type"][kind], shares.mean(dim=0).view(2, 2).sum(dim=1))
+
+
+def test_the_printed_table_holds_the_share_of_every_group(finished):
+    head, *lines = finished.results["routing_table"]
+    assert head.split("  ")[-1].strip() == "experts 2-3"
+    assert head.index("experts 0-1") < head.index("experts 2-3")
+    names = {"-1": "unlabelled rows", "0": "rows of task type 0", "1": "rows of task type 1"}
+    assert len(lines) == 3
+    for line, (kind, name) in zip(lines, names.items(), strict=True):
+        shown = [float(cell.rstrip("%")) for cell in line.removeprefix(f"  {name}").split()]
+        expected = finished.shares[kind].mean(dim=0).view(2, 2).sum(dim=1) * 100
+        assert shown == pytest.approx(expected.tolist(), abs=0.051)
+
+
+def test_experts_that_the_task_types_do_not_divide_have_no_groups():
+    routing = Routing(["up"], torch.softmax(torch.randn(2, 1, 5), dim=-1).numpy(), torch.tensor([0, 1]).numpy())
+    assert group_shares(routing, 2) is None
+    assert routing_lines(routing, 2) == ["no groups: 5 experts cannot be split among 2 task types"]
+
+
+def test_losses_before_and_after_are_those_of_the_first_and_the_last_adapter(finished):
+    """The log has evaluations in between, so taking another entry than the right one shows."""
+    losses = [entry["eval_lm_loss"] for entry in finished.runner.log() if "eval_lm_loss" in entry]
+    assert len(set(losses)) == 3
+    assert finished.results["eval_lm_loss_before"] == pytest.approx(finished.lm_loss(finished.start), rel=1e-4)
+    assert finished.results["eval_lm_loss_after"] == pytest.approx(finished.lm_loss(finished.runner.output), rel=1e-4)
+
+
+def test_samples_answer_the_prompt_alone(finished):
+    """One row of each kind of task: the answer to the batch of padded prompts is that to each prompt by itself."""
+    model, rows = finished.model(finished.runner.output), held_out_rows()
+    samples = finished.results["samples"]
+    first_of_kind = (0, 1, 3)
+    assert len(samples) == len(first_of_kind)
+    for index, (shown, expected, generated) in zip(first_of_kind, samples, strict=True):
+        prompt = torch.tensor([finished.encoded()[index][0]])
+        output = model.generate(prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=1)
+        answer = finished.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert (shown, expected) == (rows[index]["instruction"], rows[index]["output"])
+        assert generated == answer.strip()
+    assert len({generated for *_, generated in samples}) > 1
