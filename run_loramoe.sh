@@ -59,7 +59,7 @@ for flag in "$@"; do
 done
 for name in num_processes nnodes node_rank; do
     if [[ ! ${!name} =~ ^[0-9]*$ || (${!name} == 0 && $name != node_rank) ]]; then
-        echo "error: $name is '${!name}', but has to be a whole number of at least $([[ $name == node_rank ]] && echo 0 || echo 1)" >&2
+        echo "error: $name is '${!name}', but has to be a whole number$([[ $name == node_rank ]] || echo " of at least 1")" >&2
         exit 1
     fi
 done
@@ -158,7 +158,7 @@ done
 exec 3>&-
 wait "$tee" 2>/dev/null || true
 # A run that was stopped ends cleanly but is not finished: job chains see 143, as of a process ended by SIGTERM.
-if [[ $stopped == true && $status == 0 && ! -f $output_dir/$exp_name/all_results.json ]]; then
-    status=143
+if [[ $stopped == true && ($status == 0 || $status == 143) ]]; then
+    if [[ -f $output_dir/$exp_name/all_results.json ]]; then status=0; else status=143; fi
 fi
 exit "$status"

@@ -66,9 +66,8 @@ def run(
     trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint)
     results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     if trainer.stop_signals.stopped:
-        say(
-            args, f"stopped by SIGTERM; step {trainer.state.global_step} is saved, and the same command goes on from it"
-        )
+        step = trainer.state.global_step
+        say(args, f"stopped by SIGTERM; step {step} is saved, and the same command goes on from it")
         return
     results["train_samples"] = len(train_data)
     trainer.save_model()

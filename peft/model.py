@@ -181,6 +181,11 @@ def prepare_model_for_kbit_training(
     Normalisation weights go to float32, since they are small and sensitive. Checkpointing is the non-re-entrant kind.
     """
     model.requires_grad_(False)
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for a kernel without a backward pass:
+        # from then on no gradient would reach the layers below.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         if parameter.ndim == 1 and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()

@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash scripts/setup.sh)
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -111,7 +111,9 @@ def test_a_local_version_suffix_satisfies_a_pin(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(("prefix", "unmet"), [(sys.prefix, ["loramoe-tiny missing (needed: 1.0)"]), ("/none", [])])
+@pytest.mark.parametrize(
+    ("prefix", "unmet"), [(sys.prefix, ["loramoe-tiny missing (needed: 1.0)"]), ("/none", [])], ids=["own", "other"]
+)
 def test_a_half_installed_package_counts_as_missing_in_the_own_environment_only(tmp_path, monkeypatch, prefix, unmet):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(setup_environment, "VIRTUAL_ENVIRONMENT", Path(prefix))

@@ -301,10 +301,6 @@ def test_quantised_bases_train(run, built, quantisable_dir, bits, kind):
     assert dtypes(built[0], trainable=True) == {torch.float32}
 
 
-@pytest.mark.xfail(
-    reason="on CPUs with AVX512-BF16 the first evaluation repacks the 4-bit weights for a kernel without a backward",
-    strict=False,
-)
 def test_evaluation_does_not_change_the_training_of_a_quantised_base(run, quantisable_dir):
     settings = {"model_name_or_path": quantisable_dir, "load_in_kbits": 4, "max_steps": 3, "lora_dropout": 0}
     norms = []
