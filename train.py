@@ -64,12 +64,14 @@ def run(
     checkpoint, torn = find_checkpoint(folder.path)
     say(args, *torn)
     trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint)
+    padding = trainer.train_sampler().padding_share()
+    say(args, f"{padding:.1%} of the tokens in the batches of the first epoch are padding")
     results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     if trainer.stop_signals.stopped:
         step = trainer.state.global_step
         say(args, f"stopped by SIGTERM; step {step} is saved, and the same command goes on from it")
         return
-    results["train_samples"] = len(train_data)
+    results |= {"train_samples": len(train_data), "padding_share": padding}
     trainer.save_model()
     if eval_data is not None:
         results |= evaluate(trainer, model_args)

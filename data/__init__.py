@@ -1,17 +1,22 @@
-"""Records in, tensors out: rows (`rows.py`), prompts (`prompt.py`), encoded data sets (`dataset.py`), batches
-(`collate.py`). Knows no model."""
+"""Records in, tensors out: rows (`rows.py`), prompts (`prompt.py`), encoded data sets (`dataset.py`), which rows go
+together (`sampler.py`), batches (`collate.py`). Knows no model."""
 
-from data.collate import IGNORED_LABEL, Collator
-from data.dataset import DataStatistics, Encoding, content_hash, count_shared_rows, file_hash, load_data
+from data.collate import FILLER_TASK_TYPE, IGNORED_LABEL, Collator
+from data.dataset import DataStatistics, Encoding, content_hash, count_shared_rows, file_hash, load_data, row_lengths
 from data.errors import InputError
 from data.prompt import TEMPLATES, encode_prompt, encode_target, resolve_template
+from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
 
 __all__ = [
+    "FILLER_TASK_TYPE",
     "IGNORED_LABEL",
+    "ORDERS",
     "TEMPLATES",
     "Collator",
     "DataStatistics",
     "Encoding",
+    "EpochDataLoader",
+    "GlobalBatchSampler",
     "InputError",
     "content_hash",
     "count_shared_rows",
@@ -20,4 +25,5 @@ __all__ = [
     "file_hash",
     "load_data",
     "resolve_template",
+    "row_lengths",
 ]

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
+# Task type of a row that is no sample and counts nowhere: a process that has no row left at the end of an epoch still
+# has to take part in the step. `peft` knows it under the same value.
+FILLER_TASK_TYPE = -2
 
 
 @dataclass
@@ -23,7 +26,9 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor | list[str]]:
         """The batch: `input_ids`, `attention_mask`, `labels` of shape (B, T), `task_types` of shape (B,), all int64;
-        and `sources`, the rows' files and numbers, for messages."""
+        and `sources`, the rows' files and numbers, for messages. Without any row, one filler row."""
+        if not rows:
+            rows = [{"input_ids": [self.pad_token_id], "prompt_length": 1, "task_type": FILLER_TASK_TYPE}]
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), longest)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -40,5 +45,5 @@ class Collator:
             "attention_mask": attention_mask,
             "labels": labels,
             "task_types": task_types,
-            "sources": [row["source"] for row in rows],
+            "sources": [row["source"] for row in rows if "source" in row],
         }

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow.compute
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
@@ -96,6 +98,11 @@ def load_data(
             f"{path}: no row has a label left within max_seq_length {encoding.max_seq_length}; raise max_seq_length"
         )
     return datasets.load_from_disk(folder), statistics
+
+
+def row_lengths(rows: datasets.Dataset) -> np.ndarray:
+    """Tokens of each row of an encoded data set."""
+    return pyarrow.compute.list_value_length(rows.with_format("arrow")["input_ids"]).to_numpy()
 
 
 def content_hash(path: str | Path) -> str:

@@ -4,7 +4,14 @@ Read in this order: `router.py`, `layer.py`, `balance.py` are the method; `injec
 base model; `config.py` and `saving.py` are what goes to disk.
 """
 
-from peft.balance import balance_coefficients, gather_samples, localized_balance_term, sample_shares
+from peft.balance import (
+    FILLER_TASK_TYPE,
+    balance_coefficients,
+    gather_samples,
+    localized_balance_term,
+    sample_shares,
+    sample_sums,
+)
 from peft.config import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.inject import LoraModel, find_targets
 from peft.layer import LoraExperts, LoraLayer
@@ -21,6 +28,7 @@ from peft.saving import get_peft_model_state_dict, set_peft_model_state_dict
 __version__ = "0.1.0"
 
 __all__ = [
+    "FILLER_TASK_TYPE",
     "LoraConfig",
     "LoraExperts",
     "LoraLayer",
@@ -41,5 +49,6 @@ __all__ = [
     "localized_balance_term",
     "prepare_model_for_kbit_training",
     "sample_shares",
+    "sample_sums",
     "set_peft_model_state_dict",
 ]

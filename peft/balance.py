@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Task type of a row that is no sample: it only fills the batch of a process that has no row left, and counts nowhere.
+FILLER_TASK_TYPE = -2
+
 
 def sample_shares(weights_BTE: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """q[m, n]: the mean weight of expert n over the real tokens of sample m. Shape (B, E), float32.
@@ -20,6 +23,11 @@ def sample_shares(weights_BTE: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         return weights_BTE.mean(dim=1)
     mask_BT1 = mask_BT.unsqueeze(-1).to(weights_BTE.dtype)
     return (weights_BTE * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1).clamp(min=1)
+
+
+def sample_sums(weights_BTE: Tensor) -> Tensor:
+    """The authors' statistic in place of q: summed over all positions, padding included. Shape (B, E), float32."""
+    return weights_BTE.float().sum(dim=1)
 
 
 def balance_coefficients(task_types_B: Tensor, num_experts: int, num_task_types: int, delta: float) -> Tensor:
@@ -47,7 +55,10 @@ def localized_balance_term(shares_LBE: Tensor, coefficients_BE: Tensor) -> Tenso
 
     Variance (unbiased) and mean run over all samples and experts of a Linear. This is the squared coefficient of
     variation that the authors' code computes and that they confirmed as meant; the paper prints variance over mean.
+    Without any sample it is 0.
     """
+    if not shares_LBE.shape[1]:
+        return shares_LBE.float().sum()
     Z_LN = (coefficients_BE.to(shares_LBE.device) * shares_LBE.float()).flatten(start_dim=1)
     return (Z_LN.var(dim=1) / (Z_LN.mean(dim=1).square() + 1e-10)).sum()
 

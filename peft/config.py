@@ -9,6 +9,8 @@ from pathlib import Path
 
 CONFIG_NAME = "adapter_config.json"
 DEFAULT_TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")
+# Fields that adapters saved by earlier versions do not have; their defaults are what those versions did.
+ADDED_LATER = {"blc_reference"}
 
 
 class PeftType(enum.StrEnum):
@@ -80,7 +82,7 @@ class PeftConfig:
         kind = LoraConfig if cls is PeftConfig else cls
         known = {item.name for item in fields(kind)}
         problems = [f"unknown field {name!r}" for name in sorted(set(values) - known)]
-        problems += [f"missing field {name!r}" for name in sorted(known - set(values))]
+        problems += [f"missing field {name!r}" for name in sorted(known - set(values) - ADDED_LATER)]
         try:
             if not problems:
                 return kind(**values)
@@ -101,6 +103,8 @@ class LoraConfig(PeftConfig):
         blc_alpha: delta of the constraint, in [0, 1): how far a group is drawn to its task type. Two groups settle
             at shares of (1 + delta) / 2 and (1 - delta) / 2.
         blc_weight: beta, the weight of the balance term in the loss; 0 turns it off.
+        blc_reference: compute the balance term from the statistic of the authors' code: router weights summed over all
+            positions, padding included, and the samples of one process alone.
         num_task_types: number of task types K; where the balance term counts, K has to divide lora_nums.
         target_modules: names of the Linears to adapt, compared with the end of each module's dotted name.
 
@@ -114,6 +118,7 @@ class LoraConfig(PeftConfig):
     lora_dropout: float = 0.05
     blc_alpha: float = 0.1
     blc_weight: float = 0.1
+    blc_reference: bool = False
     num_task_types: int = 2
     target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGET_MODULES))
 
@@ -144,6 +149,8 @@ class LoraConfig(PeftConfig):
                 problems.append(f"{name} is {value}, but has to be in [0, 1)")
         if not (_is_finite(self.blc_weight) and self.blc_weight >= 0):
             problems.append(f"blc_weight is {self.blc_weight}, but has to be a number of at least 0")
+        if type(self.blc_reference) is not bool:
+            problems.append(f"blc_reference is {self.blc_reference!r}, but has to be true or false")
         if not self.target_modules:
             problems.append("target_modules is empty, but at least one Linear has to be named")
         if not problems and self.balances and self.lora_nums % self.num_task_types:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from reference import balance_loop
 
-from peft import balance_coefficients, localized_balance_term, sample_shares
+import data
+from peft import FILLER_TASK_TYPE, balance_coefficients, localized_balance_term, sample_shares, sample_sums
 
 
 def test_value_worked_by_hand():
@@ -78,3 +79,27 @@ def test_padding_does_not_count():
 def test_shares_are_float32_whatever_comes_in():
     weights = torch.softmax(torch.randn(2, 4, 3), dim=-1).to(torch.bfloat16)
     assert sample_shares(weights, torch.ones(2, 4)).dtype is torch.float32
+
+
+def test_without_any_sample_it_is_zero():
+    shares = torch.rand(2, 0, 4, requires_grad=True)
+    term = localized_balance_term(shares, balance_coefficients(torch.tensor([], dtype=torch.long), 4, 2, 0.1))
+    assert term == 0
+    assert term.requires_grad
+
+
+def test_the_authors_statistic_worked_by_hand():
+    """Two samples, two experts, three positions, the last of sample 1 being padding, which counts.
+
+    sums = [[1.8, 1.2], [0.6, 2.4]]; types 0 and 1, so I = [[0.9, 1.1], [1.1, 0.9]] and Z = 1.62, 1.32, 0.66, 2.16.
+    mean = 1.44; squared deviations 0.0324, 0.0144, 0.6084, 0.5184, sum 1.1736.
+    """
+    weights = torch.tensor([[[0.6, 0.4]] * 3, [[0.1, 0.9], [0.3, 0.7], [0.2, 0.8]]])
+    sums = sample_sums(weights)
+    torch.testing.assert_close(sums, torch.tensor([[1.8, 1.2], [0.6, 2.4]]))
+    term = localized_balance_term(sums[None], balance_coefficients(torch.tensor([0, 1]), 2, 2, 0.1))
+    torch.testing.assert_close(term, torch.tensor(1.1736 / 3 / 1.44**2))
+
+
+def test_data_and_method_mean_the_same_by_a_filler_row():
+    assert data.FILLER_TASK_TYPE == FILLER_TASK_TYPE

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from peft import (
+    FILLER_TASK_TYPE,
     LoraConfig,
     LoraLayer,
     PeftModel,
@@ -89,6 +90,36 @@ def test_padding_has_no_influence_on_losses_and_gradients(side, part):
     tight, padded = make_batch(), make_batch(pad=5, side=side)
     torch.testing.assert_close(getattr(model(**padded), part), getattr(model(**tight), part), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients(model, padded, part), gradients(model, tight, part), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["lm_loss", "balance_loss"])
+def test_the_order_of_rows_has_no_influence(part):
+    model, batch = filled_model().train(), make_batch()
+    turned = {name: tensor.flip(0) for name, tensor in batch.items()}
+    torch.testing.assert_close(getattr(model(**turned), part), getattr(model(**batch), part), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(model, turned, part), gradients(model, batch, part), rtol=1e-4, atol=1e-6)
+
+
+def test_the_authors_statistic_counts_padding_and_equals_ours_at_one_length():
+    ours, theirs = filled_model().train(), filled_model(blc_reference=True).train()
+    padded, tight = make_batch(pad=5), make_batch()
+    one_length = {name: tensor[:, :4] if tensor.ndim == 2 else tensor for name, tensor in tight.items()}
+    torch.testing.assert_close(theirs(**one_length).balance_loss, ours(**one_length).balance_loss)
+    assert abs(theirs(**padded).balance_loss / theirs(**tight).balance_loss - 1) > 1e-2
+    with RoutingRecorder(theirs) as recorder:
+        term = theirs(**padded).balance_loss
+    weights = list(recorder.weights.values())
+    torch.testing.assert_close(term, balance_loop(weights, [14, 14, 14], [0, 1, 0], groups=2, delta=0.1))
+
+
+def test_a_filler_row_counts_nowhere():
+    model, batch = filled_model().train(), make_batch()
+    rows = {name: tensor[:2] for name, tensor in batch.items()}
+    filled = {name: tensor.clone() for name, tensor in batch.items()}
+    filled["labels"][2], filled["task_types"][2] = -100, FILLER_TASK_TYPE
+    for part in ("lm_loss", "balance_loss"):
+        torch.testing.assert_close(getattr(model(**filled), part), getattr(model(**rows), part))
+        torch.testing.assert_close(gradients(model, filled, part), gradients(model, rows, part), rtol=1e-4, atol=1e-6)
 
 
 def test_the_padding_token_has_no_influence():

@@ -5,9 +5,11 @@ tensor is its gradient (times the rate) to float32 accuracy, in every regime and
 expected gradients come from calling the model directly on one process, without any Trainer.
 """
 
-import itertools
 import json
+from itertools import product
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, example_rows, filled_model, tiny_tokenizer
@@ -19,14 +21,40 @@ from peft import get_peft_model_state_dict
 
 RATE = 1e4
 BETA = 10.0
-GLOBAL_BATCH = 8
-ACCUMULATION = (1, 2, 4)
 REGIMES = {
     "one process": (1, {}),
     "DDP": (2, {}),
     "ZeRO-2": (2, {"deepspeed": "scripts/deepspeed/zero2.json"}),
     "ZeRO-3": (2, {"deepspeed": "scripts/deepspeed/zero3.json"}),
 }
+
+
+class Layout(NamedTuple):
+    """How the rows of one optimizer step are cut up."""
+
+    rows: int
+    micro_batch: int  # rows over all processes
+    accumulation: int
+    checkpointing: bool = False
+    reference: bool = False  # the authors' statistic
+
+    def micro_batches(self, processes: int) -> list[np.ndarray]:
+        """Rows that share one balance term."""
+        shared = [
+            np.arange(start, min(start + self.micro_batch, self.rows))
+            for start in range(0, self.rows, self.micro_batch)
+        ]
+        return [part for rows in shared for part in np.array_split(rows, processes if self.reference else 1)]
+
+
+WHOLE = [Layout(8, 8 // count, count, checkpointing) for count, checkpointing in product((1, 2, 4), (False, True))]
+RAGGED = [
+    Layout(3, 4, 1),  # two rows on one process, one on the other
+    Layout(1, 4, 1),  # one row, and a process without any
+    Layout(5, 4, 2),  # a whole micro-batch, then one row
+    Layout(7, 4, 4),  # a window of two micro-batches in place of four, the second of three rows
+]
+REFERENCE = [Layout(8, 8, 1, reference=True), Layout(8, 4, 2, reference=True)]
 
 
 class Case:
@@ -37,12 +65,12 @@ class Case:
         self.model = filled_model().train()
         self.model.save_pretrained(folder / "adapter")
         self.start = load_file(folder / "adapter" / "adapter_model.safetensors")
-        (folder / "rows.json").write_text(json.dumps(example_rows(GLOBAL_BATCH)))
-        self.rows = load_data(folder / "rows.json", tiny_tokenizer(), Encoding("auto", 256, 2), folder / "cache")[0]
+        for count in {layout.rows for layout in WHOLE + RAGGED + REFERENCE}:
+            (folder / f"{count} rows.json").write_text(json.dumps(example_rows(count)))
+        self.rows = load_data(folder / "8 rows.json", tiny_tokenizer(), Encoding("auto", 256, 2), folder / "cache")[0]
         self.flags = {
             "model_name_or_path": model_dir,
             "peft_path": folder / "adapter",
-            "dataset_dir": folder / "rows.json",
             "data_cache_dir": folder / "cache",
             "lora_nums": 4,
             "lora_rank": 2,
@@ -76,11 +104,12 @@ class Case:
         ends = [load_file(output / "adapter_model.safetensors") for output in outputs]
         return [{key: (self.start[key].double() - end[key].double()) / RATE for key in end} for end in ends]
 
-    def expected(self, part: str, micro_batches: list[range]) -> dict[str, torch.Tensor]:
+    def expected(self, part: str, micro_batches: list[np.ndarray], reference: bool = False) -> dict[str, torch.Tensor]:
         """Mean over the micro-batches of the gradients of `lm_loss` or `balance_loss`."""
         self.model.zero_grad()
+        self.model.active_peft_config.blc_reference = reference
         for rows in micro_batches:
-            batch = Collator(pad_token_id=1)([self.rows[index] for index in rows])
+            batch = Collator(pad_token_id=1)([self.rows[int(index)] for index in rows])
             del batch["sources"]
             (getattr(self.model(**batch), part) / len(micro_batches)).backward()
         tensors = {name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -101,31 +130,29 @@ def assert_same(found: dict, expected: dict, floor: dict) -> None:
         assert (found[key] - tensor).norm() <= 1e-5 * max(tensor.norm(), floor[key].norm()), key
 
 
-def split(count: int) -> list[range]:
-    size = GLOBAL_BATCH // count
-    return [range(start, start + size) for start in range(0, GLOBAL_BATCH, size)]
-
-
 @pytest.mark.parametrize("regime", REGIMES)
 def test_gradients_are_those_of_one_process(case, regime):
     processes, flags = REGIMES[regime]
-    table = list(itertools.product(ACCUMULATION, (False, True)))
+    layouts = WHOLE + RAGGED + REFERENCE
     changes = [
         {
-            "gradient_accumulation_steps": count,
-            "per_device_train_batch_size": GLOBAL_BATCH // count // processes,
-            "activation_checkpointing": checkpointing,
+            "dataset_dir": case.folder / f"{layout.rows} rows.json",
+            "gradient_accumulation_steps": layout.accumulation,
+            "per_device_train_batch_size": layout.micro_batch // processes,
+            "activation_checkpointing": layout.checkpointing,
+            "blc_reference": layout.reference,
             "blc_weight": beta,
         }
         | flags
-        for count, checkpointing in table
+        for layout in layouts
         for beta in (0, BETA)
     ]
     gradients = iter(case.run(regime, processes, changes))
-    lm_expected = case.expected("lm_loss", [range(GLOBAL_BATCH)])
-    for count, _ in table:
+    for layout in layouts:
         lm, total = next(gradients), next(gradients)
+        lm_expected = case.expected("lm_loss", [np.arange(layout.rows)])
         assert_same(lm, lm_expected, lm_expected)
         balance = {key: (total[key] - lm[key]) / BETA for key in lm}
-        balance_expected = case.expected("balance_loss", split(count))
+        parts = [rows for rows in layout.micro_batches(processes) if len(rows)]
+        balance_expected = case.expected("balance_loss", parts, layout.reference)
         assert_same(balance, balance_expected, {key: tensor / BETA for key, tensor in lm_expected.items()})

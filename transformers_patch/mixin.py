@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from peft import LoraConfig, balance_coefficients, gather_samples, localized_balance_term
+from peft import FILLER_TASK_TYPE, LoraConfig, balance_coefficients, gather_samples, localized_balance_term
 from transformers_patch.recorder import RoutingRecorder
 
 
@@ -60,6 +60,7 @@ class LoRAMoEMixin:
 
         Args:
             task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
+                -2 is a filler row, which the balance term leaves out.
             balance_scale: factor on the balance term in `loss`, by which a trainer makes the micro-batches of one
                 optimizer step count as their mean. `balance_loss` is reported without it.
 
@@ -100,7 +101,10 @@ class LoRAMoEMixin:
     def _balance_term(
         self, recorder: RoutingRecorder, mask_BT: Tensor | None, task_types_B: Tensor | None, over_ranks: bool
     ) -> Tensor:
-        """The term of this micro-batch; with `over_ranks`, of the samples of all ranks together (a collective)."""
+        """The term of this micro-batch; with `over_ranks`, of the samples of all ranks together (a collective).
+
+        With `blc_reference` it is the authors' statistic: sums over all positions, of this rank's samples alone.
+        """
         config = self._balance_config
         if mask_BT is not None and mask_BT.ndim != 2:
             raise ValueError(
@@ -108,13 +112,15 @@ class LoRAMoEMixin:
                 "(batch, length), which tells padding from text"
             )
         _refuse_detached(recorder)
-        shares_LBE = recorder.sample_shares(mask_BT)
+        shares_LBE = recorder.sample_sums() if config.blc_reference else recorder.sample_shares(mask_BT)
         num_samples = shares_LBE.shape[1]
         if task_types_B is None:
             task_types_B = torch.full((num_samples,), -1, device=shares_LBE.device)
         if task_types_B.shape != (num_samples,):
             raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_samples},)")
-        if over_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+        counts_B = task_types_B != FILLER_TASK_TYPE
+        shares_LBE, task_types_B = shares_LBE[:, counts_B], task_types_B[counts_B]
+        if over_ranks and not config.blc_reference and dist.is_initialized() and dist.get_world_size() > 1:
             shares_LBE, task_types_B = gather_samples(shares_LBE, task_types_B)
         coefficients_BE = balance_coefficients(task_types_B, config.lora_nums, config.num_task_types, config.blc_alpha)
         return localized_balance_term(shares_LBE, coefficients_BE)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from peft import Router, sample_shares
+from peft import Router, sample_shares, sample_sums
 
 
 class RoutingRecorder:
@@ -39,6 +39,10 @@ class RoutingRecorder:
     def sample_shares(self, mask_BT: Tensor | None = None) -> Tensor:
         """Mean weight of each expert over the real tokens of each sample, (L, B, E) over the L recorded routers."""
         return torch.stack([sample_shares(weights_BTE, mask_BT) for weights_BTE in self.weights.values()])
+
+    def sample_sums(self) -> Tensor:
+        """Summed weight of each expert over all positions of each sample, padding included, (L, B, E)."""
+        return torch.stack([sample_sums(weights_BTE) for weights_BTE in self.weights.values()])
 
     def _keep(self, name: str):
         def hook(module, inputs, output):

@@ -15,7 +15,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from data import TEMPLATES, InputError
+from data import ORDERS, TEMPLATES, InputError
 from peft import LoraConfig, TaskType
 
 # LoraConfig's field names, as the command line spells them.
@@ -26,6 +26,7 @@ FLAG_OF_FIELD = {
     "lora_dropout": "--lora_dropout",
     "blc_alpha": "--blc_alpha",
     "blc_weight": "--blc_weight",
+    "blc_reference": "--blc_reference",
     "num_task_types": "--num_task_types",
     "target_modules": "--trainable",
 }
@@ -40,6 +41,7 @@ UNSUPPORTED = (
     ("remove_unused_columns", (False,), "--remove_unused_columns would take away what the collator needs"),
     ("eval_do_concat_batches", (True,), "--eval_do_concat_batches false is not supported"),
     ("batch_eval_metrics", (False,), "--batch_eval_metrics is not supported"),
+    ("train_sampling_strategy", ORDERS, f"--train_sampling_strategy has to be one of {', '.join(ORDERS)}"),
     ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes by itself from its last checkpoint"),
     ("attn_implementation", ATTENTION, f"--attn_implementation has to be one of {', '.join(ATTENTION)}"),
 )  # fmt: skip
@@ -76,6 +78,9 @@ class ModelArguments:
     trainable: str = _flag("gate_proj,up_proj,down_proj", "names of the Linears to adapt, separated by commas")
     blc_alpha: float = _flag(0.1, "delta of the balance term, in [0, 1): how far a group is drawn to its task type")
     blc_weight: float = _flag(0.1, "beta, the weight of the balance term in the loss; 0 turns it off")
+    blc_reference: bool = _flag(
+        False, "the statistic of the authors' code in the balance term: padding counts, each process for itself"
+    )
     num_task_types: int = _flag(2, "number of task types K; the experts fall into K equal groups")
     load_in_kbits: int = _flag(16, "4 (nf4) or 8 (int8) quantises the frozen base model; 16 leaves it as it is")
     attn_implementation: str = _flag(
@@ -93,6 +98,7 @@ class ModelArguments:
             lora_dropout=self.lora_dropout,
             blc_alpha=self.blc_alpha,
             blc_weight=self.blc_weight,
+            blc_reference=self.blc_reference,
             num_task_types=self.num_task_types,
             target_modules=[name.strip() for name in self.trainable.split(",") if name.strip()],
         )
@@ -124,6 +130,9 @@ class RunArguments(TrainingArguments):
     logging_first_step: bool = _flag(True, "log the first step, too")
     save_total_limit: int | None = _flag(2, "checkpoints to keep; older ones are deleted")
     report_to: str = _flag("tensorboard", "where the logs go besides the terminal")
+    train_sampling_strategy: str = _flag(
+        "group_by_length", f"order of the rows ({', '.join(ORDERS)}); grouping by length saves padding"
+    )
     # Every adapter parameter takes part in every step, so DDP need not look for unused ones.
     ddp_find_unused_parameters: bool | None = _flag(False, "let DDP look for parameters without a gradient")
     # The collator picks the fields of a row itself.

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import rotate_checkpoints
 
-from data import IGNORED_LABEL, InputError
+from data import IGNORED_LABEL, EpochDataLoader, GlobalBatchSampler, InputError, row_lengths
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.training.checkpoint import ASIDE, STATE, put_in_place, unwritten_message
 from transformers_patch.training.stopping import StopSignals
@@ -53,6 +53,8 @@ class LoRAMoETrainer(Trainer):
       which is right for the LM loss (normalised by all labelled tokens of the step) and would multiply the balance
       term. The model is told to scale the term so that it counts as the mean of the micro-batches that there really
       are; the last step of an epoch may have fewer.
+    - Which rows share an optimizer step depends on seed, epoch and global batch size alone (`data/sampler.py`), and the
+      last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
     - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`.
     - Evaluation weighs every labelled token alike, whatever the batches and processes, and never contains the balance
       term. `routing` then holds the shares of the last evaluation; None where nothing is routed.
@@ -66,6 +68,34 @@ class LoRAMoETrainer(Trainer):
         self._aside: Path | None = None
         self._routed_modules: list[str] = []
         self._losses_since_log = torch.zeros(1, 3, dtype=torch.float64)
+
+    def train_sampler(self) -> GlobalBatchSampler:
+        """The micro-batches of this process."""
+        args = self.args
+        return GlobalBatchSampler(
+            row_lengths(self.train_dataset),
+            args.train_sampling_strategy,
+            args.seed if args.data_seed is None else args.data_seed,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            args.dataloader_drop_last,
+        )
+
+    def get_train_dataloader(self) -> EpochDataLoader:
+        args = self.args
+        return EpochDataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            # Of its own, so that an epoch's beginning does not move the random state that dropout draws from.
+            generator=torch.Generator(),
+        )
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         micro_batches = self.current_gradient_accumulation_steps
