@@ -143,12 +143,16 @@ def test_restart_keeps_the_old_run_under_another_name(run):
     assert all(torch.equal(kept[key], old[key]) for key in old)
 
 
-def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("save_steps", "last_step"), [(2, 3), (3, 4), (2, 5)], ids=["in epoch 1", "between epochs", "in epoch 2"]
+)
+def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, monkeypatch, save_steps, last_step):
+    """Three steps an epoch, dropout on."""
     expected = run(output_dir=run.folder / "undisturbed")
 
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **arguments):
-            if state.global_step == 3:
+            if state.global_step == last_step:
                 raise KeyboardInterrupt
 
     build = train.build_trainer
@@ -160,10 +164,10 @@ def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "build_trainer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run()
+        run(save_steps=save_steps)
     monkeypatch.setattr(train, "build_trainer", build)
-    results = run()
-    assert f"resuming from {run.output / 'checkpoint-2'}" in capsys.readouterr().out
+    results = run(save_steps=save_steps)
+    assert f"resuming from {run.output / f'checkpoint-{last_step - 1}'}" in capsys.readouterr().out
     assert results["eval_lm_loss_before"] == expected["eval_lm_loss_before"]
     adapters = [load_file(folder / "adapter_model.safetensors") for folder in (run.output, run.folder / "undisturbed")]
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[1])
