@@ -1,7 +1,7 @@
 """Mixtures of LoRA experts with a localized balancing constraint, under the public names of PEFT.
 
-Read in this order: `router.py`, `layer.py`, `balance.py` are the method; `inject.py` and `model.py` put it onto a
-base model; `config.py` and `saving.py` are what goes to disk.
+Read in this order: `router.py`, `layer.py`, `balance.py` are the method, `functions.py` its products; `inject.py` and
+`model.py` put it onto a base model; `config.py` and `saving.py` are what goes to disk.
 """
 
 from peft.balance import (

@@ -6,10 +6,10 @@ Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O inpu
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft.config import LoraConfig
+from peft.functions import dropout_mask, gated_sum, thin_product
 from peft.router import Router
 
 
@@ -34,22 +34,21 @@ class LoraExperts(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(stacked_rank, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out_features, stacked_rank, device=device, dtype=torch.float32))
         self.router = Router(in_features, self.num_experts, device=device) if self.num_experts > 1 else None
-        self.dropout = nn.Dropout(config.lora_dropout)
+        self.dropout = config.lora_dropout
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        """The sum of the weighted experts for x, shape (B, T, O)."""
-        if not torch.is_autocast_enabled(x_BTI.device.type):
-            x_BTI = x_BTI.to(self.lora_A.dtype)
-        hidden = F.linear(self.dropout(x_BTI), self.lora_A) * self.scaling
-        if self.router is not None:
-            weights_BTE = self.router(x_BTI).to(hidden.dtype)
-            hidden_BTER = hidden.unflatten(-1, (self.num_experts, self.rank))
-            hidden = (hidden_BTER * weights_BTE.unsqueeze(-1)).flatten(-2)
-        return F.linear(hidden, self.lora_B)
+    def forward(self, x_BTI: Tensor, output_BTO: Tensor) -> Tensor:
+        """output + delta(x), shape (B, T, O), in the dtype of `output`."""
+        mask_BTI, scale = None, self.scaling
+        if self.training and self.dropout:
+            mask_BTI, kept = dropout_mask(x_BTI, self.dropout)
+            scale /= kept
+        weights_BTE = self.router(x_BTI) if self.router is not None else None
+        hidden = thin_product(x_BTI, self.lora_A, mask_BTI)
+        return gated_sum(output_BTO, hidden, weights_BTE, self.lora_B, scale)
 
     def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, rank={self.rank}, scaling={self.scaling:g}"
+        return f"experts={self.num_experts}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
 class LoraLayer(nn.Module):
@@ -88,4 +87,4 @@ class LoraLayer(nn.Module):
         output_BTO = self.base_layer(x_BTI)
         if self.active_adapter is None:
             return output_BTO
-        return output_BTO + self.experts[self.active_adapter](x_BTI).to(output_BTO.dtype)
+        return self.experts[self.active_adapter](x_BTI, output_BTO)

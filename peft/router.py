@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from peft.functions import thin_product
+
 
 class Router(nn.Linear):
     """Dense softmax router of one adapted Linear, w = softmax(W_g x) (LoRAMoE, arXiv 2312.09979, section 3).
 
-    Every expert takes part for every token; nothing is dropped. The softmax is computed in float32 whatever the
-    dtype of the model, since the balance term is built on these weights.
+    Every expert takes part for every token; nothing is dropped. The softmax is computed in float32 at least, whatever
+    the dtype of the model, since the balance term is built on these weights.
 
     Args:
         in_features: width I of the adapted Linear's input.
@@ -20,4 +22,5 @@ class Router(nn.Linear):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """Weights of shape (B, T, E), float32, each token's summing to 1."""
-        return torch.softmax(super().forward(x_BTI), dim=-1, dtype=torch.float32)
+        logits_BTE = thin_product(x_BTI, self.weight)
+        return torch.softmax(logits_BTE, dim=-1, dtype=torch.promote_types(logits_BTE.dtype, torch.float32))

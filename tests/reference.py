@@ -1,6 +1,7 @@
 """The method written straight from its equations, one expert and one sample at a time. Slow, and meant to be read."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft import LoraExperts, LoraLayer
@@ -24,6 +25,17 @@ def experts_loop(x: Tensor, experts: LoraExperts) -> Tensor:
 def layer_loop(x: Tensor, layer: LoraLayer) -> Tensor:
     """o = W0 x + delta(x)."""
     return x @ layer.base_layer.weight.T + experts_loop(x, layer.experts["default"])
+
+
+def experts_autograd(experts: LoraExperts, x: Tensor, output: Tensor, mask: Tensor | None = None) -> Tensor:
+    """output + (alpha / r) * B (repeat(w, r) * (A dropout(x))), left to autograd; `mask` holds 0 and 1 / kept."""
+    if not torch.is_autocast_enabled("cpu"):
+        x = x.to(experts.lora_A.dtype)
+    hidden = F.linear(x if mask is None else (x * mask).to(x.dtype), experts.lora_A)
+    if experts.router is not None:
+        weights = torch.softmax(F.linear(x, experts.router.weight).float(), dim=-1)
+        hidden = hidden * weights.repeat_interleave(experts.rank, dim=-1).to(hidden.dtype)
+    return output + experts.scaling * F.linear(hidden, experts.lora_B).to(output.dtype)
 
 
 def balance_loop(weights: list[Tensor], lengths: list[int], types: list[int], groups: int, delta: float) -> Tensor:

@@ -58,9 +58,59 @@ def test_loss_is_lm_loss_plus_weighted_balance_term():
     torch.testing.assert_close(output.loss, output.lm_loss + 0.3 * output.balance_loss)
     expected = balance_loop(list(recorder.weights.values()), [9, 6, 4], [0, 1, 0], groups=2, delta=0.1)
     torch.testing.assert_close(output.balance_loss, expected, rtol=1e-5, atol=1e-6)
-    shifted = batch["labels"][:, 1:].reshape(-1)
-    reference = nn.functional.cross_entropy(output.logits[:, :-1].reshape(-1, 300), shifted)
-    torch.testing.assert_close(output.lm_loss, reference)
+    torch.testing.assert_close(output.lm_loss, lm_loss_of_all_logits(model, batch))
+
+
+def lm_loss_of_all_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Next-token cross-entropy from the logits of every position."""
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["up_proj", "lm_head"]])
+def test_the_lm_loss_and_its_gradients_are_those_of_all_logits(side, targets):
+    model, batch = filled_model(target_modules=targets).train(), make_batch(pad=2, side=side)
+    batch["labels"][1] = -100
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ours, expected = model(**batch).lm_loss, lm_loss_of_all_logits(model, batch)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    for found, wanted in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+        assert wanted.norm() > 0
+    by_five = model(**batch, num_items_in_batch=torch.tensor(5)).lm_loss
+    torch.testing.assert_close(by_five, expected * (6 + 1) / 5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("targets", [["gate_proj"], ["lm_head"]])
+def test_logits_are_those_of_the_labelled_positions(targets):
+    model, batch = filled_model(target_modules=targets).eval(), make_batch(pad=2)
+    every = model(batch["input_ids"], batch["attention_mask"]).logits
+    rows_of_logits = [every[0, 2:8], every[1, 2:5], every[2, 2:3]]
+    torch.testing.assert_close(model(**batch).logits, torch.cat(rows_of_logits)[None], rtol=1e-5, atol=1e-6)
+    assert model(batch["input_ids"], batch["attention_mask"]).logits.shape == (3, 11, 300)
+
+
+@pytest.mark.parametrize("count", [None, 5])
+def test_a_batch_without_labels_has_a_loss_of_zero_and_zero_gradients(count):
+    model, batch = filled_model(blc_weight=0.0).train(), make_batch()
+    batch["labels"].fill_(-100)
+    output = model(**batch, num_items_in_batch=count)
+    assert output.loss == 0
+    output.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_labels_that_cannot_be_are_named():
+    model, batch = filled_model(), make_batch()
+    with pytest.raises(ValueError, match=r"labels have shape \(3, 8\); this batch needs \(3, 9\)"):
+        model(**batch | {"labels": batch["labels"][:, :8]})
+    with pytest.raises(ValueError, match="logits_to_keep cannot be given with labels"):
+        model(**batch, logits_to_keep=1)
+    assert model(batch["input_ids"], logits_to_keep=1).logits.shape == (3, 1, 300)
 
 
 def test_beta_zero_is_the_lm_loss_bit_for_bit():
@@ -325,7 +375,7 @@ def test_task_types_may_be_left_out():
 def test_outputs_as_a_tuple():
     batch = make_batch()
     loss, logits, *_ = filled_model().eval()(**batch, return_dict=False)
-    assert (loss.shape, logits.shape) == ((), (3, 9, 300))
+    assert (loss.shape, logits.shape) == ((), (1, 6 + 3 + 1, 300))
 
 
 def test_a_fully_tuned_model_is_saved_as_a_stock_llama(tmp_path):

@@ -23,7 +23,7 @@ def test_no_function_is_longer_than_80_lines(file):
 
 def test_the_method_can_be_read_in_one_sitting():
     lines = {file.name: len(file.read_text().splitlines()) for file in (ROOT / "peft").glob("*.py")}
-    assert lines["router.py"] + lines["layer.py"] + lines["balance.py"] < 350
+    assert sum(lines[name] for name in ("functions.py", "router.py", "layer.py", "balance.py")) < 350
     assert max(lines.values()) <= 400
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import train
 from data import InputError
-from peft import LoraConfig, LoraLayer
+from peft import LoraConfig, LoraExperts, LoraLayer
 from transformers_patch.training import arguments, checkpoint
 from transformers_patch.training.base_model import build_model
 from transformers_patch.training.run_folder import RunFolder
@@ -395,7 +395,7 @@ def test_dropout_of_a_continued_adapter_follows_the_flag(run, tmp_path, monkeypa
     )
     with pytest.raises(AttributeError):
         run(peft_path=tmp_path / "adapter", lora_rank=2, lora_alpha=4, lora_dropout=0.3)
-    assert {module.p for module in seen[0].modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+    assert {module.dropout for module in seen[0].modules() if isinstance(module, LoraExperts)} == {0.3}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "other model"])

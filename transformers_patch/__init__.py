@@ -1,7 +1,8 @@
 """Everything that knows the internals of transformers.
 
 `mixin.py` adds task types and the balance term to a stock model class, `recorder.py` is how routing leaves the
-layers, `modeling_*.py` name the patched classes, and `training/` is the Trainer with what surrounds it.
+layers, `labels.py` holds logits and loss to the labelled positions, `modeling_*.py` name the patched classes, and
+`training/` is the Trainer with what surrounds it.
 """
 
 from transformers_patch.version import check_environment

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from peft import FILLER_TASK_TYPE, LoraConfig, balance_coefficients, gather_samples, localized_balance_term
+from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
 
 
@@ -22,6 +23,8 @@ class LoRAMoEOutput(CausalLMOutputWithPast):
         loss: what is minimised: LM loss plus weighted balance term while training, the LM loss alone in eval mode.
         lm_loss: next-token cross-entropy over the labelled positions.
         balance_loss: the unweighted balance term; 0 where there is nothing to balance.
+        logits: of every position, (B, T, V), where no labels are given; with labels, of the N positions alone whose
+            next token carries a label, (1, N, V), in the order of the rows.
     """
 
     lm_loss: Tensor | None = None
@@ -31,8 +34,8 @@ class LoRAMoEOutput(CausalLMOutputWithPast):
 class LoRAMoEMixin:
     """Put before a `...ForCausalLM` class of transformers: `class X(LoRAMoEMixin, LlamaForCausalLM)`.
 
-    The stock forward runs unchanged; routing is recorded around it only where labels are given, so generation and
-    plain inference cost nothing extra and need no task types.
+    The stock forward runs unchanged; only where labels are given is routing recorded around it and the output layer
+    held to the labelled positions, so generation and plain inference cost nothing extra and need no task types.
     """
 
     _balance_config: LoraConfig | None = None
@@ -56,7 +59,7 @@ class LoRAMoEMixin:
         balance_scale: float = 1.0,
         **kwargs,
     ) -> LoRAMoEOutput:
-        """The stock forward, plus LM loss and balance term where labels are given.
+        """The stock forward without labels; with them, LM loss and balance term, and logits of labelled positions only.
 
         Args:
             task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
@@ -67,28 +70,34 @@ class LoRAMoEMixin:
         The other arguments are those of the stock class.
 
         Raises:
-            ValueError: the shape of `task_types` does not fit the batch, or the mask cannot tell padding from text.
+            ValueError: the shape of `labels` or `task_types` does not fit the batch, the mask cannot tell padding from
+                text, or `logits_to_keep` is given beside labels, which choose the positions themselves.
             RuntimeError: re-entrant checkpointing cut the routing off from its gradient.
         """
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise ValueError("logits_to_keep cannot be given with labels: logits are then those of labelled positions")
         config = self._balance_config
         records = labels is not None and config is not None and config.lora_nums > 1
-        with RoutingRecorder(self) if records else nullcontext() as recorder:
+        positions = LabelledPositions(labels) if labels is not None else None
+        with (
+            RoutingRecorder(self) if records else nullcontext() as recorder,
+            positions.only(self) if positions else nullcontext(),
+        ):
             outputs = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 return_dict=True,
                 **kwargs,
             )
-        output = LoRAMoEOutput(**outputs)
-        if labels is None:
-            return output
-        output.lm_loss = output.loss.clone()  # Trainer scales `loss` in place
+        if positions is None:
+            return LoRAMoEOutput(**outputs)
+        loss = positions.loss(self, outputs.logits, **kwargs)
+        output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **outputs)  # Trainer scales `loss` in place
         output.balance_loss = output.lm_loss.new_zeros(())
         if records:
             trains = self.training and torch.is_grad_enabled()

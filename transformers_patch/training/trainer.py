@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import rotate_checkpoints
 
-from data import IGNORED_LABEL, EpochDataLoader, GlobalBatchSampler, InputError, row_lengths
+from data import EpochDataLoader, GlobalBatchSampler, InputError, row_lengths
+from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.training.checkpoint import ASIDE, STATE, put_in_place, unwritten_message
 from transformers_patch.training.stopping import StopSignals
@@ -121,11 +121,11 @@ class LoRAMoETrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares."""
         inputs = self._prepare_inputs(inputs)
-        labels, _ = inputs.pop("labels"), inputs.pop("sources")
+        inputs.pop("sources")
         recorder = RoutingRecorder(self.accelerator.unwrap_model(model))
         with torch.no_grad(), self.compute_loss_context_manager(), recorder:
-            logits = model(**inputs).logits
-        predictions = [label_likelihood(logits, labels)]
+            logits_1NV = model(**inputs).logits
+        predictions = [LabelledPositions(inputs["labels"]).likelihood(logits_1NV)]
         if recorder.weights:
             self._routed_modules = list(recorder.weights)
             predictions.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1).contiguous())
@@ -176,12 +176,3 @@ class LoRAMoETrainer(Trainer):
         nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
         lm_loss = nll / tokens
         return {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}
-
-
-def label_likelihood(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Summed negative log-likelihood of each row's labels and their number, shape (B, 2), float32."""
-    targets_BT = labels_BT[:, 1:]
-    nll_BT = F.cross_entropy(
-        logits_BTV[:, :-1].float().transpose(1, 2), targets_BT, reduction="none", ignore_index=IGNORED_LABEL
-    )
-    return torch.stack([nll_BT.sum(dim=1), targets_BT.ne(IGNORED_LABEL).sum(dim=1)], dim=1)

@@ -1,0 +1,70 @@
+"""Logits and loss only where there is something to predict: at the positions whose next token carries a label.
+
+Shape suffixes: B samples, T tokens, N labelled positions of the batch, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from data import IGNORED_LABEL
+from peft import Router
+
+
+class LabelledPositions:
+    """The positions of a batch that predict a label, in the order of the rows.
+
+    Args:
+        labels_BT: labels in the manner of transformers: the label of a token is predicted one position earlier.
+
+    Attributes:
+        targets_N: the label that each position predicts.
+        rows_N: the row of each position.
+    """
+
+    def __init__(self, labels_BT: Tensor):
+        targets = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+        self._indices_N = targets.ne(IGNORED_LABEL).nonzero().squeeze(1)
+        self._shape = labels_BT.shape
+        self.targets_N = targets[self._indices_N]
+        self.rows_N = self._indices_N // labels_BT.shape[1]
+
+    @contextmanager
+    def only(self, model: PreTrainedModel) -> Iterator[None]:
+        """While open, the model's logits have shape (1, N, V): its output layer sees these positions alone.
+
+        What the stock forward does to the logits afterwards (scaling, soft-capping) is done to these. An output layer
+        with a router of its own needs whole rows for its routing shares; there the choice is made behind it.
+        """
+        head = model.get_output_embeddings()
+        if any(isinstance(module, Router) for module in head.modules()):
+            hook = head.register_forward_hook(lambda module, inputs, logits_BTV: self._take(logits_BTV))
+        else:
+            hook = head.register_forward_pre_hook(lambda module, inputs: self._take(inputs[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def loss(self, model: PreTrainedModel, logits_1NV: Tensor, **kwargs) -> Tensor:
+        """The stock loss over these positions; without any, a 0 that still has gradients (zeros), not 0 / 0."""
+        if not len(self.targets_N):
+            return logits_1NV.float().sum()
+        return model.loss_function(
+            logits=logits_1NV, labels=None, shift_labels=self.targets_N, vocab_size=logits_1NV.shape[-1], **kwargs
+        )
+
+    def likelihood(self, logits_1NV: Tensor) -> Tensor:
+        """Summed negative log-likelihood of each row's labels and their number, shape (B, 2), float32."""
+        nll_N = F.cross_entropy(logits_1NV[0].float(), self.targets_N, reduction="none")
+        sums_B2 = nll_N.new_zeros(self._shape[0], 2)
+        return sums_B2.index_add_(0, self.rows_N, torch.stack([nll_N, torch.ones_like(nll_N)], dim=1))
+
+    def _take(self, x_BTH: Tensor) -> Tensor:
+        if x_BTH.shape[:2] != self._shape:
+            raise ValueError(f"labels have shape {tuple(self._shape)}; this batch needs {tuple(x_BTH.shape[:2])}")
+        return x_BTH.flatten(0, 1).index_select(0, self._indices_N.to(x_BTH.device)).unsqueeze(0)
