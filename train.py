@@ -148,7 +148,9 @@ def evaluate(trainer: LoRAMoETrainer, model_args: ModelArguments) -> dict:
     if trainer.routing:
         results["routing_table"] = routing_lines(trainer.routing, model_args.num_task_types)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    results["samples"] = generate_samples(model, trainer.processing_class, trainer.eval_dataset)
+    # Under autocast as in training: a quantised base in half precision has float32 norms, but a half-precision head.
+    with trainer.accelerator.autocast():
+        results["samples"] = generate_samples(model, trainer.processing_class, trainer.eval_dataset)
     return results
 
 

@@ -108,6 +108,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
+def quantisable_dir(tmp_path, tokenizer) -> Path:
+    """A base model whose widths are whole blocks of 64 weights, as quantisation needs them."""
+    folder = tmp_path / "quantisable"
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def data_file(tmp_path) -> Path:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(example_rows()))

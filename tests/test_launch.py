@@ -229,6 +229,15 @@ def test_the_exit_code_is_the_trainers(run, shell):
     assert "Traceback" in outcome.stdout
 
 
+def test_accelerate_launch_that_starts_one_process_for_two_is_refused(run):
+    """`accelerate launch --cpu` takes --num_processes for a wish: it starts a single process, without a group."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    outcome = call([*launcher, "train.py", *run.arguments(num_processes=2)])
+    assert outcome.returncode == 1
+    assert outcome.stderr.count("error: --num_processes is 2, but the launcher started 1") == 1
+    assert not run.output.exists()
+
+
 def test_every_hyperparameter_is_explained_and_overridable():
     script = (ROOT / "run_loramoe.sh").read_text()
     overridable = re.findall(r"^(\w+)=\$\{\1:?-.*\}\s+# \S", script, re.MULTILINE)

@@ -264,16 +264,6 @@ def built(monkeypatch) -> list:
     return models
 
 
-@pytest.fixture
-def quantisable_dir(tmp_path, tokenizer) -> Path:
-    """A base model whose widths are whole blocks of 64 weights, as quantisation needs them."""
-    folder = tmp_path / "quantisable"
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def assert_learns(run, **flags) -> None:
     """Finite losses all the way, the balance term in them, and a lower held-out loss at the end."""
     results = run(**flags)
@@ -297,9 +287,10 @@ def test_bf16_trains_a_float32_adapter_on_a_bf16_base(run, built):
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
-def test_quantised_bases_train(run, built, quantisable_dir, bits, kind):
-    assert_learns(run, model_name_or_path=quantisable_dir, load_in_kbits=bits)
+def test_quantised_bases_train(run, built, quantisable_dir, bits, kind, bf16):
+    assert_learns(run, model_name_or_path=quantisable_dir, load_in_kbits=bits, bf16=bf16)
     layers = [module.base_layer for module in built[0].modules() if isinstance(module, LoraLayer)]
     assert {type(layer).__name__ for layer in layers} == {kind}
     assert dtypes(built[0], trainable=True) == {torch.float32}
@@ -379,6 +370,26 @@ BAD_FLAGS = {
 def test_bad_flags_are_named_before_any_weight_is_read(run, no_weights, changes, message):
     with pytest.raises(InputError, match=message):
         run(**changes)
+    assert not run.output.exists()
+
+
+def test_fsdp_that_accelerate_launch_asks_for_is_refused(run, no_weights, monkeypatch):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"^ACCELERATE_USE_FSDP is set, but FSDP is not supported"):
+        run()
+    assert not run.output.exists()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    train.main([*run.arguments(), "--prepare_only"])
+
+
+def test_a_tokenizer_that_exceeds_the_vocabulary_is_refused(run, tmp_path, tokenizer, no_weights):
+    """Ids of added tokens lie beyond the model's last row of embeddings."""
+    last = tiny_config().vocab_size - 1
+    tokenizer.add_tokens([f"<extra {index}>" for index in range(last + 2 - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    with pytest.raises(InputError, match=rf"token ids up to {last + 1}, but the vocabulary of .* ends at {last}; use"):
+        run(tokenizer_name_or_path=tmp_path / "larger")
     assert not run.output.exists()
 
 

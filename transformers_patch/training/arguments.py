@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -260,6 +261,12 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
     on_cpu = flags.use_cpu or not torch.cuda.is_available()
     if flags.fp16 and on_cpu:
         problems.append("--fp16 does nothing on a CPU (training would silently stay in fp32); use --bf16 or neither")
+    # What `accelerate launch` sets for FSDP. On a CPU, Trainer would silently fall back to plain data parallelism.
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        problems.append(
+            "ACCELERATE_USE_FSDP is set, but FSDP is not supported: unset it, start with run_loramoe.sh or torchrun, "
+            "and shard with --deepspeed scripts/deepspeed/zero3.json"
+        )
     if flags.deepspeed:
         problems += _deepspeed_problems(flags)
     problems += [reason for name, allowed, reason in UNSUPPORTED if getattr(flags, name) not in allowed]
