@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from data.errors import InputError
 from data.prompt import encode_prompt, encode_target, resolve_template
-from data.rows import check_files, find_files, generate_rows
+from data.rows import Part, check_rows, find_files, generate_rows, split_files
 
 # Part of every cache key: raise it when the encoding of a row changes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,13 @@ def load_data(
     The cache key covers the bytes of the files, the tokenizer and the encoding, so an edited row or another template
     never meets stale tokens. A new entry is written aside and renamed; processes that want the same one wait.
 
+    Args:
+        num_proc: processes that encode; None is one for each core, up to 8. A file of a few megabytes takes one,
+            whatever is said here; the result is the same in any case.
+
     Returns:
-        The data set, with the columns `input_ids`, `prompt_length`, `task_type` and the row's text fields; its counts.
+        The data set, with the columns `input_ids`, `prompt_length`, `prompt_hash`, `task_type` and the row's text
+        fields; its counts.
 
     Raises:
         InputError: a file or row is bad, or no row has a label left within `max_seq_length`.
@@ -102,7 +110,8 @@ def load_data(
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
     """Tokens of each row of an encoded data set."""
-    return pyarrow.compute.list_value_length(rows.with_format("arrow")["input_ids"]).to_numpy()
+    column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    return pyarrow.compute.list_value_length(column).to_numpy()
 
 
 def content_hash(path: str | Path) -> str:
@@ -121,15 +130,15 @@ def file_hash(file: Path) -> str:
 
 def count_shared_rows(first: datasets.Dataset, second: datasets.Dataset) -> int:
     """How many rows of the second data set have the instruction and input of a row of the first."""
-    wanted = {_prompt_hash(row) for row in second.select_columns(["instruction", "input"])}
-    found = {
-        digest for row in first.select_columns(["instruction", "input"]) if (digest := _prompt_hash(row)) in wanted
-    }
-    return sum(_prompt_hash(row) in found for row in second.select_columns(["instruction", "input"]))
+    first_hashes, second_hashes = (
+        rows.select_columns("prompt_hash").with_format("numpy")[:]["prompt_hash"] for rows in (first, second)
+    )
+    return int(np.isin(second_hashes, first_hashes).sum())
 
 
-def _prompt_hash(row: dict) -> bytes:
-    return hashlib.sha256(f"{row['instruction']}\0{row['input']}".encode()).digest()
+def _prompt_hash(row: dict) -> int:
+    digest = hashlib.sha256(f"{row['instruction']}\0{row['input']}".encode()).digest()
+    return int.from_bytes(digest[:8], signed=True)
 
 
 def _cache_key(files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> str:
@@ -145,33 +154,43 @@ def _cache_key(files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: 
 def _build(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None
 ) -> None:
-    count = check_files(files, encoding.num_task_types)
+    parts = split_files(files)
+    count = check_rows(parts, encoding.num_task_types)
     aside = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
-    rows = datasets.Dataset.from_generator(
-        generate_rows, features=_ROW_FEATURES, gen_kwargs={"files": files}, cache_dir=str(aside / "work")
-    )
-    encoded = rows.map(
-        _encode_row,
-        fn_kwargs={"tokenizer": tokenizer, "encoding": encoding},
-        features=_ENCODED_FEATURES,
-        num_proc=num_proc,
-        desc=f"encoding {files[0].name}",
-    )
-    kept = encoded.filter(lambda length: length > 0, input_columns="supervised_length", num_proc=num_proc)
-    kept.remove_columns(["supervised_length", "is_truncated"]).save_to_disk(aside / "data")
-    tokens = sum(len(ids) for ids in kept.with_format("numpy")["input_ids"])
+    workers = min(num_proc or min(os.cpu_count(), MOST_WORKERS), len(parts))
+    try:
+        encoded = datasets.Dataset.from_generator(
+            _encode_parts,
+            features=_FEATURES,
+            gen_kwargs={"parts": parts, "tokenizer": tokenizer, "encoding": encoding},
+            cache_dir=str(aside / "work"),
+            num_proc=workers if workers > 1 else None,
+        )
+    except datasets.exceptions.DatasetGenerationError:
+        for _ in _encode_parts(parts, tokenizer, encoding):
+            pass  # a row that cannot be encoded raises its own message here, which other processes do not pass on
+        raise
+    columns = encoded.select_columns(["supervised_length", "is_truncated"]).with_format("numpy")[:]
+    is_kept = columns["supervised_length"] > 0
     statistics = DataStatistics(
         rows=count,
-        kept=len(kept),
-        truncated=sum(kept["is_truncated"]),
-        dropped=count - len(kept),
-        tokens=tokens,
-        supervised_tokens=sum(kept["supervised_length"]),
+        kept=int(is_kept.sum()),
+        truncated=int(columns["is_truncated"][is_kept].sum()),
+        dropped=count - int(is_kept.sum()),
+        tokens=int(row_lengths(encoded)[is_kept].sum()),
+        supervised_tokens=int(columns["supervised_length"].sum()),
     )
+    kept = encoded if is_kept.all() else encoded.select(np.flatnonzero(is_kept))
+    kept.remove_columns(["supervised_length", "is_truncated"]).save_to_disk(aside / "data")
     (aside / "data" / "statistics.json").write_text(json.dumps(asdict(statistics)))
     (aside / "data").rename(folder)
     shutil.rmtree(aside)
+
+
+def _encode_parts(parts: list[Part], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[dict]:
+    for row in generate_rows(parts):
+        yield row | _encode_row(row, tokenizer, encoding)
 
 
 def _encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> dict:
@@ -181,12 +200,13 @@ def _encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, encoding: Encodin
     return {
         "input_ids": ids,
         "prompt_length": len(prompt),
+        "prompt_hash": _prompt_hash(row),
         "supervised_length": max(len(ids) - len(prompt), 0),
         "is_truncated": len(ids) < len(prompt) + len(target),
     }
 
 
-_ROW_FEATURES = datasets.Features(
+_FEATURES = datasets.Features(
     {
         "instruction": datasets.Value("large_string"),
         "input": datasets.Value("large_string"),
@@ -194,13 +214,9 @@ _ROW_FEATURES = datasets.Features(
         "task_type": datasets.Value("int64"),
         "task": datasets.Value("string"),
         "source": datasets.Value("string"),
-    }
-)
-_ENCODED_FEATURES = datasets.Features(
-    {
-        **_ROW_FEATURES,
         "input_ids": datasets.List(datasets.Value("int32")),
         "prompt_length": datasets.Value("int32"),
+        "prompt_hash": datasets.Value("int64"),
         "supervised_length": datasets.Value("int32"),
         "is_truncated": datasets.Value("bool"),
     }

@@ -2,15 +2,17 @@
 
 A row has the string fields `instruction`, `input` (may be empty or missing) and `output`, an optional integer
 `task_type` and an optional string `task` that names the kind of task. Files are JSON (a list of rows), JSON Lines or
-Parquet; JSON Lines and Parquet are streamed, so their size does not matter.
+Parquet; JSON Lines and Parquet are streamed in parts, so their size does not matter.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
+from tqdm import tqdm
 
 from data.errors import InputError
 
@@ -19,6 +21,24 @@ UNLABELLED = -1
 MOST_PROBLEMS_SHOWN = 10
 # The last is what nesting without end gives.
 NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
+# JSON Lines are cut into parts of about so many bytes, which processes share.
+BYTES_OF_A_PART = 2**23
+
+
+class Part(NamedTuple):
+    """A stretch of a data file that can be read by itself.
+
+    Args:
+        file: the data file.
+        first: number of its first row (in JSON Lines, of its first line), counting from 1.
+        start, end: first byte and the one behind the last (JSON Lines); first row group and the one behind the last
+            (Parquet); of no meaning in JSON, which is one part.
+    """
+
+    file: Path
+    first: int = 1
+    start: int = 0
+    end: int = 0
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -40,19 +60,30 @@ def find_files(path: str | Path) -> list[Path]:
     return [path]
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, object]]:
-    """Raw rows of one file with their numbers, counting from 1; in JSON Lines the number is the line's.
+def split_files(files: list[Path]) -> list[Part]:
+    """The files in parts, in their order.
 
     Raises:
-        InputError: the file is empty or is not what its name says.
+        InputError: a file is empty, or no Parquet file although its name says so.
     """
-    if file.stat().st_size == 0:
-        raise InputError(f"{file}: the file is empty")
+    splitters = {".json": lambda file: iter([Part(file)]), ".jsonl": _split_json_lines, ".parquet": _split_parquet}
+    for file in files:
+        if file.stat().st_size == 0:
+            raise InputError(f"{file}: the file is empty")
+    return [part for file in files for part in splitters[file.suffix](file)]
+
+
+def read_part(part: Part) -> Iterator[tuple[int, object]]:
+    """Raw rows of a part with their numbers, counting from 1 in the file; in JSON Lines the number is the line's.
+
+    Raises:
+        InputError: the file is not what its name says.
+    """
     readers = {".json": _read_json, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
-    return readers[file.suffix](file)
+    return readers[part.file.suffix](part)
 
 
-def check_files(files: list[Path], num_task_types: int) -> int:
+def check_rows(parts: list[Part], num_task_types: int) -> int:
     """Read every row once and check it. Returns the number of rows.
 
     Raises:
@@ -60,17 +91,18 @@ def check_files(files: list[Path], num_task_types: int) -> int:
     """
     problems: list[str] = []
     count = 0
-    for file in files:
-        for number, row in read_rows(file):
+    for part in tqdm(parts, desc="checking rows", unit="part", disable=len(parts) < 2):
+        for number, row in read_part(part):
             count += 1
             if problem := row_problem(row, num_task_types):
-                problems.append(f"{file}: row {number}: {problem}")
+                problems.append(f"{part.file}: row {number}: {problem}")
             if len(problems) > MOST_PROBLEMS_SHOWN:
                 raise InputError("\n".join([*problems[:-1], "... and perhaps more; mend these first"]))
     if problems:
         raise InputError("\n".join(problems))
     if not count:
-        raise InputError(f"{', '.join(map(str, files))}: there is no row")
+        names = dict.fromkeys(str(part.file) for part in parts)
+        raise InputError(f"{', '.join(names)}: there is no row")
     return count
 
 
@@ -97,13 +129,13 @@ def row_problem(row: object, num_task_types: int) -> str | None:
     return None
 
 
-def generate_rows(files: list[Path]) -> Iterator[dict]:
+def generate_rows(parts: list[Part]) -> Iterator[dict]:
     """Checked rows with every field present; a missing task type is -1, a missing `input` or `task` empty.
 
     `source` says where a row comes from.
     """
-    for file in files:
-        for number, row in read_rows(file):
+    for part in parts:
+        for number, row in read_part(part):
             task_type = row.get("task_type")
             yield {
                 "instruction": row["instruction"],
@@ -111,41 +143,64 @@ def generate_rows(files: list[Path]) -> Iterator[dict]:
                 "output": row["output"],
                 "task_type": UNLABELLED if task_type is None else task_type,
                 "task": row.get("task") or "",
-                "source": f"{file.name} row {number}",
+                "source": f"{part.file.name} row {number}",
             }
 
 
-def _read_json(file: Path) -> Iterator[tuple[int, object]]:
+def _split_json_lines(file: Path) -> Iterator[Part]:
+    size, start, first = file.stat().st_size, 0, 1
+    with file.open("rb") as stream:
+        while start < size:
+            text = stream.read(BYTES_OF_A_PART) + stream.readline()
+            yield Part(file, first, start, start + len(text))
+            first, start = first + text.count(b"\n"), start + len(text)
+
+
+def _split_parquet(file: Path) -> Iterator[Part]:
+    first = 1
     try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for group in range(table.num_row_groups):
+                yield Part(file, first, group, group + 1)
+                first += table.metadata.row_group(group).num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file}: not a readable Parquet file ({error})") from None
+
+
+def _read_json(part: Part) -> Iterator[tuple[int, object]]:
+    try:
+        rows = json.loads(part.file.read_text(encoding="utf-8-sig"))
     except NOT_JSON as error:
-        raise InputError(f"{file}: not JSON ({error}); JSON Lines files are named .jsonl") from None
+        raise InputError(f"{part.file}: not JSON ({error}); JSON Lines files are named .jsonl") from None
     if not isinstance(rows, list):
-        raise InputError(f"{file}: holds {_shown(rows)}, but a .json file has to be a list of rows")
+        raise InputError(f"{part.file}: holds {_shown(rows)}, but a .json file has to be a list of rows")
     yield from enumerate(rows, start=1)
 
 
-def _read_json_lines(file: Path) -> Iterator[tuple[int, object]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except NOT_JSON as error:
-                raise InputError(f"{file}: row {number}: not JSON ({error})") from None
+def _read_json_lines(part: Part) -> Iterator[tuple[int, object]]:
+    with part.file.open("rb") as lines:
+        lines.seek(part.start)
+        number = part.first
+        while lines.tell() < part.end:
+            line = lines.readline()
+            if line.strip():
+                try:
+                    yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except NOT_JSON as error:
+                    raise InputError(f"{part.file}: row {number}: not JSON ({error})") from None
+            number += 1
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
-    number = 0
+def _read_parquet(part: Part) -> Iterator[tuple[int, object]]:
+    number = part.first
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches():
+        with pyarrow.parquet.ParquetFile(part.file) as table:
+            for batch in table.iter_batches(row_groups=range(part.start, part.end)):
                 for row in batch.to_pylist():
-                    number += 1
                     yield number, row
+                    number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a readable Parquet file ({error})") from None
+        raise InputError(f"{part.file}: not a readable Parquet file ({error})") from None
 
 
 def _is_unicode(text: str) -> bool:

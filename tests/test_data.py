@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, example_rows
 
+import data.rows
 from data import (
     Collator,
     Encoding,
@@ -17,7 +20,9 @@ from data import (
     encode_target,
     load_data,
     resolve_template,
+    row_lengths,
 )
+from data.rows import read_part, split_files
 
 ENCODING = Encoding(template="plain", max_seq_length=256, num_task_types=2)
 GOOD = {"instruction": "Say", "input": "", "output": "yes", "task_type": 1}
@@ -255,10 +260,68 @@ def test_an_interrupted_build_is_repeated(tmp_path, tokenizer, data_file, monkey
     assert not list((tmp_path / "cache").glob("*incomplete*"))
 
 
-def test_several_processes_encode_the_same(tmp_path, tokenizer, data_file):
-    one = load(data_file, tokenizer, tmp_path / "one")[0]
-    two = load(data_file, tokenizer, tmp_path / "two", num_proc=2)[0]
-    assert one.to_list() == two.to_list()
+@pytest.fixture
+def small_parts(monkeypatch):
+    """JSON Lines fall into parts of a few rows, as large files do."""
+    monkeypatch.setattr(data.rows, "BYTES_OF_A_PART", 200)
+
+
+def write_lines(file: Path, rows: list) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_several_processes_encode_the_same(tmp_path, tokenizer, small_parts):
+    file = write_lines(tmp_path / "rows.jsonl", example_rows(50))
+    assert len(split_files([file])) > 10
+    one, counts = load(file, tokenizer, tmp_path / "one", num_proc=1)
+    three, same_counts = load(file, tokenizer, tmp_path / "three", num_proc=3)
+    assert one.to_list() == three.to_list()
+    assert counts == same_counts
+    assert [row["source"] for row in one] == [f"rows.jsonl row {number}" for number in range(1, 51)]
+
+
+def test_parts_of_a_file_are_all_of_its_rows(tmp_path, small_parts):
+    rows = example_rows(30)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n\n".join(json.dumps(row) for row in rows))  # empty lines between, no line end at the end
+    parts = split_files([file])
+    assert len(parts) > 5
+    assert [row for part in parts for _, row in read_part(part)] == rows
+    assert [number for part in parts for number, _ in read_part(part)] == list(range(1, 60, 2))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=7)
+    parts = split_files([tmp_path / "rows.parquet"])
+    assert [part.first for part in parts] == [1, 8, 15, 22, 29]
+    assert [row for part in parts for _, row in read_part(part)] == rows
+
+
+def test_bad_rows_far_behind_are_named(tmp_path, tokenizer, small_parts):
+    rows = [*example_rows(40), {"instruction": "Say"}, *example_rows(3), {"instruction": "Say", "output": 3}]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError) as caught:
+        load(file, tokenizer, tmp_path, num_proc=2)
+    assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == ["row 41", "row 45"]
+
+
+def test_a_row_that_the_template_cannot_hold_is_one_message(tmp_path, tokenizer, small_parts):
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{{ turn.content }}{% endfor %}"
+    rows, chat = [*example_rows(20), {"instruction": "Say </s>", "output": "it"}], Encoding("chat", 256, 2)
+    for processes in (1, 2):
+        with pytest.raises(InputError, match="use prompt_template plain"):
+            load(write_lines(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path, chat, num_proc=processes)
+
+
+def test_an_edited_row_means_another_entry(tmp_path, tokenizer, small_parts):
+    rows = example_rows(40)
+    before = load(write_lines(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path)[0].to_list()
+    rows[33]["output"] = rows[33]["output"].replace("33", "34")
+    after = load(write_lines(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path)[0].to_list()
+    assert [index for index in range(40) if before[index] != after[index]] == [33]
+
+
+def test_lengths_are_those_of_the_rows(tmp_path, tokenizer, data_file):
+    rows = load(data_file, tokenizer, tmp_path)[0]
+    assert row_lengths(rows).tolist() == [len(row["input_ids"]) for row in rows]
 
 
 def test_batches_are_padded_by_length():
