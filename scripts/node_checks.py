@@ -24,12 +24,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import train
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers_patch import LlamaLoRAMoEForCausalLM
+from scripts.tiny_model import make_tiny_model
 from transformers_patch.training.arguments import parse_arguments
 from transformers_patch.training.base_model import build_model
 from transformers_patch.training.checkpoint import find_checkpoint
@@ -113,26 +111,7 @@ class Node:
 
 def make_material(folder: Path, rows: int) -> None:
     """A tiny random Llama that can be quantised, a tokenizer of bytes, an adapter without zeros, and rows."""
-    specials = ["<s>", "</s>"]
-    vocabulary = {token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    model = LlamaLoRAMoEForCausalLM(config)
-    model.save_pretrained(folder / "model")
+    model = make_tiny_model(folder / "model")
     adapted = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, **EXPERTS))
     for parameter in adapted.parameters():
         if parameter.requires_grad:

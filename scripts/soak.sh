@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Kill a training run again and again and see that its adapter is unharmed:   bash scripts/soak.sh [flags; see --help]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=$(bash scripts/setup.sh)
+exec "$python" -m scripts.soak "$@"
