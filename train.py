@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from data import Collator, DataStatistics, Encoding, InputError, count_shared_rows, load_data
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
-from transformers_patch.training.base_model import build_model, check_base_model, load_tokenizer
+from transformers_patch.training.base_model import build_model, check_base_model, load_tokenizer, with_adapter
 from transformers_patch.training.checkpoint import find_checkpoint
 from transformers_patch.training.report import (
     generate_samples,
@@ -34,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     model_args, data_args, args = parse_arguments(argv)
     with args.main_process_first(desc="checking the input"):
-        tokenizer = load_tokenizer(model_args)
-        check_base_model(model_args, tokenizer)
+        tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
+        check_base_model(model_args.model_name_or_path, tokenizer, partial(with_adapter, model_args=model_args))
         train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
         config = run_config(model_args, data_args, args)
     folder = RunFolder(args.output_dir)

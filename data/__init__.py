@@ -1,6 +1,7 @@
 """Records in, tensors out: rows (`rows.py`), prompts (`prompt.py`), encoded data sets (`dataset.py`), which rows go
-together (`sampler.py`), batches (`collate.py`). Knows no model."""
+together (`sampler.py`), batches (`collate.py`), files of answers (`answers.py`). Knows no model."""
 
+from data.answers import AnswerFile
 from data.collate import FILLER_TASK_TYPE, IGNORED_LABEL, Collator
 from data.dataset import DataStatistics, Encoding, content_hash, count_shared_rows, file_hash, load_data, row_lengths
 from data.errors import InputError
@@ -12,6 +13,7 @@ __all__ = [
     "IGNORED_LABEL",
     "ORDERS",
     "TEMPLATES",
+    "AnswerFile",
     "Collator",
     "DataStatistics",
     "Encoding",

@@ -19,7 +19,7 @@ from data.prompt import encode_prompt, encode_target, resolve_template
 from data.rows import Part, check_rows, find_files, generate_rows, split_files
 
 # Part of every cache key: raise it when the encoding of a row changes.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MOST_WORKERS = 8
 
 
@@ -213,6 +213,7 @@ _FEATURES = datasets.Features(
         "output": datasets.Value("large_string"),
         "task_type": datasets.Value("int64"),
         "task": datasets.Value("string"),
+        "aliases": datasets.List(datasets.Value("large_string")),
         "source": datasets.Value("string"),
         "input_ids": datasets.List(datasets.Value("int32")),
         "prompt_length": datasets.Value("int32"),

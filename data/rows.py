@@ -1,8 +1,9 @@
 """Rows of instruction data: finding the files, reading them row by row, checking every row.
 
 A row has the string fields `instruction`, `input` (may be empty or missing) and `output`, an optional integer
-`task_type` and an optional string `task` that names the kind of task. Files are JSON (a list of rows), JSON Lines or
-Parquet; JSON Lines and Parquet are streamed in parts, so their size does not matter.
+`task_type`, an optional string `task` that names the kind of task, and an optional list `aliases` of other answers that
+are right, which evaluation alone looks at. Files are JSON (a list of rows), JSON Lines or Parquet; the last two are
+streamed in parts, so their size does not matter.
 """
 
 import json
@@ -122,6 +123,9 @@ def row_problem(row: object, num_task_types: int) -> str | None:
             return f"{name!r} holds half of a surrogate pair, which is no character: {_shown(value)}"
     if not row["output"].strip():
         return "'output' is empty: there is nothing to learn from"
+    aliases = row.get("aliases") or []
+    if not (isinstance(aliases, list) and all(isinstance(alias, str) and _is_unicode(alias) for alias in aliases)):
+        return f"'aliases' is {_shown(aliases)}, but has to be a list of strings, or be left out"
     task_type = row.get("task_type")
     if task_type is not None and (type(task_type) is not int or not 0 <= task_type < num_task_types):
         allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
@@ -130,7 +134,7 @@ def row_problem(row: object, num_task_types: int) -> str | None:
 
 
 def generate_rows(parts: list[Part]) -> Iterator[dict]:
-    """Checked rows with every field present; a missing task type is -1, a missing `input` or `task` empty.
+    """Checked rows with every field present; a missing task type is -1, a missing `input`, `task` or `aliases` empty.
 
     `source` says where a row comes from.
     """
@@ -143,6 +147,7 @@ def generate_rows(parts: list[Part]) -> Iterator[dict]:
                 "output": row["output"],
                 "task_type": UNLABELLED if task_type is None else task_type,
                 "task": row.get("task") or "",
+                "aliases": row.get("aliases") or [],
                 "source": f"{part.file.name} row {number}",
             }
 

@@ -181,11 +181,7 @@ def prepare_model_for_kbit_training(
     Normalisation weights go to float32, since they are small and sensitive. Checkpointing is the non-re-entrant kind.
     """
     model.requires_grad_(False)
-    for module in model.modules():
-        # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for a kernel without a backward pass:
-        # from then on no gradient would reach the layers below.
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_packing(model)
     for parameter in model.parameters():
         if parameter.ndim == 1 and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
@@ -193,6 +189,17 @@ def prepare_model_for_kbit_training(
         kwargs = gradient_checkpointing_kwargs or {"use_reentrant": False}
         model.activation_checkpointing_enable(kwargs)
     return model
+
+
+def keep_4bit_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation, as it does on some CPUs.
+
+    The kernel that it repacks them for has no backward pass, so no gradient would reach the layers below from then on,
+    and it fails on layers that are narrower than a block.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _true_size(parameter: nn.Parameter) -> int:

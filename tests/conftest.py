@@ -122,3 +122,13 @@ def data_file(tmp_path) -> Path:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(example_rows()))
     return file
+
+
+@pytest.fixture
+def adapter_dir(tmp_path, model_dir) -> Path:
+    """An adapter folder with non-zero weights on the tiny base, as a run leaves it."""
+    folder = tmp_path / "adapter"
+    filled_model(base_model_name_or_path=str(model_dir)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "run_config.json").write_text(json.dumps({"prompt_template": "plain", "max_seq_length": 128}))
+    return folder

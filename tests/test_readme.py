@@ -1,5 +1,6 @@
 """What the README tells people to type is accepted by the programs, and its Python runs."""
 
+import importlib
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ from conftest import ROOT, filled_model
 from test_launch import SHELL_VARIABLES, call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transformers_patch.command_line import parse_flags
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,6 +42,15 @@ def test_every_command_names_a_program_variables_and_flags_that_exist():
                 assert (ROOT / f"{word.replace('.', '/')}.py").is_file(), command
             if word.endswith((".sh", ".py")) or word.startswith("scripts/"):
                 assert (ROOT / word).exists(), command
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in commands() if re.search(r"-m scripts\.(generate|evaluate) ", line)]
+)
+def test_the_verbs_take_the_flags_that_the_pages_give_them(command):
+    verb, flags = re.search(r"-m scripts\.(\w+) (.*)", command).groups()
+    program = importlib.import_module(f"scripts.{verb}")
+    parse_flags(program.COMMAND, "", program.KINDS, shlex.split(flags))
 
 
 def python_block() -> str:

@@ -64,6 +64,11 @@ class LabelledPositions:
         sums_B2 = nll_N.new_zeros(self._shape[0], 2)
         return sums_B2.index_add_(0, self.rows_N, torch.stack([nll_N, torch.ones_like(nll_N)], dim=1))
 
+    def matches(self, logits_1NV: Tensor) -> Tensor:
+        """Whether all labels of a row are the likeliest tokens at their places, shape (B,), bool."""
+        wrong_N = (logits_1NV[0].argmax(dim=-1) != self.targets_N).int()
+        return wrong_N.new_zeros(self._shape[0]).index_add_(0, self.rows_N, wrong_N) == 0
+
     def _take(self, x_BTH: Tensor) -> Tensor:
         if x_BTH.shape[:2] != self._shape:
             raise ValueError(f"labels have shape {tuple(self._shape)}; this batch needs {tuple(x_BTH.shape[:2])}")

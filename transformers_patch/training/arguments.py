@@ -1,23 +1,24 @@
 """The flags of `train.py`: what they mean, and every contradiction among them found before anything is loaded."""
 
 import argparse
-import difflib
 import json
 import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from data import ORDERS, TEMPLATES, InputError
 from peft import LoraConfig, TaskType
+from transformers_patch.command_line import FlagParser, refuse
+from transformers_patch.command_line import flag as _flag
 
 # LoraConfig's field names, as the command line spells them.
 FLAG_OF_FIELD = {
@@ -58,10 +59,6 @@ RANGES = (
     ("learning_rate", "a number of at least 0", lambda value: math.isfinite(value) and value >= 0),
     ("num_train_epochs", "above 0", lambda value: math.isfinite(value) and value > 0),
 )
-
-
-def _flag(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -143,26 +140,15 @@ class RunArguments(TrainingArguments):
     prepare_only: bool = _flag(False, "check everything, encode the data and stop before any weight is read")
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
-        for flag in unknown:
-            if near := difflib.get_close_matches(flag, self._option_string_actions, n=2):
-                message += f"; did you mean {' or '.join(near)} instead of {flag}?"
-        raise InputError(f"{message} (python train.py --help lists every flag)")
-
-
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
     """Parse the command line.
 
     Raises:
         InputError: unknown flags, values of the wrong kind, or settings that contradict each other, all at once.
     """
-    parser = _Parser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False)
+    parser = FlagParser((ModelArguments, DataArguments, RunArguments), "python train.py")
     values = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
-    problems = _contradictions(argparse.Namespace(**values))
-    if problems:
-        raise InputError(problems[0] if len(problems) == 1 else "\n".join(f"- {problem}" for problem in problems))
+    refuse(_contradictions(argparse.Namespace(**values)))
     deepspeed = values["deepspeed"]
     if values["prepare_only"]:
         # Preparing runs in one process, ahead of the launcher: DeepSpeed would wait for the others.

@@ -1,5 +1,7 @@
 """The base model, its tokenizer, and the adapter on it."""
 
+from collections.abc import Callable
+
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -14,19 +16,19 @@ from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments,
 
 # What a continued adapter cannot change: the shapes of its tensors and the meaning of its weights.
 FIXED_FIELDS = ("r", "lora_alpha", "lora_nums", "num_task_types", "target_modules")
+MOST_LINES_SHOWN = 12
 
 
-def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, with the end-of-sequence token for padding where it has no padding token.
 
     Raises:
         InputError: there is none at that place, or it has no end-of-sequence token.
     """
-    name = model_args.tokenizer_name_or_path or model_args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer could be loaded from {name}: {_first_line(error)}") from error
+        raise InputError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of {name} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token is None:
@@ -34,24 +36,29 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_base_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Find out, without reading any weight of it, whether the base model exists and fits tokenizer and adapter.
+def check_base_model(
+    name: str, tokenizer: PreTrainedTokenizerBase, put_adapter: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Find out, without reading any weight of it, whether a base model exists and fits tokenizer and adapter.
+
+    Args:
+        name: the base model, a local folder or a hub id.
+        put_adapter: puts the adapter on the model that it is given, here one on the meta device.
 
     Raises:
         InputError: no such model, an architecture without a patched class, target modules that do not exist, an
-            adapter to continue from that does not fit, or a tokenizer with more tokens than the model.
+            adapter that does not fit, or a tokenizer with more tokens than the model.
     """
-    name = model_args.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"no model could be found at {name}: {_first_line(error)}") from error
+        raise InputError(f"no model could be found at {name}: {first_line(error)}") from error
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-        _with_adapter(skeleton, model_args)
+        put_adapter(skeleton)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise InputError(_shortened(str(error))) from error
     last_token = max(tokenizer.get_vocab().values())
     if last_token >= config.vocab_size:
         raise InputError(
@@ -71,18 +78,18 @@ def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
             model_args.model_name_or_path,
             dtype=_weight_dtype(model_args, args),
             attn_implementation=_attention(model_args, args),
-            quantization_config=_quantization(model_args, args),
+            quantization_config=quantization(model_args.load_in_kbits, _weight_dtype(model_args, args)),
         )
     except (OSError, SafetensorError) as error:
         place = model_args.model_name_or_path
-        raise InputError(f"the weights of {place} could not be read: {_first_line(error)}") from error
+        raise InputError(f"the weights of {place} could not be read: {first_line(error)}") from error
     if model_args.load_in_kbits in (4, 8):
         # The Trainer turns checkpointing on itself where it is asked for.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return _with_adapter(model, model_args)
+    return with_adapter(model, model_args)
 
 
-def _with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
+def with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
     """Put the adapter on a model, which may be on the meta device: then this only checks that everything fits."""
     if model_args.tuning == "full":
         return model
@@ -123,18 +130,26 @@ def _attention(model_args: ModelArguments, args: RunArguments) -> str:
     return "flash_attention_2" if capable and is_flash_attn_2_available() else "sdpa"
 
 
-def _quantization(model_args: ModelArguments, args: RunArguments) -> BitsAndBytesConfig | None:
-    if model_args.load_in_kbits == 8:
+def quantization(kbits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes packs the weights of the base model: 4 is nf4, 8 is int8, 16 leaves them as they are."""
+    if kbits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    if model_args.load_in_kbits == 4:
+    if kbits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_weight_dtype(model_args, args),
+            bnb_4bit_compute_dtype=compute_dtype,
         )
     return None
 
 
-def _first_line(error: Exception) -> str:
+def _shortened(message: str) -> str:
+    """A message without most of its lines, where a wrong base model gives one for each of hundreds of tensors."""
+    lines = message.splitlines()
+    more = len(lines) - MOST_LINES_SHOWN
+    return message if more <= 0 else "\n".join([*lines[:MOST_LINES_SHOWN], f"  ... and {more} more"])
+
+
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from transformers_patch.generation import generate_answers
 from transformers_patch.training.run_folder import write_json
 from transformers_patch.training.trainer import Routing
 
@@ -94,27 +95,19 @@ def generate_samples(
     Under ZeRO-3 this is a collective: every rank calls it with the same rows.
     """
     picked = _one_of_each_kind(rows)
-    prompts = [torch.tensor(row["input_ids"][: row["prompt_length"]]) for row in picked]
-    longest = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for index, ids in enumerate(prompts):
-        input_ids[index, longest - len(ids) :] = ids
-        attention_mask[index, longest - len(ids) :] = 1
+    settings = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+    )
     model.eval()
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    answers = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
+    answers = tokenizer.batch_decode(generate_answers(model, prompts, settings), skip_special_tokens=True)
     return [
         ("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"], answer.strip())
         for row, answer in zip(picked, answers, strict=True)

@@ -1,0 +1,91 @@
+"""A file of answers, written batch by batch, that an interrupted program goes on with."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from data.errors import InputError
+
+
+class AnswerFile:
+    """The answers to a list of rows.
+
+    While it grows, it is `NAME.partial`: JSON Lines, the settings first, then a line for each answer. The file itself
+    appears whole, in the rows' order, when the last answer is there.
+
+    Args:
+        path: a .json (list) or .jsonl file; one that is there is replaced at the end.
+        rows: the rows that are answered.
+        settings: everything else that the answers depend on.
+
+    Attributes:
+        answers: the answers that are there, by the row's index.
+
+    Raises:
+        InputError: the file cannot be made, or a half-written one belongs to other rows or settings.
+    """
+
+    def __init__(self, path: str | Path, rows: list[dict], settings: dict):
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self._rows = rows
+        rows_hash = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        self._head = json.loads(json.dumps({**settings, "rows_sha256": rows_hash}))
+        self.answers: dict[int, dict] = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._take_up():
+                self.partial.write_text(json.dumps(self._head) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}") from error
+
+    def append(self, answers: dict[int, dict]) -> None:
+        """Write answers, by the row's index, to the disk."""
+        self.answers.update(answers)
+        lines = [json.dumps({"index": index, **answer}) for index, answer in answers.items()]
+        with self.partial.open("a") as stream:
+            stream.write("\n".join(lines) + "\n")
+
+    def finish(self) -> None:
+        """Put the whole file in its place: each row with its answer's fields."""
+        rows = [{**row, **self.answers[index]} for index, row in enumerate(self._rows)]
+        if self.path.suffix == ".jsonl":
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
+        whole = self.path.with_name(f"{self.path.name}.tmp")
+        whole.write_text(text)
+        whole.replace(self.path)
+        self.partial.unlink()
+
+    def _take_up(self) -> bool:
+        """Read what an interrupted program has left; False where there is nothing."""
+        lines = self.partial.read_bytes().splitlines(keepends=True) if self.partial.is_file() else []
+        if not lines:
+            return False
+        head = _parsed(lines[0]) or {}
+        differing = [
+            f"  {name}: {head.get(name)!r} there, {self._head.get(name)!r} now"
+            for name in sorted(head.keys() | self._head.keys())
+            if head.get(name) != self._head.get(name)
+        ]
+        if differing:
+            found = "\n".join(differing)
+            raise InputError(
+                f"{self.partial} holds half of another command's answers:\n{found}\n"
+                "delete it to start over, or choose another --output"
+            )
+        answers = [answer for line in lines[1:] if (answer := _parsed(line))]
+        self.answers = {answer.pop("index"): answer for answer in answers}
+        if not lines[-1].endswith(b"\n"):  # Torn while being written.
+            self.partial.write_bytes(b"".join(lines[:-1]))
+        return True
+
+
+def _parsed(line: bytes) -> dict | None:
+    """A line's object; None for one that was torn while it was written."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and line.endswith(b"\n") else None

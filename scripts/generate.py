@@ -1,0 +1,232 @@
+"""Let a trained adapter answer: one prompt, a file of prompts, or a conversation.
+
+Run as ``python -m scripts.generate --adapter DIR`` with ``--prompt``, ``--input`` and ``--output``, or ``--chat``, from
+the repository root. A prompt is put into the template that the adapter was trained with. Answers are greedy, and so
+always the same, unless a temperature is given.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, TextStreamer
+
+from data import TEMPLATES, AnswerFile, InputError, encode_prompt, file_hash
+from data.rows import find_files, read_part, row_problem, split_files
+from peft.saving import WEIGHTS_NAME
+from transformers_patch.command_line import flag, parse_flags, refuse, run_verb
+from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
+from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
+
+COMMAND = "python -m scripts.generate"
+OUTPUT_KINDS = (".json", ".jsonl")
+
+
+@dataclass
+class GenerateArguments:
+    """What is answered, and where the answers go."""
+
+    prompt: str | None = flag(None, "one prompt; the answer is printed")
+    input: str | None = flag(None, "file or folder of rows with instruction and, if need be, input")
+    output: str | None = flag(
+        None, "file for the rows with their answers, .json or .jsonl; an interrupted command goes on where it was"
+    )
+    chat: bool = flag(False, "a conversation on the terminal")
+    template: str | None = flag(None, f"prompt template, {', '.join(TEMPLATES)}; by default the run's")
+    compare_base: bool = flag(False, "show the base model's answer, too")
+
+    def problems(self) -> list[str]:
+        problems = []
+        if sum((self.prompt is not None, self.input is not None, self.chat)) != 1:
+            problems.append("exactly one of --prompt, --input and --chat has to be given")
+        if (self.input is None) != (self.output is None):
+            problems.append("--input and --output belong together")
+        if self.output and Path(self.output).suffix not in OUTPUT_KINDS:
+            problems.append(f"--output {self.output}: the name has to end in {' or '.join(OUTPUT_KINDS)}")
+        if self.chat and self.compare_base:
+            problems.append("--chat and --compare_base: a conversation has one thread; compare with --prompt")
+        if self.template not in (None, *TEMPLATES):
+            problems.append(f"--template is {self.template!r}; allowed are {', '.join(TEMPLATES)}")
+        return problems
+
+
+KINDS = (InferenceArguments, DecodingArguments, GenerateArguments)
+
+
+class Answerer:
+    """A trained model with everything that decides its answers.
+
+    Args:
+        trained: the model.
+        decoding: how answers are drawn.
+        args: template, and whether the base model answers as well.
+    """
+
+    def __init__(self, trained: TrainedModel, decoding: DecodingArguments, args: GenerateArguments):
+        self.trained, self.tokenizer, self.seed = trained, trained.tokenizer, decoding.seed
+        self.template = trained.template(args.template)
+        self.settings: GenerationConfig = decoding.settings(
+            trained.tokenizer.pad_token_id, trained.end_tokens(self.template)
+        )
+        self.voices = {"generated": nullcontext}
+        if args.compare_base:
+            self.voices["generated_by_base"] = trained.as_base
+
+    def encode(self, instruction: str, context: str = "") -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            InputError: it leaves no room for an answer in the model's context.
+        """
+        ids = encode_prompt(self.tokenizer, self.template, instruction, context)
+        longest = self.trained.model.config.max_position_embeddings - 1
+        if len(ids) > longest:
+            raise InputError(f"a prompt has {len(ids)} tokens, the model reads {longest}: {instruction[:60]!r}...")
+        return ids
+
+    def answers(self, prompts: list[list[int]], offset: int = 0) -> list[dict[str, str]]:
+        """For each prompt, the answer by the field of the output that it belongs into."""
+        texts = {}
+        for field, voice in self.voices.items():
+            torch.manual_seed(self.seed + offset)
+            with voice():
+                tokens = generate_answers(self.trained.model, prompts, self.settings)
+            texts[field] = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return [dict(zip(texts, each, strict=True)) for each in zip(*texts.values(), strict=True)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line and answer.
+
+    Raises:
+        InputError: flags, rows, adapter or output file are not as they have to be.
+    """
+    inference, decoding, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
+    rows = load_prompts(args.input) if args.input else []
+    trained = load_trained(inference)
+    answerer = Answerer(trained, decoding, args)
+    if args.chat:
+        chat(answerer)
+    elif args.prompt is not None:
+        (answer,) = answerer.answers([answerer.encode(args.prompt)])
+        print(*answer_lines(answer), sep="\n")
+    else:
+        settings = answer_settings(inference, answerer)
+        answer_rows(answerer, rows, AnswerFile(args.output, rows, settings), inference.batch_size)
+        print(f"{len(rows)} answers are in {args.output}")
+
+
+def load_prompts(path: str) -> list[dict]:
+    """The rows of a file or folder, as they are; only instruction and input have to be right.
+
+    Raises:
+        InputError: a file or row is bad, or there is no row.
+    """
+    rows, problems = [], []
+    for part in split_files(find_files(path)):
+        for number, row in read_part(part):
+            # What the row expects as an answer is of no concern here.
+            texts = {**row, "output": "any", "task_type": None} if isinstance(row, dict) else row
+            if problem := row_problem(texts, num_task_types=1):
+                problems.append(f"{part.file}: row {number}: {problem}")
+            rows.append(row)
+    refuse(problems)
+    if not rows:
+        raise InputError(f"{path}: there is no row")
+    return rows
+
+
+def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
+    """What answers depend on, besides the rows: a half-written file with other values is not gone on with."""
+    weights = Path(inference.adapter) / WEIGHTS_NAME
+    decoding = answerer.settings.to_diff_dict()
+    return {
+        "adapter": file_hash(weights) if weights.is_file() else inference.adapter,
+        "base_model": answerer.trained.base_model,
+        "dtype": str(inference.torch_dtype),
+        "load_in_kbits": inference.load_in_kbits,
+        "template": answerer.template,
+        "fields": list(answerer.voices),
+        **{name: decoding.get(name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
+        "seed": answerer.seed,
+    }
+
+
+def answer_rows(answerer: Answerer, rows: list[dict], file: AnswerFile, batch_size: int) -> None:
+    """Answer the rows that have no answer yet, batch by batch, and put the file in its place."""
+    prompts = [answerer.encode(row["instruction"], row.get("input") or "") for row in rows]
+    batches = batches_by_length([len(prompt) for prompt in prompts], batch_size)
+    with tqdm(total=len(rows), desc="answers", unit="row") as bar:
+        for batch in batches:
+            # A batch is done again as a whole where a row is missing, so that what is drawn does not depend on it.
+            if not file.answers.keys() >= set(batch):
+                answers = answerer.answers([prompts[index] for index in batch], offset=batch[0])
+                file.append(dict(zip(batch, answers, strict=True)))
+            bar.update(len(batch))
+    file.finish()
+
+
+def chat(answerer: Answerer) -> None:
+    """A conversation: each answer appears as it is made. It ends with /exit or the end of the input."""
+    tokenizer, model = answerer.tokenizer, answerer.trained.model
+    keeps = answerer.template == "chat"
+    memory = "/reset forgets the conversation, " if keeps else "each line stands alone (template plain), "
+    print(f"Type a message; {memory}/exit ends.")
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    turns: list[dict[str, str]] = []
+    torch.manual_seed(answerer.seed)
+    for line in _typed_lines():
+        if line == "/reset" or not keeps:
+            turns.clear()
+        if line in ("", "/reset"):
+            continue
+        turns.append({"role": "user", "content": line})
+        ids = torch.tensor([_conversation(answerer, turns)], device=model.device)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=answerer.settings,
+                streamer=streamer,
+            )
+        answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        turns.append({"role": "assistant", "content": answer})
+
+
+def answer_lines(answer: dict[str, str]) -> list[str]:
+    """One answer alone, or both under their names."""
+    if len(answer) == 1:
+        return list(answer.values())
+    return ["--- base", answer["generated_by_base"], "--- adapter", answer["generated"]]
+
+
+def _conversation(answerer: Answerer, turns: list[dict[str, str]]) -> list[int]:
+    """Token ids of the conversation, without its oldest exchanges where it has outgrown the model's context."""
+    longest = answerer.trained.model.config.max_position_embeddings - answerer.settings.max_new_tokens
+    while True:
+        if len(turns) == 1:
+            return answerer.encode(turns[0]["content"])
+        ids = answerer.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if len(ids) <= longest:
+            return ids
+        del turns[:2]
+
+
+def _typed_lines() -> Iterator[str]:
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        yield line
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,254 @@
+"""The verb `evaluate`: teacher forcing against decoding, labels, groups, the file, the harness, bad input."""
+
+import json
+import math
+import re
+import sys
+import types
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, example_rows, filled_model, tiny_tokenizer
+
+from data import Collator, InputError, encode_prompt, encode_target
+from scripts import evaluate
+from transformers_patch.evaluation import METRICS, label_tasks
+from transformers_patch.generation import DecodingArguments, generate_answers
+from transformers_patch.metrics import TEXT_METRICS
+from transformers_patch.scoring import most_likely_options, score_answers
+
+ROWS = example_rows(12)
+
+
+def encoded(rows: list[dict], tokenizer, template: str = "plain") -> list[dict]:
+    found = []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, template, row["instruction"], row["input"])
+        target = encode_target(tokenizer, template, row["instruction"], row["input"], row["output"])
+        found.append({"input_ids": [*prompt, *target], "prompt_length": len(prompt)})
+    return found
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    """A model with an adapter that has learnt the first 7 rows by heart, and all rows; the base learns too, since a
+    random one is of no help."""
+    rows = encoded(ROWS, tiny_tokenizer())
+    model = filled_model().requires_grad_(True).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    batch = Collator(1)([{**row, "task_type": -1, "source": ""} for row in rows[:7]])
+    batch.pop("sources")
+    for _ in range(320):
+        model(**batch).lm_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), rows
+
+
+@pytest.fixture
+def run(adapter_dir, tmp_path, capsys):
+    """Calls the program; returns what it printed and the file."""
+
+    def call(*flags: str, adapter=adapter_dir) -> tuple[str, dict]:
+        output = tmp_path / "evaluation.json"
+        common = ["--adapter", adapter, "--output", output, "--data_cache_dir", tmp_path / "cache"]
+        evaluate.main([*map(str, common), *map(str, flags)])
+        return capsys.readouterr().out, json.loads(output.read_text())
+
+    return call
+
+
+def test_the_teacher_forced_match_is_the_decoded_match(learnt):
+    """On a model that gets some rows right, in batches padded on the right here and on the left there."""
+    model, rows = learnt
+    forced = [score.matches for score in score_answers(model, rows, 1, batch_size=5, progress=iter)]
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    targets = [row["input_ids"][row["prompt_length"] :] for row in rows]
+    settings = DecodingArguments(max_new_tokens=max(map(len, targets))).settings(pad_token_id=1, end_tokens=[1])
+    decoded = generate_answers(model, prompts, settings)
+    assert forced == [answer == target for answer, target in zip(decoded, targets, strict=True)]
+    assert 3 < sum(forced) < len(rows)
+
+
+def test_an_answer_right_but_for_its_end_is_no_match(learnt):
+    model, rows = learnt
+    right = [row for row, score in zip(rows, score_answers(model, rows, 1, 4, iter), strict=True) if score.matches]
+    assert len(right) > 3
+    longer = [{**row, "input_ids": [*row["input_ids"][:-1], 5, 1]} for row in right]
+    assert not any(score.matches for score in score_answers(model, longer, 1, 4, iter))
+
+
+def test_losses_do_not_depend_on_the_batch():
+    rows = encoded(ROWS, tiny_tokenizer())
+    model = filled_model().eval()
+    for row, score in zip(rows, score_answers(model, rows, 1, 5, iter), strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        labels = ids.clone()
+        labels[0, : row["prompt_length"]] = -100
+        with torch.no_grad():
+            alone = model(input_ids=ids, labels=labels).lm_loss
+        assert score.tokens == len(row["input_ids"]) - row["prompt_length"]
+        assert score.nll / score.tokens == pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_the_likeliest_option_is_chosen(learnt):
+    model, rows = learnt
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows[:4]]
+    options = [[row["input_ids"][row["prompt_length"] :] for row in rows[:4]] for _ in prompts]
+    assert most_likely_options(model, prompts, options, 1, 3, iter) == [0, 1, 2, 3]
+
+
+def test_label_tasks_are_those_with_few_outputs():
+    outputs = {"labels": ["yes", "no", "yes"], "open": ["a", "b", "c"], "": ["same", "same", "same"]}
+    table = {
+        "task": [task for task, each in outputs.items() for _ in each],
+        "output": [output for each in outputs.values() for output in each],
+    }
+    assert label_tasks(table) == {"labels": ["no", "yes"]}
+
+
+@pytest.fixture
+def labelled_file(tmp_path):
+    rows = [{**row, "aliases": [f"  The {row['output'].upper()}!"]} for row in ROWS]
+    rows += [
+        {"instruction": f"Is {number} even", "output": ("no", "yes")[number % 2 == 0], "task": "parity"}
+        for number in range(5)
+    ]
+    file = tmp_path / "labelled.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def test_every_metric_by_group_for_adapter_and_base(run, labelled_file):
+    printed, report = run("--data", labelled_file, "--base", "--batch_size", 4)
+    (found,) = report["data"]
+    assert found["rows"] == 17
+    assert found["label_tasks"] == {"parity": ["no", "yes"]}
+    assert set(found["results"]) == {"adapter", "base"}
+    for groups in found["results"].values():
+        assert set(groups["by_task"]) == {"closed_book_qa", "parity", "summarization"}
+        assert set(groups["by_task_type"]) == {"-1", "0", "1"}
+        assert set(groups["all"]) == {"rows", *METRICS}
+        assert "accuracy" not in groups["by_task"]["closed_book_qa"]
+        for kind in ("by_task", "by_task_type"):
+            assert sum(group["rows"] for group in groups[kind].values()) == 17
+        for estimate in (value for name, value in groups["all"].items() if name != "rows"):
+            assert set(estimate) == {"value", "low", "high"}
+        loss, perplexity = groups["all"]["lm_loss"]["value"], groups["all"]["perplexity"]["value"]
+        assert perplexity == pytest.approx(math.exp(loss))
+        assert groups["all"]["accuracy"] == groups["by_task"]["parity"]["accuracy"]
+    assert found["results"]["adapter"] != found["results"]["base"]
+    for text in ("17 rows", "adapter", "base", "task parity", "task type 1", "everything is in"):
+        assert text in printed
+
+
+def test_decoded_metrics_know_aliases_and_teacher_forcing_does_not(run, labelled_file, monkeypatch):
+    """With answers as the aliases have them, spelt otherwise than the expected ones."""
+    tokenizer = tiny_tokenizer()
+    by_prompt = {
+        tuple(encode_prompt(tokenizer, "plain", row["instruction"], row["input"])): f"  THE {row['output']}"
+        for row in ROWS
+    }
+    decode = partial(tokenizer, add_special_tokens=False)
+
+    def answers(model, prompts, settings):
+        return [decode(by_prompt.get(tuple(prompt), "none"))["input_ids"] for prompt in prompts]
+
+    monkeypatch.setattr("transformers_patch.evaluation.generate_answers", answers)
+    _, report = run("--data", labelled_file, "--metrics", *TEXT_METRICS)
+    groups = report["data"][0]["results"]["adapter"]["by_task"]
+    assert groups["closed_book_qa"]["exact_match"]["value"] == 1
+    assert groups["closed_book_qa"]["rouge_l"]["value"] == 1
+    assert groups["parity"]["exact_match"]["value"] == 0
+    assert "token_exact_match" not in groups["parity"]
+
+
+def test_the_same_seed_gives_the_same_file_and_the_runs_own_data_are_the_default(run, adapter_dir, data_file):
+    config = json.loads((adapter_dir / "run_config.json").read_text())
+    (adapter_dir / "run_config.json").write_text(json.dumps(config | {"validation_file": str(data_file)}))
+    _, first = run()
+    _, second = run("--data", data_file, "--batch_size", 3)
+    assert first["data"][0]["path"] == str(data_file)
+    first_all, second_all = (each["data"][0]["results"]["adapter"]["all"] for each in (first, second))
+    for name in METRICS:
+        if name in first_all:
+            assert first_all[name] == pytest.approx(second_all[name], rel=1e-4)
+
+
+def test_several_files_are_measured_one_by_one(run, data_file, labelled_file):
+    _, report = run("--data", data_file, labelled_file, "--metrics", "lm_loss", "--limit", 3)
+    assert [each["path"] for each in report["data"]] == [str(data_file), str(labelled_file)]
+    assert [each["results"]["adapter"]["all"]["rows"] for each in report["data"]] == [3, 3]
+
+
+def test_the_harness_task_of_this_repository_runs_offline(run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    printed, report = run("--lm_eval", "tiny_data", "--limit", 2, "--base", "--template", "chat")
+    for model in ("adapter", "base"):
+        assert report["lm_eval"][model]["tiny_data"]["exact_match,none"] == 0
+    assert re.search(r"adapter +tiny_data +exact_match +0", printed)
+
+
+def test_the_harness_asks_in_the_adapters_template(adapter_dir):
+    from transformers_patch.harness import TemplateLM
+
+    trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
+    turns = [{"role": "user", "content": "the cat"}]
+    plain, chat = (TemplateLM(trained, template, 2) for template in ("plain", "chat"))
+    for lm, template in ((plain, "plain"), (chat, "chat")):
+        wanted = encode_prompt(trained.tokenizer, template, "the cat", "")
+        assert lm.tok_encode(lm.apply_chat_template(turns)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--metrics", "rouge"), "--metrics rouge: there is no such metric; there are lm_loss"),
+        (("--lm_eval", "tiny_dta"), "has no such task; did you mean .*tiny_data"),
+        ((), "there is nothing to measure on"),
+        (("--data", "nowhere.json"), "no such file or folder"),
+        (("--limit", "0", "--seed", "-1"), "--limit is 0(.|\n)*--seed is -1"),
+    ],
+)
+def test_mistakes_are_named(run, flags, message):
+    with pytest.raises(InputError, match=message):
+        run(*flags)
+
+
+def test_bad_rows_and_label_tasks_that_do_not_exist(run, data_file, tmp_path):
+    with pytest.raises(InputError, match="has no row of such a task"):
+        run("--data", data_file, "--label_tasks", "parity")
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([{**ROWS[0], "aliases": "one"}, {**ROWS[1], "aliases": [1]}]))
+    with pytest.raises(InputError, match="row 1: 'aliases' is \"one\", but has to be a list of strings") as caught:
+        run("--data", bad)
+    assert "row 2: 'aliases' is [1]" in str(caught.value)
+
+
+def test_a_whole_model_is_measured_but_not_its_base(run, model_dir, data_file):
+    _, report = run("--data", data_file, "--metrics", "lm_loss", adapter=model_dir)
+    assert report["data"][0]["results"]["adapter"]["all"]["lm_loss"]["value"] > 0
+    with pytest.raises(InputError, match="holds a whole model"):
+        run("--data", data_file, "--base", adapter=model_dir)
+
+
+def test_the_opencompass_wrapper_of_the_page(adapter_dir, monkeypatch):
+    """Against a stand-in of the class that it extends."""
+
+    class BaseModel:
+        def __init__(self, path, max_seq_len, tokenizer_only, meta_template, generation_kwargs):
+            self.max_seq_len = max_seq_len
+
+    for name in ("opencompass", "opencompass.models", "opencompass.models.base"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(BaseModel=BaseModel))
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "EVALUATION.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(block, "EVALUATION.md", "exec"), names)
+    wrapped = names["LoRAMoE"](path=str(adapter_dir))
+    assert len(wrapped.generate(["the cat", "a longer prompt"], max_out_len=4)) == 2
+    (ppl,) = wrapped.get_ppl(["the cat sat on the mat"])
+    ids = wrapped.tokenizer("the cat sat on the mat", return_tensors="pt")["input_ids"]
+    assert ppl == pytest.approx(wrapped.model(input_ids=ids, labels=ids).lm_loss.item(), rel=1e-4)
+    assert wrapped.get_ppl(["the cat sat on the mat"], mask_length=[5])[0] != pytest.approx(ppl)
+    assert wrapped.get_token_len("the cat") == len(wrapped.tokenizer("the cat")["input_ids"])

@@ -1,0 +1,197 @@
+"""The verb `generate`: prompts, files that are gone on with, conversations."""
+
+import io
+import json
+
+import pytest
+import torch
+from conftest import example_rows, filled_model, tiny_tokenizer
+
+from data import AnswerFile, InputError, encode_prompt
+from scripts import generate
+from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
+
+ROWS = example_rows(10)
+
+
+@pytest.fixture
+def run(adapter_dir, capsys):
+    """Calls the program; returns what it printed."""
+
+    def call(*flags: str, adapter=adapter_dir) -> str:
+        generate.main(["--adapter", str(adapter), "--max_new_tokens", "6", *map(str, flags)])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    file = tmp_path / "prompts.json"
+    # Answers are not needed, and fields that nobody knows are kept.
+    file.write_text(json.dumps([{"instruction": row["instruction"], "input": row["input"], "id": 7} for row in ROWS]))
+    return file
+
+
+def alone(model, prompt: list[int], new_tokens: int = 6) -> list[int]:
+    """Greedy answer without batch, padding or cache."""
+    ids = torch.tensor([prompt])
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        if ids[0, -1] == 1:
+            break
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_batched_answers_are_those_of_each_prompt_alone():
+    model, tokenizer = filled_model().eval(), tiny_tokenizer()
+    prompts = [encode_prompt(tokenizer, "plain", row["instruction"], row["input"]) for row in ROWS]
+    assert len({len(prompt) for prompt in prompts}) > 3
+    settings = DecodingArguments(max_new_tokens=6).settings(pad_token_id=1, end_tokens=[1])
+    assert generate_answers(model, prompts, settings) == [alone(model, prompt) for prompt in prompts]
+
+
+def test_an_answer_ends_with_its_end_token():
+    model = filled_model().eval()
+    prompts = [[5, 6, 7], [9, 10]]
+    first = alone(model, prompts[0])
+    settings = DecodingArguments(max_new_tokens=6).settings(pad_token_id=1, end_tokens=[1, first[2]])
+    assert generate_answers(model, prompts, settings)[0] == first[: first.index(first[2]) + 1]
+
+
+def test_batches_are_of_similar_length_the_longest_first():
+    assert batches_by_length([3, 9, 1, 9, 4], 2) == [[1, 3], [4, 0], [2]]
+
+
+def test_a_prompt_is_answered_alike_each_time_and_with_a_seed_when_drawn(run):
+    assert run("--prompt", "the cat") == run("--prompt", "the cat")
+    drawn = [run("--prompt", "the cat", "--temperature", 2, "--seed", seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_compare_base_shows_both(run):
+    lines = run("--prompt", "the cat", "--compare_base")
+    assert lines.index("--- base") < lines.index("--- adapter")
+    base, adapter = lines.removeprefix("--- base\n").split("--- adapter\n")
+    assert base != adapter
+    assert adapter == run("--prompt", "the cat")
+
+
+def test_a_file_is_answered_in_its_order(run, prompts_file, tmp_path, adapter_dir, model_dir):
+    output = tmp_path / "new" / "answers.jsonl"
+    assert "10 answers" in run("--input", prompts_file, "--output", output, "--batch_size", 3, "--compare_base")
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in ROWS]
+    assert {tuple(row) for row in rows} == {("instruction", "input", "id", "generated", "generated_by_base")}
+    model, tokenizer = filled_model().eval(), tiny_tokenizer()
+    for row in rows:
+        expected = alone(model, encode_prompt(tokenizer, "plain", row["instruction"], row["input"]))
+        assert row["generated"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert not list(output.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--temperature", "1.5", "--seed", "4")], ids=["greedy", "drawn"])
+def test_an_interrupted_file_is_gone_on_with(run, prompts_file, tmp_path, monkeypatch, flags):
+    """Killed after two batches, with a torn last line: the rest is done, and only the rest."""
+    whole, output = tmp_path / "whole.json", tmp_path / "answers.json"
+    run("--input", prompts_file, "--output", whole, "--batch_size", 3, *flags)
+    calls = []
+    answers = generate.Answerer.answers
+
+    def counted(self, prompts, offset=0):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(prompts))
+        return answers(self, prompts, offset)
+
+    monkeypatch.setattr(generate.Answerer, "answers", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--input", prompts_file, "--output", output, "--batch_size", 3, *flags)
+    partial = tmp_path / "answers.json.partial"
+    assert not output.exists()
+    assert len(partial.read_text().splitlines()) == 1 + 6
+    partial.write_bytes(partial.read_bytes()[:-4])
+    calls[:] = [0, 0, 0]
+    run("--input", prompts_file, "--output", output, "--batch_size", 3, *flags)
+    assert calls[3:] == [3, 3, 1]
+    assert output.read_text() == whole.read_text()
+    assert not partial.exists()
+
+
+def test_half_a_file_of_another_command_is_refused(run, prompts_file, tmp_path):
+    output = tmp_path / "answers.json"
+    (tmp_path / "answers.json.partial").write_text('{"seed": 3}\n')
+    with pytest.raises(InputError, match="seed: 3 there, 0 now") as caught:
+        run("--input", prompts_file, "--output", output)
+    assert "max_new_tokens: None there, 6 now" in str(caught.value)
+    assert (tmp_path / "answers.json.partial").read_text() == '{"seed": 3}\n'
+
+
+def test_half_a_file_of_other_rows_is_refused(tmp_path):
+    AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0}).append({0: {"generated": "x"}})
+    assert AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0}).answers == {0: {"generated": "x"}}
+    with pytest.raises(InputError, match="rows_sha256"):
+        AnswerFile(tmp_path / "a.json", [{"instruction": "two"}], {"seed": 0})
+
+
+def test_a_conversation_remembers_with_a_chat_template_and_forgets_on_reset(run, monkeypatch):
+    seen = []
+    conversation = generate._conversation
+
+    def recorded(answerer, turns):
+        seen.append([turn["role"] for turn in turns])
+        return conversation(answerer, turns)
+
+    monkeypatch.setattr(generate, "_conversation", recorded)
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n\nthe dog\n/reset\nthe mat\n/exit\nnever\n"))
+    printed = run("--chat", "--template", "chat")
+    assert seen == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert "/reset forgets" in printed
+    assert len(printed.splitlines()) >= 4
+    seen.clear()
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nthe dog\n"))
+    assert "each line stands alone" in run("--chat")
+    assert seen == [["user"], ["user"]]
+
+
+def test_a_conversation_longer_than_the_context_loses_its_beginning(adapter_dir):
+    trained = generate.load_trained(generate.InferenceArguments(adapter=str(adapter_dir)))
+    args = generate.GenerateArguments(chat=True, template="chat")
+    answerer = generate.Answerer(trained, DecodingArguments(max_new_tokens=6), args)
+    turns = [{"role": role, "content": "the cat " * 20} for role in ("user", "assistant") * 4]
+    turns.append({"role": "user", "content": "the dog"})
+    ids = generate._conversation(answerer, turns)
+    assert len(ids) + 6 <= 256
+    assert 1 < len(turns) < 9
+    assert turns[-1]["content"] == "the dog"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "exactly one of --prompt, --input and --chat"),
+        (("--prompt", "x", "--chat"), "exactly one of --prompt, --input and --chat"),
+        (("--input", "x.json"), "belong together"),
+        (("--input", "x.json", "--output", "y.txt"), "has to end in .json or .jsonl"),
+        (("--chat", "--compare_base"), "a conversation has one thread"),
+        (("--prompt", "x", "--template", "odd"), "allowed are auto, plain, chat"),
+        (("--prompt", "x", "--top_k", "5"), "need a --temperature above 0"),
+        (("--input", "nowhere.json", "--output", "y.json"), "no such file or folder"),
+        (("--prompt", "the cat " * 200), "the model reads 255"),
+    ],
+)
+def test_mistakes_are_named(run, flags, message):
+    with pytest.raises(InputError, match=message):
+        run(*flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "the file is empty"), ("[]", "there is no row"), ('[{"input": "x"}, 3]', r"row 1: has no 'instruction'")],
+)
+def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(run, tmp_path, content, message):
+    file = tmp_path / "prompts.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        run("--input", file, "--output", tmp_path / "y.json", adapter=tmp_path)

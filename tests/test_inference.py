@@ -1,0 +1,143 @@
+"""A trained adapter on its base model: what is loaded, and what is refused with one message."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, filled_model, tiny_config, tiny_tokenizer
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from data import InputError
+from peft import PeftModel
+from transformers_patch.command_line import parse_flags
+from transformers_patch.generation import DecodingArguments
+from transformers_patch.inference import InferenceArguments, load_trained
+
+INPUT = torch.arange(5, 25)[None]
+
+
+def load(folder, **flags):
+    return load_trained(InferenceArguments(adapter=str(folder), **flags))
+
+
+def refusal(folder, **flags) -> str:
+    with pytest.raises(InputError) as caught:
+        load(folder, **flags)
+    return str(caught.value)
+
+
+def test_an_adapter_folder_alone_gives_the_trained_model(adapter_dir, model_dir):
+    trained = load(adapter_dir)
+    with torch.no_grad():
+        expected = filled_model().eval()(INPUT).logits
+        base = LlamaForCausalLM.from_pretrained(model_dir)(INPUT).logits
+        torch.testing.assert_close(trained.model(INPUT).logits, expected)
+        assert not torch.allclose(expected, base)
+        with trained.as_base():
+            torch.testing.assert_close(trained.model(INPUT).logits, base)
+    assert not trained.model.training
+    assert trained.template() == "plain"
+    assert trained.template("auto") == "chat"
+    assert trained.run_config["max_seq_length"] == 128
+
+
+def test_the_tokenizer_is_the_base_models_where_the_folder_has_none(adapter_dir):
+    for name in ("tokenizer.json", "tokenizer_config.json", "run_config.json", "chat_template.jinja"):
+        (adapter_dir / name).unlink(missing_ok=True)
+    assert load(adapter_dir).template() == "chat"
+
+
+def test_a_folder_of_a_whole_model_works_but_has_no_base(model_dir):
+    trained = load(model_dir)
+    assert not isinstance(trained.model, PeftModel)
+    with pytest.raises(InputError, match="holds a whole model"):
+        trained.as_base()
+
+
+def test_sampling_that_the_base_models_folder_proposes_is_not_taken_over(adapter_dir, model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    GenerationConfig(do_sample=True, temperature=0.6, repetition_penalty=1.3, eos_token_id=7).save_pretrained(base)
+    trained = load(adapter_dir, base_model=str(base))
+    assert trained.model.generation_config.do_sample in (None, False)
+    assert trained.model.generation_config.repetition_penalty in (None, 1.0)
+    assert trained.end_tokens("plain") == [1, 7]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kbits", "bound"), [(4, 0.8), (8, 0.1)])
+def test_a_quantised_base_under_the_adapter(adapter_dir, kbits, bound, dtype):
+    quantised, whole = load(adapter_dir, load_in_kbits=kbits, dtype=dtype), load(adapter_dir)
+    with torch.no_grad():
+        difference = (quantised.model(INPUT).logits - whole.model(INPUT).logits).norm()
+        assert 0 < difference < bound * whole.model(INPUT).logits.norm()
+
+
+def test_bfloat16_is_taken_at_its_word(adapter_dir):
+    trained = load(adapter_dir, dtype="bfloat16")
+    assert trained.model.dtype == torch.bfloat16
+    assert trained.model(INPUT).logits.isfinite().all()
+
+
+def test_a_folder_that_is_no_adapter(tmp_path):
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    assert "it has no adapter_config.json" in refusal(tmp_path)
+
+
+def test_a_base_model_that_is_not_there(adapter_dir, tmp_path):
+    message = refusal(adapter_dir, base_model=str(tmp_path / "nowhere"))
+    assert "no such folder (--base_model)" in message
+
+
+def test_an_adapter_that_names_no_base_model(adapter_dir):
+    config = json.loads((adapter_dir / "adapter_config.json").read_text())
+    (adapter_dir / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert "give one with --base_model" in refusal(adapter_dir)
+
+
+def test_a_base_model_of_another_size_is_refused_by_layer_before_its_weights_are_read(adapter_dir, tmp_path):
+    other = tmp_path / "other"
+    tiny_config(hidden_size=64, intermediate_size=96, num_hidden_layers=2).save_pretrained(other)  # no weights
+    tiny_tokenizer().save_pretrained(other)
+    message = refusal(adapter_dir, base_model=str(other))
+    assert "model.layers.0.mlp.down_proj.experts.lora_A has shape (8, 48), the model needs (8, 96)" in message
+    assert len(message.splitlines()) < 20
+    assert "more" in message.splitlines()[-1]
+
+
+def test_adapter_weights_that_are_damaged_or_missing(adapter_dir):
+    weights = adapter_dir / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "is damaged or incomplete" in refusal(adapter_dir)
+    weights.unlink()
+    assert "holds no adapter weights" in refusal(adapter_dir)
+
+
+def test_a_run_config_that_is_damaged(adapter_dir):
+    (adapter_dir / "run_config.json").write_text("{")
+    assert "run_config.json is not valid JSON" in refusal(adapter_dir)
+
+
+def test_flags_are_refused_all_at_once():
+    flags = "--adapter x --load_in_kbits 3 --batch_size 0 --device_map gpu --top_p 0.5 --temperature -1"
+    with pytest.raises(InputError) as caught:
+        parse_flags("verb", "", (InferenceArguments, DecodingArguments), flags.split())
+    for name in ("--load_in_kbits is 3", "--batch_size is 0", "--device_map gpu", "--temperature is -1"):
+        assert name in str(caught.value)
+
+
+def test_unknown_and_missing_flags():
+    with pytest.raises(InputError, match="did you mean --batch_size"):
+        parse_flags("verb", "", (InferenceArguments,), ["--adapter", "x", "--batchsize", "3"])
+    with pytest.raises(InputError, match="required: --adapter"):
+        parse_flags("verb", "", (InferenceArguments,), [])
+
+
+@pytest.mark.slow
+def test_the_trained_model_of_the_main_job():
+    if not (ROOT / "outputs" / "default").exists():
+        pytest.skip("bash run_loramoe.sh makes outputs/default")
+    assert (
+        load(ROOT / "outputs" / "default", base_model=str(ROOT / "models/SmolLM2-135M-Instruct")).template() == "chat"
+    )

@@ -1,0 +1,66 @@
+"""The command line of every program here: flags from dataclasses, and one message where the user is mistaken."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import field
+
+import torch
+from transformers import HfArgumentParser
+
+from data import InputError
+
+
+def flag(default, text: str, **metadata):
+    """A dataclass field that becomes the flag of its name, with its help text."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+class FlagParser(HfArgumentParser):
+    """Raises InputError instead of exiting, with the nearest names for a flag that does not exist.
+
+    Args:
+        kinds: dataclasses; every field is a flag.
+        command: how the program is called, for its help and messages.
+    """
+
+    def __init__(self, kinds: tuple[type, ...], command: str, description: str | None = None):
+        super().__init__(kinds, prog=command, description=description, allow_abbrev=False)
+
+    def error(self, message: str):
+        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        for name in unknown:
+            if near := difflib.get_close_matches(name, self._option_string_actions, n=2):
+                message += f"; did you mean {' or '.join(near)} instead of {name}?"
+        raise InputError(f"{message} ({self.prog} --help lists every flag)")
+
+
+def parse_flags(command: str, description: str, kinds: tuple[type, ...], argv: list[str] | None) -> tuple:
+    """The command line as an instance of each dataclass; each has a method `problems`.
+
+    Raises:
+        InputError: unknown flags, values of the wrong kind, or whatever `problems` finds, all at once.
+    """
+    parser = FlagParser(kinds, command, description)
+    parts = parser.parse_dict(vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
+    refuse([problem for part in parts for problem in part.problems()])
+    return parts
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises InputError with all the problems, if there are any."""
+    if problems:
+        raise InputError(problems[0] if len(problems) == 1 else "\n".join(f"- {problem}" for problem in problems))
+
+
+def run_verb(main: Callable[[], None]) -> None:
+    """Run a program's `main`; what the user can mend becomes one message and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full: lower --batch_size, or quantise the base with --load_in_kbits 4")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")

@@ -1,0 +1,193 @@
+"""A trained adapter on its base model, ready for inference; the folder of a fully fine-tuned model likewise."""
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from data import InputError, encode_target, resolve_template
+from peft import LoraConfig, PeftModel
+from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft.model import keep_4bit_packing
+from transformers_patch.auto import AutoModelForCausalLM
+from transformers_patch.command_line import flag
+from transformers_patch.training.base_model import check_base_model, first_line, load_tokenizer, quantization
+from transformers_patch.training.run_folder import CONFIG_NAME as RUN_CONFIG_NAME
+
+MODEL_CONFIG_NAME = "config.json"
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass
+class InferenceArguments:
+    """Flags of every program that runs a trained model."""
+
+    adapter: str = flag(None, "adapter folder, or the folder of a whole model", required=True)
+    base_model: str | None = flag(None, "base model, a folder or a hub id; by default the one that the adapter names")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "numbers of the base model; auto is bfloat16 on GPUs (float16 where they have none), float32 on a CPU"
+    )
+    device_map: str = flag(
+        "auto", "auto spreads the layers over the GPUs that there are, or takes the CPU; or one device: cpu, cuda:1"
+    )
+    load_in_kbits: int = flag(16, "4 (nf4) or 8 (int8) quantises the base model; 16 leaves it as it is")
+    batch_size: int = flag(8, "rows that the model reads at once; lower it where memory runs out")
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.load_in_kbits not in (4, 8, 16):
+            problems.append(f"--load_in_kbits is {self.load_in_kbits}; allowed are 4, 8 and 16 (not quantised)")
+        if self.batch_size < 1:
+            problems.append(f"--batch_size is {self.batch_size}, but has to be at least 1")
+        if self.device_map not in PLACEMENTS and (problem := _device_problem(self.device_map)):
+            problems.append(f"--device_map {self.device_map}: {problem}; allowed are {', '.join(PLACEMENTS)}, a device")
+        return problems
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        if self.device_map == "cpu" or not torch.cuda.is_available():
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What `load_trained` returns.
+
+    Args:
+        model: in eval mode, on its devices; a PeftModel, or the whole model of a folder without an adapter. Its
+            generation settings are greedy, whatever the base model's folder proposes.
+        tokenizer: with a padding token.
+        run_config: the run's `run_config.json` (its `prompt_template`, `max_seq_length`, `validation_file` ...);
+            empty where the folder has none.
+        base_model: where the base model comes from.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    run_config: dict
+    base_model: str
+
+    def template(self, wanted: str | None = None) -> str:
+        """`plain` or `chat`: what was asked for, else what the run was trained with.
+
+        Raises:
+            InputError: see `data.resolve_template`.
+        """
+        return resolve_template(wanted or self.run_config.get("prompt_template", "auto"), self.tokenizer)
+
+    def end_tokens(self, template: str) -> list[int]:
+        """The tokens that end an answer: the template's, and those that the base model was trained with."""
+        base = self.model.generation_config.eos_token_id
+        ends = [encode_target(self.tokenizer, template, "x", "", "x")[-1]]
+        return sorted({*ends, *(base if isinstance(base, list) else [base])} - {None})
+
+    @property
+    def num_task_types(self) -> int:
+        if isinstance(self.model, PeftModel):
+            return self.model.active_peft_config.num_task_types
+        return self.run_config.get("num_task_types", 2)
+
+    def as_base(self) -> AbstractContextManager:
+        """A context in which the model is the base model.
+
+        Raises:
+            InputError: there is no adapter that could be taken away.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise InputError(
+                "this folder holds a whole model, no adapter, so its base model is not at hand; "
+                "give the base model's own folder as --adapter to run it"
+            )
+        return self.model.disable_adapter()
+
+
+def load_trained(args: InferenceArguments) -> TrainedModel:
+    """Load the model of an adapter folder (or of a whole model's folder); everything is checked before any weight.
+
+    The tokenizer is the folder's own, or else the base model's.
+
+    Raises:
+        InputError: the folder is no adapter, its base model is missing or does not fit (the message names the
+            layers), or a file is damaged.
+    """
+    folder = Path(args.adapter)
+    config = _adapter_config(folder)
+    base = (args.base_model or config.base_model_name_or_path) if config else args.adapter
+    if not base:
+        raise InputError(f"{folder}: its {ADAPTER_CONFIG_NAME} names no base model; give one with --base_model")
+    if _is_missing_folder(base):
+        named = "--base_model" if args.base_model else f"the base model that {folder} names"
+        raise InputError(f"{base}: no such folder ({named}); give the base model's place with --base_model")
+    tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
+    put_adapter = partial(PeftModel.from_pretrained, directory=folder) if config else nn.Module.eval
+    check_base_model(base, tokenizer, put_adapter)
+    run_config = _read_json(folder / RUN_CONFIG_NAME) if (folder / RUN_CONFIG_NAME).is_file() else {}
+    model = _load_weights(base, args)
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id,
+        bos_token_id=model.generation_config.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return TrainedModel(put_adapter(model).eval(), tokenizer, run_config, base)
+
+
+def _adapter_config(folder: Path) -> LoraConfig | None:
+    """The adapter's configuration; None for the folder of a whole model."""
+    if not folder.is_dir():
+        raise InputError(f"--adapter {folder}: no such folder")
+    is_adapter, is_model = ((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME))
+    if not is_adapter and is_model:
+        return None
+    try:
+        return LoraConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _load_weights(base: str, args: InferenceArguments) -> nn.Module:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=args.torch_dtype,
+            device_map=args.device_map if torch.cuda.is_available() else "cpu",
+            quantization_config=quantization(args.load_in_kbits, args.torch_dtype),
+        )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the weights of {base} could not be read: {first_line(error)}") from error
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(f"{base} does not fit into the memory of the GPUs; quantise it with --load_in_kbits 4")
+    keep_4bit_packing(model)
+    return model
+
+
+def _is_missing_folder(base: str) -> bool:
+    """Whether a name can only mean a local folder (a hub id has one slash at most) and there is none."""
+    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1 or Path(base).parent.is_dir()
+    return is_path and "/" in base and not Path(base).is_dir()
+
+
+def _device_problem(device: str) -> str | None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        return "no such device"
+    if kind == "cpu":
+        return None
+    return None if kind == "cuda" and torch.cuda.is_available() else "there is no such device on this machine"
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): the file is damaged, restore it") from None

@@ -1,0 +1,99 @@
+"""What an answer is worth: metrics of texts, and their confidence intervals.
+
+A row's references are its expected answer and the aliases of it; where there are several, the best one counts.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with the bounds of its confidence interval (95 %)."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def normalized(text: str) -> str:
+    """Lower case, without punctuation, articles and surplus white space (SQuAD's normalisation)."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 where the normalised texts are equal."""
+    return float(any(normalized(answer) == normalized(reference) for reference in references))
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over the words of the normalised texts, each as often as it occurs."""
+    return max(_f1(normalized(answer).split(), normalized(reference).split()) for reference in references)
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence of words, by the package rouge-score without stemming."""
+    return _ROUGE.score_multi(references, answer)["rougeL"].fmeasure
+
+
+TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "f1": token_f1,
+    "rouge_l": rouge_l,
+}
+CORPUS_METRICS: dict[str, type] = {"chrf": CHRF, "bleu": BLEU}
+
+
+def corpus_estimate(name: str, answers: Sequence[str], references: Sequence[Sequence[str]], seed: int) -> Estimate:
+    """chrF or BLEU of all answers together, by sacreBLEU at its defaults, on its scale of 0 to 100."""
+    most = max(map(len, references))
+    streams = [[each[place] if place < len(each) else None for each in references] for place in range(most)]
+    metric = CORPUS_METRICS[name]()
+    # sacreBLEU's public bootstrap mixes Python's floats with numpy's, and fails where a resample scores 0.
+    counts_NC = np.array(metric._extract_corpus_statistics(answers, streams))
+    return _estimate(counts_NC, lambda sums_C: metric._compute_score_from_stats(sums_C.tolist()).score, seed)
+
+
+def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float], seed: int) -> Estimate:
+    """Sum over sum; with ones below, the mean."""
+    values_N2 = np.array([numerators, denominators], dtype=np.float64).T
+    return _estimate(values_N2, lambda sums_2: sums_2[0] / sums_2[1], seed)
+
+
+def mean_estimate(values: Sequence[float], seed: int) -> Estimate:
+    """The mean over rows."""
+    return ratio_estimate(values, [1.0] * len(values), seed)
+
+
+def _estimate(counts_NC: np.ndarray, score: Callable[[np.ndarray], float], seed: int) -> Estimate:
+    """A score of the sums over rows, with the percentile bootstrap over rows."""
+    generator = np.random.default_rng(seed)
+    rows = len(counts_NC)
+    scores = [score(counts_NC[generator.integers(rows, size=rows)].sum(axis=0)) for _ in range(RESAMPLES)]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(scores, [tail, 1 - tail])
+    return Estimate(float(score(counts_NC.sum(axis=0))), float(low), float(high))
+
+
+def _f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    shared = sum((Counter(answer) & Counter(reference)).values())
+    return 2 * shared / (len(answer) + len(reference))
+
+
+_ROUGE = RougeScorer(["rougeL"])
