@@ -1,0 +1,121 @@
+"""The benchmark: its variants compute the method, and its file holds what it promises."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, filled_model, tiny_model
+
+from data import InputError
+from scripts.benchmark import main, read_results
+from scripts.benchmark_report import draw
+from scripts.peers import PYTHON, Peer
+from scripts.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch, step
+
+NUMBERS = {
+    "dropout", "step_ratio", "step_ratio_low", "step_ratio_high", "step_seconds", "rounds", "saved_bytes_ratio",
+    "flops_ratio", "saved_bytes", "flops", "resident_before_step", "peak_resident",
+}  # fmt: skip
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    """Loss and adapter gradients of one training step."""
+    loss = model.train()(**batch).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    return {"loss": loss.detach(), **found}
+
+
+def batch_with_prompts() -> dict[str, torch.Tensor]:
+    batch = random_batch(300, 4, 12)
+    batch["labels"] = batch["labels"].masked_fill(torch.arange(12) < 5, -100)
+    return batch
+
+
+@pytest.mark.parametrize("layer_class", [PlainLayer, LoopLayer])
+def test_other_forwards_compute_the_same_step(layer_class):
+    """Losses and all gradients, from adapters whose weights are not zero; logits at all positions included."""
+    model, other = filled_model(), filled_model()
+    compute_as(other, layer_class, dropout=0.0)
+    other.get_base_model().__class__ = PlainLlama
+    ours, theirs = gradients(model, batch_with_prompts()), gradients(other, batch_with_prompts())
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_variants_share_the_base_weights_and_nothing_else():
+    base = tiny_model()
+    batch = random_batch(300, 2, 8)
+    models = [Variant(name).model(base) for name in ("frozen", "loramoe", "plain", "loop")]
+    for model in models:
+        step(model, batch)
+        weights = [p.data_ptr() for p in model.parameters() if not p.requires_grad]
+        assert weights == [p.data_ptr() for p in base.parameters()]
+    losses = [model(**batch).lm_loss for model in models]
+    assert not torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(losses[1:], losses[1:2] * 3)
+    assert not any(p.requires_grad for p in models[0].parameters())
+
+
+def test_the_file_holds_a_row_for_each_variant_and_dropout(tmp_path, capsys):
+    file = tmp_path / "results.json"
+    sections = "steps,lengths,decode"
+    main(["--quick", "--rounds", "1", "--sections", sections, "--json", str(file)])
+    results = json.loads(file.read_text())
+    assert {"commit", "command", "machine", "versions", "seconds"} <= results.keys()
+    expected = {(name, p) for name in ("frozen", "lora", "loramoe", "plain", "loop") for p in (0.0, 0.05)}
+    assert {(row["variant"], row["dropout"]) for row in results["rows"]} == expected
+    for row in results["rows"]:
+        assert row.keys() == {"variant", *NUMBERS}
+        assert row["variant"] != "frozen" or row["step_ratio"] == row["saved_bytes_ratio"] == row["flops_ratio"] == 1
+        assert row["peak_resident"] > row["resident_before_step"] > 0
+    table = capsys.readouterr().out
+    main(["--markdown", str(file)])
+    assert capsys.readouterr().out == table
+    assert table.count("\n| --- |") == 4
+
+
+def test_training_and_experts_are_measured_and_drawn(tmp_path, model_dir):
+    file = tmp_path / "results.json"
+    flags = ["--quick", "--rounds", "1", "--sections", "experts,training", "--model", str(model_dir)]
+    main([*flags, "--json", str(file)])
+    results = read_results(file)
+    assert results["training"]["samples_per_second"] > 0
+    assert results["step_losses"]["loramoe"] == pytest.approx(results["step_losses"]["plain"], abs=1e-3)
+    assert len(results["step_losses"]["plain"]) == 20
+    pictures = draw(results, tmp_path)
+    assert [picture.name for picture in pictures] == ["experts.png", "step_losses.png"]
+    assert all(5_000 < picture.stat().st_size < 150_000 for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sections", "steps,speed"], "there is no speed; there are steps, experts"),
+        (["--rounds", "0"], "--rounds is 0, but has to be at least 1"),
+        (["--quick", "--sections", "training"], "name one with --model"),
+        (["--model", "no/such/folder"], "no base model could be loaded from no/such/folder"),
+        (["--markdown", "no_such.json"], "no_such.json cannot be read"),
+    ],
+)
+def test_bad_input_is_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        main(flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["peft_lora", "xlora"])
+def test_peers_run_the_package_from_pypi(name):
+    folder = ROOT / "models" / "SmolLM2-135M-Instruct"
+    if not PYTHON.exists() or not folder.exists():
+        pytest.skip("bash scripts/benchmark_peers.sh and bash run_loramoe.sh make what this needs")
+    peer = Peer(Variant(name, experts=2, rank=4), str(folder))
+    try:
+        batch = random_batch(1000, 1, 16)
+        assert peer.package["version"] == "0.21.2"
+        assert str(PYTHON.parent.parent) in peer.package["file"]
+        assert peer.step(batch) > 0
+        assert peer.measure(batch)["saved_bytes"] > 0
+        assert peer.resident_memory(batch)["peak_resident"] > 500e6
+    finally:
+        peer.close()
