@@ -16,13 +16,16 @@ from data import Collator, DataStatistics, Encoding, InputError, count_shared_ro
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from transformers_patch.training.base_model import build_model, check_base_model, load_tokenizer, with_adapter
 from transformers_patch.training.checkpoint import find_checkpoint
+from transformers_patch.training.publish import open_repository, publish
 from transformers_patch.training.report import (
     generate_samples,
     routing_lines,
     summary_lines,
+    training_curves,
     write_model_card,
     write_routing,
 )
+from transformers_patch.training.routing import routing_summary
 from transformers_patch.training.run_folder import RESULTS_NAME, RunFolder, run_config, write_json
 from transformers_patch.training.trainer import LoRAMoETrainer
 
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
         config = run_config(model_args, data_args, args)
     folder = RunFolder(args.output_dir)
+    repository = open_repository(args)
     with folder.held() if args.process_index == 0 else nullcontext():
         with args.main_process_first(local=False, desc="preparing the run's folder"):
             if args.process_index == 0:
@@ -48,8 +52,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         if folder.results:
             say(args, "this run is finished already; its results were:", *summary_lines(folder.path, folder.results))
-            return
-        run(model_args, args, folder, config, tokenizer, train_data, eval_data)
+        else:
+            run(model_args, args, folder, config, tokenizer, train_data, eval_data)
+        if repository and folder.results:
+            say(args, f"uploaded to {publish(folder.path, repository, args)}")
 
 
 def run(
@@ -161,8 +167,11 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
         return
     trainer.save_state()
     if trainer.routing:
-        write_routing(folder.path / "routing.json", trainer.routing, config["num_task_types"])
-    write_model_card(folder.path, config, results)
+        summary = routing_summary(trainer.routing, config["num_task_types"])
+        summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
+        write_routing(folder.path, summary)
+    data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
+    write_model_card(folder.path, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)
     say(trainer.args, *summary_lines(folder.path, results))
 

@@ -1,7 +1,8 @@
 """Mixtures of LoRA experts with a localized balancing constraint, under the public names of PEFT.
 
 Read in this order: `router.py`, `layer.py`, `balance.py` are the method, `functions.py` its products; `inject.py` and
-`model.py` put it onto a base model; `config.py` and `saving.py` are what goes to disk.
+`model.py` put it onto a base model; `config.py` and `saving.py` are what goes to disk; `static.py` makes plain LoRAs of
+mixtures.
 """
 
 from peft.balance import (
@@ -24,11 +25,13 @@ from peft.model import (
 )
 from peft.router import Router
 from peft.saving import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.static import Calibration, merged_linear, static_lora
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FILLER_TASK_TYPE",
+    "Calibration",
     "LoraConfig",
     "LoraExperts",
     "LoraLayer",
@@ -47,8 +50,10 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "localized_balance_term",
+    "merged_linear",
     "prepare_model_for_kbit_training",
     "sample_shares",
     "sample_sums",
     "set_peft_model_state_dict",
+    "static_lora",
 ]

@@ -41,6 +41,9 @@ PEERS = ("peft_lora", "xlora")
 SLOW = ("loop", "xlora")
 
 
+RATIO = ("ratio", "ratio_low", "ratio_high")
+
+
 class Times:
     """Seconds by variant and round.
 
@@ -208,7 +211,7 @@ class Benchmark:
         }
 
     def _scaling(self, variants: list[Variant], shapes: list[tuple[int, int]]) -> list[dict]:
-        """Rows of a scaling table: each variant against the frozen backbone, at each shape."""
+        """Rows of a scaling table: each variant against the frozen backbone and the first variant, at each shape."""
         rows = []
         frozen = Variant("frozen")
         for shape in shapes:
@@ -217,10 +220,10 @@ class Benchmark:
             times = Times({v: partial(step, model, batch) for v, model in models.items()}, self.fewer_rounds)
             measured = {variant: _counts(model, batch) for variant, model in models.items()}
             for variant in models:
+                size = {"experts": variant.experts, "rank": variant.rank, "batch": shape[0], "length": shape[1]}
+                to_first = times.ratio(variant, variants[0])
                 row = self._row(variant, frozen, times, measured, variant.dropout)
-                rows.append(
-                    {"experts": variant.experts, "rank": variant.rank, "batch": shape[0], "length": shape[1], **row}
-                )
+                rows.append(size | row | {f"first_{name}": to_first[name] for name in RATIO})
             say(f"measured {len(models)} variants at batch {shape[0]} x {shape[1]}")
         return rows
 
@@ -266,7 +269,7 @@ def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tupl
             "disable_tqdm": "true",
         }
         model_args, data_args, args = parse_arguments([f"--{name}={value}" for name, value in flags.items()])
-        tokenizer = load_tokenizer(model_args)
+        tokenizer = load_tokenizer(folder)
         rows, _ = load_rows(tokenizer, model_args, data_args, args)
         trainer = build_trainer(model_args, args, tokenizer, rows, None, None)
         if is_plain:

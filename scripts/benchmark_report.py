@@ -59,13 +59,17 @@ def _comparisons(results: dict) -> str:
 
 
 def _scaling(results: dict, name: str) -> str:
-    header = ["variant", "experts x rank", "batch", "step / frozen", "step, s", "saved / frozen", "FLOPs / frozen"]
+    _, first, *_ = results[name]
+    to_first = f"step / `{first['variant']}` {first['experts']} x {first['rank']}"
+    header = ["variant", "experts x rank", "batch", "step / frozen", to_first, "step, s", "saved / frozen",
+              "FLOPs / frozen"]  # fmt: skip
     rows = [
         [
             f"`{row['variant']}`",
             f"{row['experts']} x {row['rank']}" if row["variant"] != "frozen" else "",
             f"{row['batch']} x {row['length']}",
             _ratio(row),
+            _ratio(row, "first_ratio"),
             f"{row['step_seconds']:.2f}",
             f"{row['saved_bytes_ratio']:.2f}",
             f"{row['flops_ratio']:.2f}",

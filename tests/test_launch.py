@@ -115,13 +115,17 @@ def test_two_processes_train_as_one(run, tmp_path, name, settings):
     run(**common)
     one = [entry for entry in run.log() if "lm_loss" in entry]
     alone = load_file(run.output / "adapter_model.safetensors")
-    run.output = tmp_path / name
+    first, run.output = run.output, tmp_path / name
     launch(2, ["train.py", *run.arguments(**common | settings, per_device_train_batch_size=2, output_dir=run.output)])
     two = [entry for entry in run.log() if "lm_loss" in entry]
     assert len(one) == len(two) == 3
     for before, after in zip(one, two, strict=True):
-        for loss in ("loss", "lm_loss", "balance_loss"):
-            assert after[loss] == pytest.approx(before[loss], rel=1e-5)
+        for value in ("loss", "lm_loss", "balance_loss", "routing_cv", "routing_entropy", "group_share_type_1"):
+            assert after[value] == pytest.approx(before[value], rel=1e-5)
+    routing = [json.loads((folder / "routing.json").read_text()) for folder in (first, run.output)]
+    for field in ("expert_share_by_task", "expert_share_by_task_type"):
+        for kind, shares in routing[0][field].items():
+            assert routing[1][field][kind] == pytest.approx(shares, abs=1e-5)
     together = load_file(run.output / "adapter_model.safetensors")
     start = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert together.keys() == alone.keys()

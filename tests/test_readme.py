@@ -45,7 +45,8 @@ def test_every_command_names_a_program_variables_and_flags_that_exist():
 
 
 @pytest.mark.parametrize(
-    "command", [line for line in commands() if re.search(r"-m scripts\.(generate|evaluate) ", line)]
+    "command",
+    [line for line in commands() if re.search(r"-m scripts\.(generate|evaluate|plot_routing|export_lora) ", line)],
 )
 def test_the_verbs_take_the_flags_that_the_pages_give_them(command):
     verb, flags = re.search(r"-m scripts\.(\w+) (.*)", command).groups()

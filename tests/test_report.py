@@ -3,6 +3,7 @@
 import json
 from functools import cached_property
 
+import numpy as np
 import pytest
 import torch
 from conftest import filled_model, tiny_tokenizer
@@ -12,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from data import encode_prompt, encode_target
 from peft import PeftModel
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
-from transformers_patch.training.report import MAX_NEW_TOKENS, Routing, group_shares, routing_lines
+from transformers_patch.training.report import MAX_NEW_TOKENS, routing_lines
+from transformers_patch.training.routing import Routing, group_shares
 
 TASK_TYPES = (0, 1, 1, None, 0, 1)
 
@@ -104,9 +106,13 @@ def test_routing_json_holds_the_mean_share_of_every_expert(finished):
     assert routing["rows"] == {"-1": 1, "0": 2, "1": 3}
     names = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
     assert [name[name.index("model.layers") :] for name in routing["modules"]] == names
+    assert routing["rows_by_task"] == {"kind 0": 2, "kind 1": 3, "kind None": 1}
     for field in ("expert_share_by_task_type", "expert_share_by_task_type_and_module", "group_share_by_task_type"):
         assert routing[field].keys() == finished.shares.keys()
     for kind, shares in finished.shares.items():
+        task = "kind None" if kind == "-1" else f"kind {kind}"
+        assert_close(routing["expert_share_by_task_and_module"][task], shares)
+        assert_close(routing["expert_share_by_task"][task], shares.mean(dim=0))
         assert_close(routing["expert_share_by_task_type_and_module"][kind], shares)
         assert_close(routing["expert_share_by_task_type"][kind], shares.mean(dim=0))
         assert_close(routing["group_share_by_task_type"][kind], shares.mean(dim=0).view(2, 2).sum(dim=1))
@@ -125,7 +131,8 @@ def test_the_printed_table_holds_the_share_of_every_group(finished):
 
 
 def test_experts_that_the_task_types_do_not_divide_have_no_groups():
-    routing = Routing(["up"], torch.softmax(torch.randn(2, 1, 5), dim=-1).numpy(), torch.tensor([0, 1]).numpy())
+    shares_BLE = torch.softmax(torch.randn(2, 1, 5), dim=-1).numpy()
+    routing = Routing(["up"], shares_BLE, np.array([0, 1]), np.array(["", ""]))
     assert group_shares(routing, 2) is None
     assert routing_lines(routing, 2) == ["no groups: 5 experts cannot be split among 2 task types"]
 

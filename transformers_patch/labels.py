@@ -60,14 +60,18 @@ class LabelledPositions:
 
     def likelihood(self, logits_1NV: Tensor) -> Tensor:
         """Summed negative log-likelihood of each row's labels and their number, shape (B, 2), float32."""
-        nll_N = F.cross_entropy(logits_1NV[0].float(), self.targets_N, reduction="none")
-        sums_B2 = nll_N.new_zeros(self._shape[0], 2)
-        return sums_B2.index_add_(0, self.rows_N, torch.stack([nll_N, torch.ones_like(nll_N)], dim=1))
+        nll_N = F.cross_entropy(logits_1NV[0].float(), self.targets_N.to(logits_1NV.device), reduction="none")
+        return self._sum_by_row(torch.stack([nll_N, torch.ones_like(nll_N)], dim=1))
 
     def matches(self, logits_1NV: Tensor) -> Tensor:
         """Whether all labels of a row are the likeliest tokens at their places, shape (B,), bool."""
-        wrong_N = (logits_1NV[0].argmax(dim=-1) != self.targets_N).int()
-        return wrong_N.new_zeros(self._shape[0]).index_add_(0, self.rows_N, wrong_N) == 0
+        wrong_N = (logits_1NV[0].argmax(dim=-1) != self.targets_N.to(logits_1NV.device)).int()
+        return self._sum_by_row(wrong_N) == 0
+
+    def _sum_by_row(self, values: Tensor) -> Tensor:
+        """Values of the N positions added up over each row, shape (B, ...)."""
+        sums = values.new_zeros(self._shape[0], *values.shape[1:])
+        return sums.index_add_(0, self.rows_N.to(values.device), values)
 
     def _take(self, x_BTH: Tensor) -> Tensor:
         if x_BTH.shape[:2] != self._shape:

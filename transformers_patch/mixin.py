@@ -23,12 +23,15 @@ class LoRAMoEOutput(CausalLMOutputWithPast):
         loss: what is minimised: LM loss plus weighted balance term while training, the LM loss alone in eval mode.
         lm_loss: next-token cross-entropy over the labelled positions.
         balance_loss: the unweighted balance term; 0 where there is nothing to balance.
+        routing_shares: while training, mean weight of each expert on this process's rows, (L, B, E), detached; None
+            where nothing is routed.
         logits: of every position, (B, T, V), where no labels are given; with labels, of the N positions alone whose
             next token carries a label, (1, N, V), in the order of the rows.
     """
 
     lm_loss: Tensor | None = None
     balance_loss: Tensor | None = None
+    routing_shares: Tensor | None = None
 
 
 class LoRAMoEMixin:
@@ -103,6 +106,9 @@ class LoRAMoEMixin:
             trains = self.training and torch.is_grad_enabled()
             with torch.set_grad_enabled(trains and config.balances):
                 output.balance_loss = self._balance_term(recorder, attention_mask, task_types, over_ranks=trains)
+            if self.training:
+                with torch.no_grad():
+                    output.routing_shares = recorder.sample_shares(attention_mask)
             if self.training and config.balances:
                 output.loss = output.lm_loss + config.blc_weight * balance_scale * output.balance_loss
         return output

@@ -45,6 +45,7 @@ UNSUPPORTED = (
     ("batch_eval_metrics", (False,), "--batch_eval_metrics is not supported"),
     ("train_sampling_strategy", ORDERS, f"--train_sampling_strategy has to be one of {', '.join(ORDERS)}"),
     ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes by itself from its last checkpoint"),
+    ("hub_strategy", ("end",), "--hub_strategy: --push_to_hub uploads a run once, at its end"),
     ("attn_implementation", ATTENTION, f"--attn_implementation has to be one of {', '.join(ATTENTION)}"),
 )  # fmt: skip
 
@@ -131,6 +132,7 @@ class RunArguments(TrainingArguments):
     train_sampling_strategy: str = _flag(
         "group_by_length", f"order of the rows ({', '.join(ORDERS)}); grouping by length saves padding"
     )
+    hub_strategy: str = _flag("end", "when --push_to_hub uploads; the end is all there is")
     # Every adapter parameter takes part in every step, so DDP need not look for unused ones.
     ddp_find_unused_parameters: bool | None = _flag(False, "let DDP look for parameters without a gradient")
     # The collator picks the fields of a row itself.

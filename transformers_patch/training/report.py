@@ -1,19 +1,28 @@
-"""What a finished run tells: the summary on the terminal, `routing.json` and the model card."""
+"""What a finished run tells: the summary on the terminal, `routing.json` with its picture, the model card."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from data import row_lengths
 from transformers_patch.generation import generate_answers
+from transformers_patch.training.routing import Routing, group_shares
+from transformers_patch.training.routing_plot import plot_routing
 from transformers_patch.training.run_folder import write_json
-from transformers_patch.training.trainer import Routing
 
+CITATION = """@inproceedings{dou2024loramoe,
+  title     = {{LoRAMoE}: Alleviate World Knowledge Forgetting in Large Language Models via {MoE}-Style Plugin},
+  author    = {Dou, Shihan and others},
+  booktitle = {Proceedings of the 62nd Annual Meeting of the Association for Computational Linguistics},
+  year      = {2024},
+  note      = {arXiv:2312.09979}
+}"""
 NUM_SAMPLES = 3
 MAX_NEW_TOKENS = 40
 CARD_KINDS = {
@@ -38,38 +47,20 @@ CARD_METRICS = (
 )  # fmt: skip
 
 
-def group_shares(routing: Routing, num_task_types: int) -> dict[int, np.ndarray] | None:
-    """Mean weight of each expert group by task type of the row, over rows and adapted Linears.
-
-    None where the experts cannot be split into equal groups.
-    """
-    num_experts = routing.shares_BLE.shape[-1]
-    if num_experts % num_task_types:
-        return None
-    return {
-        kind: shares_LE.mean(axis=0).reshape(num_task_types, -1).sum(axis=1)
-        for kind, shares_LE in routing.by_task_type().items()
-    }
+def write_routing(folder: Path, summary: dict) -> None:
+    """`routing.json` and its picture `routing.png`, from a summary of `routing_summary`."""
+    write_json(folder / "routing.json", summary)
+    plot_routing(folder / "routing.png", summary)
 
 
-def write_routing(path: Path, routing: Routing, num_task_types: int) -> None:
-    """`routing.json`: mean expert weights on the evaluation rows, in all and by adapted Linear."""
-    groups = group_shares(routing, num_task_types)
-    value = {
-        "num_experts": routing.shares_BLE.shape[-1],
-        "num_task_types": num_task_types,
-        "rows": {str(kind): int((routing.task_types_B == kind).sum()) for kind in np.unique(routing.task_types_B)},
-        "modules": [name.split(".experts.")[0] for name in routing.modules],
-        "expert_share_by_task_type": {
-            str(kind): shares_LE.mean(axis=0).tolist() for kind, shares_LE in routing.by_task_type().items()
-        },
-        "expert_share_by_task_type_and_module": {
-            str(kind): shares_LE.tolist() for kind, shares_LE in routing.by_task_type().items()
-        },
-    }
-    if groups:
-        value["group_share_by_task_type"] = {str(kind): shares.tolist() for kind, shares in groups.items()}
-    write_json(path, value)
+def training_curves(name: str, log_history: list[dict], blc_weight: float) -> dict[str, dict]:
+    """Evenness of the routing over the steps of a run, by a label of it; {} where its log has none."""
+    lines = [line for line in log_history if "routing_cv" in line]
+    if not lines:
+        return {}
+    constraint = f"beta {blc_weight:g}" if blc_weight else "no constraint"
+    fields = {"step": "step", "coefficient_of_variation": "routing_cv", "entropy": "routing_entropy"}
+    return {f"{name} ({constraint})": {field: [line[key] for line in lines] for field, key in fields.items()}}
 
 
 def routing_lines(routing: Routing, num_task_types: int) -> list[str]:
@@ -133,30 +124,64 @@ def summary_lines(folder: Path, results: dict) -> list[str]:
     return [*lines, f"saved in {folder}: {', '.join(files)}"]
 
 
-def write_model_card(folder: Path, config: dict, results: dict) -> None:
-    """README.md of the run folder: what the model is, how it was made, what was measured."""
+def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, datasets.Dataset]) -> None:
+    """README.md of the run folder: what the model is, how it was made, what was measured.
+
+    Folders of this machine are named by their last part alone, since cards are published.
+
+    Args:
+        data: the rows by what they are for.
+    """
     kind = "full" if config["tuning"] == "full" else "lora" if config["lora_nums"] == 1 else "loramoe"
     title, description = CARD_KINDS[kind]
+    base = config["model_name_or_path"]
     settings = [*CARD_SETTINGS, *(CARD_ADAPTER_SETTINGS if kind != "full" else ())]
     text = [
         "---",
-        f"base_model: {config['model_name_or_path']}",
+        *([] if Path(base).is_dir() else [f"base_model: {base}"]),
         f"tags: [{kind}]",
+        "pipeline_tag: text-generation",
         "---",
-        f"# {title} of {config['model_name_or_path']}",
+        f"# {title} of {_published(base)}",
         "",
         description,
         "",
         "## Training",
-        *_table(("setting", "value"), ((name, config[name]) for name in settings if config.get(name) is not None)),
+        *_table(
+            "setting",
+            "value",
+            rows=((name, _published(config[name])) for name in settings if config.get(name) is not None),
+        ),
         "",
-        f"Made with torch {torch.__version__}, transformers {transformers.__version__}; every other setting is in "
-        "`run_config.json`.",
+        f"Made with torch {torch.__version__}, transformers {transformers.__version__}.",
+        "",
+        "## Data",
+        *_data_table(data),
         "",
         "## Measured",
-        *_table(("metric", "value"), ((name, results[name]) for name in CARD_METRICS if name in results)),
+        *_table("metric", "value", rows=((name, _shown(results[name])) for name in CARD_METRICS if name in results)),
     ]
+    if (folder / "routing.png").is_file():
+        text += ["", "## Routing of the evaluation rows", "![Mean weight of each expert](routing.png)"]
+    text += ["", "## Citation", "```bibtex", CITATION, "```"]
     (folder / "README.md").write_text("\n".join(text) + "\n")
+
+
+def _data_table(data: dict[str, datasets.Dataset]) -> list[str]:
+    """Numbers of rows, tokens and supervised tokens, and rows by task type and kind of task, for each set of rows."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, rows in data.items():
+        types = Counter("no task type" if kind < 0 else f"task type {kind}" for kind in rows["task_type"])
+        tokens = int(row_lengths(rows).sum())
+        counts[name] = {
+            "rows": len(rows),
+            "tokens": tokens,
+            "tokens of answers": tokens - sum(rows["prompt_length"]),
+            **{f"rows of {kind}": count for kind, count in sorted(types.items())},
+            **{f"rows of {kind}": count for kind, count in sorted(Counter(filter(None, rows["task"])).items())},
+        }
+    lines = dict.fromkeys(line for column in counts.values() for line in column)
+    return _table("", *counts, rows=((line, *(column.get(line, 0) for column in counts.values())) for line in lines))
 
 
 def _one_of_each_kind(rows: datasets.Dataset) -> list[dict]:
@@ -173,5 +198,15 @@ def _indented(label: str, text: str) -> list[str]:
     return [f"  {label:10}{first}", *(f"  {'':10}{line}" for line in rest)]
 
 
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, object]]) -> list[str]:
-    return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+def _published(value: object) -> object:
+    """A setting as a card shows it: of a path that exists here, the last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+
+
+def _shown(value: object) -> object:
+    return f"{value:.4f}" if isinstance(value, float) else value
+
+
+def _table(*head: str, rows: Iterable[tuple]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]

@@ -6,7 +6,7 @@ Shape suffixes: B samples, T tokens, L adapted Linears, E experts.
 import math
 import shutil
 import sys
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +19,12 @@ from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import rotate_checkpoints
 
 from data import EpochDataLoader, GlobalBatchSampler, InputError, row_lengths
+from peft import PeftModel
 from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.training.checkpoint import ASIDE, STATE, put_in_place, unwritten_message
+from transformers_patch.training.routing import Routing, RoutingWatch
 from transformers_patch.training.stopping import StopSignals
-
-
-@dataclass
-class Routing:
-    """Where the evaluation rows were routed.
-
-    Args:
-        modules: names of the adapted Linears, L of them.
-        shares_BLE: mean weight of each expert over the real tokens of each row.
-        task_types_B: the rows' task types.
-    """
-
-    modules: list[str]
-    shares_BLE: np.ndarray
-    task_types_B: np.ndarray
-
-    def by_task_type(self) -> dict[int, np.ndarray]:
-        """Mean share (L, E) over the rows of each task type that occurs."""
-        return {
-            int(kind): self.shares_BLE[self.task_types_B == kind].mean(axis=0) for kind in np.unique(self.task_types_B)
-        }
 
 
 class LoRAMoETrainer(Trainer):
@@ -55,7 +36,8 @@ class LoRAMoETrainer(Trainer):
       are; the last step of an epoch may have fewer.
     - Which rows share an optimizer step depends on seed, epoch and global batch size alone (`data/sampler.py`), and the
       last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
-    - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`.
+    - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`, and with routers `routing_entropy`,
+      `routing_cv` and `group_share_type_K`. A group of experts that dies out is warned of, once.
     - Evaluation weighs every labelled token alike, whatever the batches and processes, and never contains the balance
       term. `routing` then holds the shares of the last evaluation; None where nothing is routed.
     """
@@ -64,6 +46,9 @@ class LoRAMoETrainer(Trainer):
         super().__init__(*args, compute_metrics=self._metrics, **kwargs)
         self.stop_signals = StopSignals()
         self.add_callback(self.stop_signals)
+        adapted = isinstance(self.model, PeftModel)
+        self.routing_watch = RoutingWatch(self.model.active_peft_config.num_task_types if adapted else 1)
+        self.add_callback(self.routing_watch)
         self.routing: Routing | None = None
         self._aside: Path | None = None
         self._routed_modules: list[str] = []
@@ -103,6 +88,8 @@ class LoRAMoETrainer(Trainer):
         sources = inputs.pop("sources")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         self.stop_signals.watch(loss, sources)
+        if outputs.routing_shares is not None:
+            self.routing_watch.watch(outputs.routing_shares, inputs["task_types"])
         steps = torch.full((), 1 / micro_batches)
         losses = [outputs.lm_loss.detach(), outputs.balance_loss.detach() / micro_batches, steps]
         self._losses_since_log = self._losses_since_log.to(loss.device)
@@ -116,12 +103,16 @@ class LoRAMoETrainer(Trainer):
             logs["lm_loss"] = (lm_loss_W.sum() / steps_W[0]).item()
             logs["balance_loss"] = (balance_loss_W.mean() / steps_W[0]).item()
             self._losses_since_log.zero_()
+            logs |= self.routing_watch.scalars(self.args)
+            warning = self.routing_watch.collapse(self.args, self.state.global_step)
+            if warning and self.is_world_process_zero():
+                print(warning, flush=True)
         super().log(logs, start_time)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares."""
         inputs = self._prepare_inputs(inputs)
-        inputs.pop("sources")
+        sources = inputs.pop("sources")
         recorder = RoutingRecorder(self.accelerator.unwrap_model(model))
         with torch.no_grad(), self.compute_loss_context_manager(), recorder:
             logits_1NV = model(**inputs).logits
@@ -129,7 +120,23 @@ class LoRAMoETrainer(Trainer):
         if recorder.weights:
             self._routed_modules = list(recorder.weights)
             predictions.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1).contiguous())
-        return None, tuple(predictions), inputs["task_types"]
+        tasks = torch.tensor([self._task_numbers.get(source, -1) for source in sources], device=logits_1NV.device)
+        return None, tuple(predictions), torch.stack([inputs["task_types"], tasks], dim=1)
+
+    @cached_property
+    def _task_names(self) -> list[str]:
+        """The kinds of task of the evaluation rows."""
+        return sorted({task for task in self.eval_dataset["task"] if task})
+
+    @cached_property
+    def _task_numbers(self) -> dict[str, int]:
+        """By an evaluation row's source, the number of its kind of task.
+
+        Processes exchange tensors, not text, and the order of the evaluated rows depends on the sampler.
+        """
+        number = {task: index for index, task in enumerate(self._task_names)}
+        rows = zip(self.eval_dataset["source"], self.eval_dataset["task"], strict=True)
+        return {source: number[task] for source, task in rows if task}
 
     def _get_output_dir(self, trial) -> str:
         return str(self._aside or super()._get_output_dir(trial))
@@ -172,7 +179,9 @@ class LoRAMoETrainer(Trainer):
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         likelihood_B2, *shares = prediction.predictions
         if shares:
-            self.routing = Routing(self._routed_modules, shares[0], prediction.label_ids)
+            task_types_B, tasks_B = prediction.label_ids.T
+            names = np.array([*self._task_names, ""])  # -1, no kind of task, is the last
+            self.routing = Routing(self._routed_modules, shares[0], task_types_B, names[tasks_B])
         nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
         lm_loss = nll / tokens
         return {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}

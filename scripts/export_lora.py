@@ -1,0 +1,287 @@
+"""Export a mixture as a plain LoRA that other programs load, and measure what the export costs.
+
+Run as ``python -m scripts.export_lora --adapter DIR --output DIR`` from the repository root. The output is a LoRA
+adapter in the format of PyPI's `peft`, or with --merge the folder of a plain model. A router depends on its input, so
+the export is not the mixture: it replaces the router by what is the same for every token. docs/EXPORT.md says how well.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from data import InputError
+from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, static_lora
+from peft.config import CONFIG_NAME
+from peft.saving import save_adapter_weights
+from transformers_patch.command_line import flag, parse_flags, run_verb
+from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
+from transformers_patch.labels import LabelledPositions
+from transformers_patch.rows import batches, load_rows
+
+COMMAND = "python -m scripts.export_lora"
+STATIC = "static"
+
+LowRank = tuple[Tensor, Tensor]  # A (K, I), B (O, K)
+
+
+@dataclass
+class ExportArguments:
+    """What is exported, and on what it is measured."""
+
+    output: str = flag(None, "folder to make; must be empty or not exist yet", required=True)
+    weights: Literal["uniform", "calibrated", "fitted"] = flag(
+        "fitted",
+        "what replaces the router: uniform, the same weight for all experts; calibrated, the mean weights on the "
+        "calibration rows; fitted, the linear map that is nearest to the mixture on them",
+    )
+    rank: int | None = flag(None, "rank of a fitted LoRA; by default, and at most, experts times their rank")
+    task_type: int | None = flag(None, "calibrate and measure on the rows of this task type alone")
+    calibration_data: str | None = flag(None, "rows to calibrate on; by default the run's training rows")
+    data: str | None = flag(None, "rows to measure on, file or folder; by default the run's validation file")
+    merge: bool = flag(False, "write a whole model, the LoRA added to its weights, instead of an adapter")
+    data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.rank is not None and self.rank < 1:
+            problems.append(f"--rank is {self.rank}, but has to be at least 1")
+        if self.rank is not None and self.weights != "fitted":
+            problems.append(f"--rank chooses the rank of --weights fitted; that of {self.weights} is given")
+        return problems
+
+
+KINDS = (InferenceArguments, ExportArguments)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, make the plain LoRA, measure it beside the mixture and write it.
+
+    Raises:
+        InputError: flags, adapter or rows are not as they have to be; nothing has been written then.
+    """
+    inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
+    output = Path(args.output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output {output} exists and is not an empty folder; move it away or choose another")
+    trained = load_trained(inference)
+    check_export(trained, args)
+    path, rows = rows_of_type(trained, args.data, "validation_file", args)
+    loras = make_loras(trained, args, inference.batch_size)
+    config = add_static_adapter(trained.model, loras)
+    other = partial(as_static, trained.model)
+    if args.merge:
+        layers = adapted(trained.model.get_base_model())
+        other = partial(as_merged, trained.model, {name: merged_linear(layer, STATIC) for name, layer in layers})
+    costs = compare(trained.model, batches(trained, rows, inference.batch_size, "measuring"), other)
+    name = f"{args.weights}, merged" if args.merge else args.weights
+    print(f"{len(rows)} rows of {path}, each answer with its end token", *cost_lines(costs, name), sep="\n")
+    with whole_folder(output) as folder:
+        if args.merge:
+            with other():
+                trained.model.get_base_model().save_pretrained(folder)
+            trained.tokenizer.save_pretrained(folder)
+        else:
+            write_adapter(loras, config, trained.base_model, folder)
+    print(f"saved a {'model' if args.merge else f'LoRA of rank {config.r}'} in {args.output}")
+
+
+def check_export(trained: TrainedModel, args: ExportArguments) -> None:
+    """Raises InputError where this model cannot be exported in the way that the flags ask for."""
+    if not isinstance(trained.model, PeftModel):
+        raise InputError("this folder holds a whole model, no adapter: it can be used as it is")
+    config, base = trained.model.active_peft_config, trained.model.get_base_model()
+    if args.task_type is not None and not 0 <= args.task_type < config.num_task_types:
+        raise InputError(f"--task_type is {args.task_type}; this adapter has 0 to {config.num_task_types - 1}")
+    if args.rank and args.rank > config.r * config.lora_nums:
+        raise InputError(f"--rank is {args.rank}, but the mixture has rank {config.r * config.lora_nums} at most")
+    if not args.merge:
+        return
+    if kinds := {type(layer.base_layer) for _, layer in adapted(base)} - {nn.Linear}:
+        raise InputError(
+            f"--merge adds to the weights of the base model, but these are quantised ({kinds.pop().__name__}), so the "
+            "sum could not be kept. Merge into the unquantised base model (--load_in_kbits 16), or export the adapter"
+        )
+    if any(layer.weight is base.get_input_embeddings().weight for _, layer in adapted(base)):
+        raise InputError("--merge cannot change the output layer, which shares its weights with the embeddings")
+
+
+def adapted(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((name, module) for name, module in list(base.named_modules()) if isinstance(module, LoraLayer))
+
+
+def rows_of_type(trained: TrainedModel, path: str | None, field: str, args: ExportArguments) -> tuple[str, Dataset]:
+    """The rows of a file, or those of `--task_type` among them.
+
+    Raises:
+        InputError: see `load_rows`; or there is no row of this type.
+    """
+    path, rows = load_rows(trained, path, field, args.data_cache_dir)
+    if args.task_type is not None:
+        rows = rows.select([index for index, kind in enumerate(rows["task_type"]) if kind == args.task_type])
+        if not len(rows):
+            raise InputError(f"{path} has no row of task type {args.task_type}")
+    return path, rows
+
+
+def make_loras(trained: TrainedModel, args: ExportArguments, batch_size: int) -> dict[str, LowRank]:
+    """The plain LoRA of each adapted Linear, by the Linear's name."""
+    experts = {name: layer.experts["default"] for name, layer in adapted(trained.model.get_base_model())}
+    num_experts = trained.model.active_peft_config.lora_nums
+    if args.weights == "uniform" or num_experts == 1:
+        weights_E = torch.full((num_experts,), 1 / num_experts)
+        return {name: static_lora(module, weights_E) for name, module in experts.items()}
+    _, rows = rows_of_type(trained, args.calibration_data, "dataset_dir", args)
+    with torch.no_grad(), Calibration(experts) as calibration:
+        for batch in batches(trained, rows, batch_size, "calibrating"):
+            calibration.mask_BT = batch["attention_mask"]
+            trained.model(input_ids=batch["input_ids"], attention_mask=calibration.mask_BT, logits_to_keep=1)
+    if args.weights == "calibrated":
+        return {name: static_lora(module, calibration.mean_weights(name)) for name, module in experts.items()}
+    rank = args.rank or num_experts * trained.model.active_peft_config.r
+    return {name: calibration.fitted_lora(name, rank) for name in experts}
+
+
+def add_static_adapter(model: PeftModel, loras: dict[str, LowRank]) -> LoraConfig:
+    """Put the plain LoRA onto the model beside the mixture, as adapter `static`; returns its configuration."""
+    mixture = model.active_peft_config
+    rank = next(iter(loras.values()))[0].shape[0]
+    config = LoraConfig(
+        task_type=mixture.task_type,
+        base_model_name_or_path=mixture.base_model_name_or_path,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=mixture.lora_alpha / mixture.r * rank,
+        lora_nums=1,
+        lora_dropout=0.0,
+        blc_weight=0.0,
+        target_modules=mixture.target_modules,
+    )
+    model.add_adapter(STATIC, config)
+    with torch.no_grad():
+        for name, layer in adapted(model.get_base_model()):
+            for parameter, tensor in zip(layer.experts[STATIC].parameters(), loras[name], strict=True):
+                parameter.copy_(tensor)
+    return config
+
+
+@contextmanager
+def as_static(model: PeftModel):
+    """A context in which the model has the plain LoRA in place of the mixture."""
+    model.set_adapter(STATIC)
+    yield
+    model.set_adapter("default")
+
+
+@contextmanager
+def as_merged(model: PeftModel, merged: dict[str, nn.Linear]):
+    """A context in which the base model is the whole model: merged Linears stand in place of the adapted ones."""
+    base = model.get_base_model()
+    layers = {name: base.get_submodule(name) for name in merged}
+    with as_static(model):
+        for name, linear in merged.items():
+            base.set_submodule(name, linear)
+        yield
+        for name, layer in layers.items():
+            base.set_submodule(name, layer)
+
+
+@dataclass
+class Cost:
+    """Sums over the labelled tokens, and over the rows, that one model was measured on.
+
+    Args:
+        nll: negative log-likelihood.
+        kl: Kullback-Leibler divergence of the model's next-token distribution from the mixture's.
+        exact: rows whose answer is the likeliest token at every place.
+    """
+
+    nll: float = 0.0
+    kl: float = 0.0
+    exact: int = 0
+    tokens: int = 0
+    rows: int = 0
+
+
+def compare(
+    model: PeftModel, data: Iterable[dict[str, Tensor]], other: Callable[[], AbstractContextManager]
+) -> tuple[Cost, Cost]:
+    """Measure the mixture and, in the context `other`, what stands for it, on the same batches."""
+    costs = Cost(), Cost()
+    for batch in data:
+        mixture_NV = None
+        for cost, context in zip(costs, (nullcontext, other), strict=True):
+            with torch.no_grad(), context():
+                log_p_NV = model(**batch).logits[0].float().log_softmax(dim=-1)
+            positions = LabelledPositions(batch["labels"].to(log_p_NV.device))
+            mixture_NV = log_p_NV if mixture_NV is None else mixture_NV
+            wrong_N = log_p_NV.argmax(dim=-1) != positions.targets_N
+            cost.nll -= log_p_NV.gather(1, positions.targets_N[:, None]).sum().item()
+            cost.kl += (mixture_NV.exp() * (mixture_NV - log_p_NV)).sum().item()
+            cost.exact += len(batch["labels"]) - len(positions.rows_N[wrong_N].unique())
+            cost.tokens += len(positions.targets_N)
+            cost.rows += len(batch["labels"])
+    return costs
+
+
+def cost_lines(costs: tuple[Cost, Cost], name: str) -> list[str]:
+    """A small table, per token and per row."""
+    lines = [f"{'':20}{'LM loss':>10}{'exact match':>16}{'KL to the mixture':>20}"]
+    for label, cost in zip(("mixture", name), costs, strict=True):
+        exact = f"{cost.exact} ({cost.exact / cost.rows:.1%})"
+        lines.append(f"{label:20}{cost.nll / cost.tokens:>10.4f}{exact:>16}{cost.kl / cost.tokens:>20.6f}")
+    return lines
+
+
+def write_adapter(loras: dict[str, LowRank], config: LoraConfig, base_model: str, folder: Path) -> None:
+    """A LoRA adapter under the names and with the configuration of PyPI's `peft`."""
+    tensors = {}
+    for name, (A_KI, B_OK) in loras.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A_KI
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B_OK
+    save_adapter_weights(tensors, folder)
+    alpha = config.lora_alpha
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": config.target_modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one, which takes its place when all is written: it is there whole or not at all."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+    try:
+        yield aside
+        aside.chmod(0o755)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run_verb(main)

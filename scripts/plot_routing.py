@@ -1,0 +1,125 @@
+"""Show where an adapter's routers send which rows: `routing.json` and its picture `routing.png`.
+
+Run as ``python -m scripts.plot_routing --adapter DIR`` from the repository root. docs/ROUTING.md describes both files.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from data import InputError, encode_prompt
+from peft import PeftModel, sample_shares
+from transformers_patch.command_line import flag, parse_flags, run_verb
+from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
+from transformers_patch.recorder import RoutingRecorder
+from transformers_patch.rows import batches, load_rows
+from transformers_patch.training.checkpoint import STATE
+from transformers_patch.training.report import routing_lines, training_curves, write_routing
+from transformers_patch.training.routing import Routing, routing_summary
+from transformers_patch.training.run_folder import CONFIG_NAME
+
+COMMAND = "python -m scripts.plot_routing"
+
+
+@dataclass
+class PlotArguments:
+    """What is routed, and where the result goes."""
+
+    data: str | None = flag(None, "rows to route, file or folder; by default the run's own validation file")
+    prompt: str | None = flag(None, "text whose tokens are shown one by one")
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "run folders whose routing over the training steps is shown; by default the adapter's own"},
+    )
+    output: str | None = flag(None, "folder for routing.json and routing.png; by default the adapter's")
+    data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.prompt is not None and not self.prompt.strip():
+            problems.append("--prompt is empty")
+        if self.output and Path(self.output).is_file():
+            problems.append(f"--output {self.output} is a file, but has to be a folder")
+        return problems
+
+
+KINDS = (InferenceArguments, PlotArguments)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, route the rows, write both files and print the shares of the groups.
+
+    Raises:
+        InputError: flags, adapter, rows or run folders are not as they have to be.
+    """
+    inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
+    curves = read_curves(args.runs or ([inference.adapter] if (Path(inference.adapter) / STATE).is_file() else []))
+    trained = load_trained(inference)
+    if not isinstance(trained.model, PeftModel) or trained.model.active_peft_config.lora_nums == 1:
+        print(f"{inference.adapter} has no router, so there is no routing to plot")
+        return
+    path, rows = load_rows(trained, args.data, "validation_file", args.data_cache_dir)
+    routing = route(trained, rows, inference.batch_size)
+    summary = routing_summary(routing, trained.num_task_types) | {"training": curves}
+    if args.prompt:
+        summary["prompt"] = route_prompt(trained, args.prompt)
+    folder = Path(args.output or inference.adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_routing(folder, summary)
+    print(f"{len(rows)} rows of {path}", *routing_lines(routing, trained.num_task_types), sep="\n")
+    print(
+        f"relative entropy {summary['entropy']:.3f}, coefficient of variation {summary['coefficient_of_variation']:.3f}"
+    )
+    print(f"saved {folder / 'routing.json'} and {folder / 'routing.png'}")
+
+
+def route(trained: TrainedModel, rows: Dataset, batch_size: int) -> Routing:
+    """Where the routers send the rows."""
+    shares: list[torch.Tensor] = []
+    for batch in batches(trained, rows, batch_size, "routing"):
+        mask_BT = batch["attention_mask"]
+        with torch.no_grad(), RoutingRecorder(trained.model) as recorder:
+            trained.model(input_ids=batch["input_ids"], attention_mask=mask_BT, logits_to_keep=1)
+        # The layers may be on several devices.
+        weights = recorder.weights.values()
+        shares.append(torch.stack([sample_shares(each, mask_BT.to(each.device)).cpu() for each in weights], dim=1))
+    return Routing(
+        list(recorder.weights), torch.cat(shares).numpy(), np.array(rows["task_type"]), np.array(rows["task"])
+    )
+
+
+def route_prompt(trained: TrainedModel, text: str) -> dict:
+    """The tokens of one prompt and the mean weight of every expert for each, over all adapted Linears."""
+    ids = encode_prompt(trained.tokenizer, trained.template(), text, "")
+    with torch.no_grad(), RoutingRecorder(trained.model) as recorder:
+        trained.model(input_ids=torch.tensor([ids], device=trained.model.device), logits_to_keep=1)
+    weights_TE = torch.stack([weights_BTE[0].cpu() for weights_BTE in recorder.weights.values()]).mean(dim=0)
+    tokens = [trained.tokenizer.decode([token]) for token in ids]
+    return {"text": text, "tokens": tokens, "expert_weights": weights_TE.double().numpy().round(6).tolist()}
+
+
+def read_curves(runs: list[str]) -> dict[str, dict]:
+    """Evenness of the routing over the steps of several runs, from what they have logged.
+
+    Raises:
+        InputError: a folder is not that of a run, or a file of it is damaged.
+    """
+    curves: dict[str, dict] = {}
+    for folder in map(Path, runs):
+        if missing := [name for name in (STATE, CONFIG_NAME) if not (folder / name).is_file()]:
+            raise InputError(f"{folder} is no folder of a run: it has no {' and no '.join(missing)}")
+        try:
+            log = json.loads((folder / STATE).read_text())["log_history"]
+            blc_weight = json.loads((folder / CONFIG_NAME).read_text())["blc_weight"]
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{STATE} or {CONFIG_NAME} in {folder} is damaged ({error})") from None
+        curves |= training_curves(folder.name, log, blc_weight)
+    return curves
+
+
+if __name__ == "__main__":
+    run_verb(main)

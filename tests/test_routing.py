@@ -1,0 +1,217 @@
+"""Routing, seen: what is watched while training, what the files hold, and the picture."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import filled_model
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import Runner
+from transformers import TrainingArguments
+
+from data import InputError, encode_prompt
+from peft import PeftModel
+from scripts import plot_routing
+from transformers_patch import AutoModelForCausalLM, RoutingRecorder
+from transformers_patch.training.routing import (
+    COLLAPSE_STEPS,
+    Routing,
+    RoutingWatch,
+    coefficient_of_variation,
+    relative_entropy,
+    routing_summary,
+)
+from transformers_patch.training.routing_plot import plot_routing as draw
+
+SCALARS = {"routing_entropy", "routing_cv", "group_share_type_0", "group_share_type_1"}
+
+
+@pytest.fixture
+def arguments(tmp_path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+
+
+@pytest.fixture
+def run(tmp_path, model_dir, monkeypatch) -> Runner:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    return Runner(tmp_path, model_dir)
+
+
+def test_evenness_at_its_ends():
+    even, one = torch.full((4,), 0.25), torch.tensor([0.0, 1.0, 0.0, 0.0])
+    assert relative_entropy(even).item() == pytest.approx(1)
+    assert relative_entropy(one).item() == 0
+    assert coefficient_of_variation(even).item() == 0
+    assert coefficient_of_variation(one).item() == pytest.approx(2)
+
+
+def test_the_values_of_a_log_line_are_those_of_its_rows(arguments):
+    """Three Linears, four experts, in micro-batches of different sizes; unlabelled rows and a filler among them."""
+    shares_LBE = torch.softmax(torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0)) * 2, dim=-1)
+    types = torch.tensor([0, 1, -1, 1, 0, -2, 1])
+    watch = RoutingWatch(num_task_types=2)
+    for part in (slice(0, 2), slice(2, 7)):
+        watch.watch(shares_LBE[:, part], types[part])
+    real = [0, 1, 2, 3, 4, 6]
+    load_LE = shares_LBE[:, real].mean(dim=1)
+    entropy = -(shares_LBE[:, real] * shares_LBE[:, real].log()).sum(dim=-1).mean() / math.log(4)
+    expected = {
+        "routing_entropy": entropy.item(),
+        "routing_cv": (load_LE.std(dim=1) / load_LE.mean(dim=1)).mean().item(),
+        "group_share_type_0": shares_LBE[:, [0, 4], :2].sum(dim=-1).mean().item(),
+        "group_share_type_1": shares_LBE[:, [1, 3, 6], 2:].sum(dim=-1).mean().item(),
+    }
+    assert watch.scalars(arguments) == pytest.approx(expected)
+    watch.watch(shares_LBE[:, :1], types[:1])
+    assert watch.scalars(arguments).keys() == SCALARS - {"group_share_type_1"}
+
+
+def test_without_groups_or_routers_there_are_fewer_values(arguments):
+    watch = RoutingWatch(num_task_types=2)
+    assert watch.scalars(arguments) == {}
+    assert watch.collapse(arguments, 1) is None
+    watch.watch(torch.full((1, 2, 5), 0.2), torch.tensor([0, 1]))
+    assert watch.scalars(arguments).keys() == {"routing_entropy", "routing_cv"}
+    assert watch.collapse(arguments, 1) is None
+
+
+def test_a_collapse_is_warned_of_once_after_as_many_steps_in_a_row(arguments):
+    watch, warnings = RoutingWatch(num_task_types=2), []
+
+    def steps(count: int, share: float):
+        for _ in range(count):
+            watch.watch(torch.tensor([[[(1 - share) / 2] * 2 + [share / 2] * 2]]), torch.tensor([0]))
+            watch.on_step_end(None, None, None)
+            warnings.append(watch.collapse(arguments, len(warnings) + 1))
+
+    steps(COLLAPSE_STEPS - 1, 0.019)
+    steps(1, 0.021)
+    steps(COLLAPSE_STEPS - 1, 0.019)
+    assert not any(warnings)
+    steps(COLLAPSE_STEPS, 0.019)
+    (message,) = filter(None, warnings)
+    assert warnings.index(message) == 2 * COLLAPSE_STEPS - 1
+    for part in ("experts 2-3", "task type 1", "50 steps", "step 100", "--blc_weight", "--learning_rate"):
+        assert part in message
+
+
+def test_a_run_logs_its_routing_and_warns_of_a_collapse(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers_patch.training.routing.COLLAPSE_STEPS", 2)
+    monkeypatch.setattr("transformers_patch.training.routing.COLLAPSE_SHARE", 0.9)
+    run(eval_strategy="no", validation_file=None)
+    lines = [line for line in run.log() if "lm_loss" in line]
+    assert len(lines) == 6
+    assert all(line.keys() >= SCALARS for line in lines)
+    events = EventAccumulator(str(run.output / "tensorboard"))
+    events.Reload()
+    for name in SCALARS:
+        logged = [event.value for event in events.Scalars(f"train/{name}")]
+        assert logged == pytest.approx([line[name] for line in lines], rel=1e-5)
+    assert capsys.readouterr().out.count("warning: the routing has collapsed") == 1
+
+
+@pytest.mark.parametrize("settings", [{"lora_nums": 1}, {"tuning": "full", "learning_rate": 1e-3}])
+def test_without_a_router_nothing_is_logged_or_plotted(run, settings):
+    run(**settings, max_steps=2)
+    assert not any(SCALARS & line.keys() for line in run.log())
+    assert not list(run.output.glob("routing.*"))
+
+
+def test_a_run_leaves_a_picture_with_its_training(run):
+    run(max_steps=3)
+    training = json.loads((run.output / "routing.json").read_text())["training"]
+    assert training == {
+        "run (beta 0.1)": {
+            "step": [1, 2, 3],
+            "coefficient_of_variation": [line["routing_cv"] for line in run.log() if "lm_loss" in line],
+            "entropy": [line["routing_entropy"] for line in run.log() if "lm_loss" in line],
+        }
+    }
+    with Image.open(run.output / "routing.png") as picture:
+        assert picture.width > 900
+
+
+def summary(modules: list[str], num_experts: int, types: list[int], tasks: list[str], num_task_types: int = 2) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.softmax(torch.randn(len(types), len(modules), num_experts, generator=generator), dim=-1)
+    return routing_summary(Routing(modules, shares.numpy(), np.array(types), np.array(tasks)), num_task_types)
+
+
+def test_evenness_by_linear():
+    found = summary(["a.0.up.experts.router", "a.1.up.experts.router"], 4, [0, 1], ["x", ""])
+    assert found["modules"] == ["a.0.up", "a.1.up"]
+    assert found["rows_by_task"] == {"x": 1}
+    assert np.mean(found["entropy_by_module"]) == pytest.approx(found["entropy"], abs=1e-5)
+    by_type = np.array(list(found["expert_share_by_task_type_and_module"].values()))
+    load_LE = torch.tensor(by_type.mean(axis=0))
+    expected = coefficient_of_variation(load_LE).tolist()
+    assert found["coefficient_of_variation_by_module"] == pytest.approx(expected, abs=1e-4)
+
+
+LAYERS = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(40) for name in ("gate", "up", "down")]
+PICTURES = {
+    "a model of usual size": (LAYERS, 8, [0, 1] * 5, [f"kind {index}" for index in range(10)]),
+    "one Linear outside the layers": (["lm_head"], 2, [0], [""]),
+    "many experts, many tasks": (LAYERS[:6], 64, [-1, 0, 1, 2, 3] * 8, [f"kind {index}" for index in range(40)], 4),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_any_model_are_small(tmp_path, name):
+    values = summary(*PICTURES[name])
+    values["prompt"] = {
+        "tokens": ["$x_1$", "\n", "a very long token"] * 30,
+        "expert_weights": [[1.0] * values["num_experts"]] * 90,
+    }
+    draw(tmp_path / "routing.png", values)
+    assert 10_000 < (tmp_path / "routing.png").stat().st_size < 200_000
+
+
+def test_plot_routing_writes_both_files_for_an_adapter_and_a_prompt(adapter_dir, data_file, tmp_path, capsys):
+    output = tmp_path / "plots" / "new"
+    flags = {"adapter": adapter_dir, "data": data_file, "output": output, "data_cache_dir": tmp_path, "batch_size": 5}
+    words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    plot_routing.main([*words, "--prompt", "the cat sat"])
+    values = json.loads((output / "routing.json").read_text())
+    assert values["rows_by_task"] == {"closed_book_qa": 6, "summarization": 6}
+    assert values["training"] == {}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(filled_base(adapter_dir)), adapter_dir)
+    trained = plot_routing.load_trained(plot_routing.InferenceArguments(adapter=str(adapter_dir)))
+    ids = encode_prompt(trained.tokenizer, "plain", "the cat sat", "")
+    with torch.no_grad(), RoutingRecorder(model) as recorder:
+        model(torch.tensor([ids]))
+    weights_TE = torch.stack([weights_BTE[0] for weights_BTE in recorder.weights.values()]).mean(dim=0)
+    torch.testing.assert_close(torch.tensor(values["prompt"]["expert_weights"]), weights_TE, rtol=0, atol=1e-5)
+    assert len(values["prompt"]["tokens"]) == len(ids)
+    assert (output / "routing.png").is_file()
+    shown = capsys.readouterr().out
+    assert "rows of task type 1" in shown
+    assert "coefficient of variation" in shown
+
+
+def filled_base(adapter_dir) -> str:
+    return json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):
+    run(max_steps=2)
+    run(max_steps=2, blc_weight=0, output_dir=tmp_path / "free")
+    words = ["--adapter", str(run.output), "--runs", str(run.output), str(tmp_path / "free")]
+    plot_routing.main([*words, "--data_cache_dir", str(tmp_path), "--output", str(tmp_path / "both")])
+    training = json.loads((tmp_path / "both" / "routing.json").read_text())["training"]
+    assert set(training) == {"run (beta 0.1)", "free (no constraint)"}
+    with pytest.raises(InputError, match=r"adapter is no folder of a run: it has no trainer_state.json"):
+        plot_routing.main(["--adapter", str(run.output), "--runs", str(adapter_dir)])
+    with pytest.raises(InputError, match="--prompt is empty"):
+        plot_routing.main(["--adapter", str(run.output), "--prompt", " "])
+
+
+def test_an_adapter_without_a_router_has_nothing_to_plot(adapter_dir, model_dir, tmp_path, capsys):
+    filled_model(lora_nums=1, base_model_name_or_path=str(model_dir)).save_pretrained(adapter_dir)
+    for folder in (adapter_dir, model_dir):
+        plot_routing.main(["--adapter", str(folder), "--output", str(tmp_path / "none")])
+        assert "has no router" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()

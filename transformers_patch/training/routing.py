@@ -1,0 +1,187 @@
+"""What the routers do: expert shares by task type and kind of task, and the watch over them while training.
+
+Shape suffixes: L adapted Linears, B rows, E experts, K task types, each with a group of E / K experts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import nested_gather
+
+from peft import FILLER_TASK_TYPE
+
+COLLAPSE_SHARE = 0.02
+COLLAPSE_STEPS = 50
+
+
+@dataclass
+class Routing:
+    """Where rows were routed.
+
+    Args:
+        modules: names of the adapted Linears, L of them.
+        shares_BLE: mean weight of each expert over the real tokens of each row.
+        task_types_B: the rows' task types.
+        tasks_B: the rows' kinds of task, as text; empty where a row has none.
+    """
+
+    modules: list[str]
+    shares_BLE: np.ndarray
+    task_types_B: np.ndarray
+    tasks_B: np.ndarray
+
+    def by_task_type(self) -> dict[int, np.ndarray]:
+        """Mean share (L, E) over the rows of each task type that occurs."""
+        return {int(kind): self.shares_BLE[self.task_types_B == kind].mean(axis=0) for kind in self.task_types()}
+
+    def by_task(self) -> dict[str, np.ndarray]:
+        """Mean share (L, E) over the rows of each kind of task that occurs."""
+        kinds = np.unique(self.tasks_B[self.tasks_B != ""])
+        return {str(kind): self.shares_BLE[self.tasks_B == kind].mean(axis=0) for kind in kinds}
+
+    def task_types(self) -> np.ndarray:
+        return np.unique(self.task_types_B)
+
+
+def relative_entropy(shares: Tensor) -> Tensor:
+    """Entropy over the last dimension, the experts, divided by its largest value ln E: 1 is even, 0 is one expert."""
+    return torch.special.entr(shares).sum(dim=-1) / math.log(shares.shape[-1])
+
+
+def coefficient_of_variation(load: Tensor) -> Tensor:
+    """Standard deviation (unbiased) over mean, over the last dimension, the experts: 0 is even, sqrt(E) one expert."""
+    return load.std(dim=-1) / load.mean(dim=-1)
+
+
+def group_shares(routing: Routing, num_task_types: int) -> dict[int, np.ndarray] | None:
+    """Mean weight of each expert group by task type of the row, over rows and adapted Linears.
+
+    None where the experts cannot be split into equal groups.
+    """
+    num_experts = routing.shares_BLE.shape[-1]
+    if num_experts % num_task_types:
+        return None
+    return {
+        kind: shares_LE.mean(axis=0).reshape(num_task_types, -1).sum(axis=1)
+        for kind, shares_LE in routing.by_task_type().items()
+    }
+
+
+def routing_summary(routing: Routing, num_task_types: int) -> dict:
+    """What `routing.json` holds, and `routing.png` shows: docs/ROUTING.md describes each field."""
+    by_type, by_task = routing.by_task_type(), routing.by_task()
+    shares_BLE = torch.from_numpy(routing.shares_BLE).double()
+    entropy_L = relative_entropy(shares_BLE).mean(dim=0)
+    variation_L = coefficient_of_variation(shares_BLE.mean(dim=0))
+    summary = {
+        "num_experts": shares_BLE.shape[-1],
+        "num_task_types": num_task_types,
+        "rows": {str(kind): int((routing.task_types_B == kind).sum()) for kind in by_type},
+        "rows_by_task": {task: int((routing.tasks_B == task).sum()) for task in by_task},
+        "modules": [name.split(".experts.")[0] for name in routing.modules],
+        "expert_share_by_task_type": {str(kind): _rounded(shares.mean(axis=0)) for kind, shares in by_type.items()},
+        "expert_share_by_task": {task: _rounded(shares.mean(axis=0)) for task, shares in by_task.items()},
+        "expert_share_by_task_type_and_module": {str(kind): _rounded(shares) for kind, shares in by_type.items()},
+        "expert_share_by_task_and_module": {task: _rounded(shares) for task, shares in by_task.items()},
+        "entropy": entropy_L.mean().item(),
+        "entropy_by_module": _rounded(entropy_L),
+        "coefficient_of_variation": variation_L.mean().item(),
+        "coefficient_of_variation_by_module": _rounded(variation_L),
+    }
+    if groups := group_shares(routing, num_task_types):
+        summary["group_share_by_task_type"] = {str(kind): _rounded(shares) for kind, shares in groups.items()}
+    return summary
+
+
+def _rounded(values: np.ndarray | Tensor) -> list:
+    return np.asarray(values, dtype=np.float64).round(6).tolist()
+
+
+class RoutingWatch(TrainerCallback):
+    """Collects the routing of the training rows for the log lines, and notices a group of experts that dies out.
+
+    Everything stays on the device until a log line is due, so that no step waits for it. Filler rows do not
+    count.
+
+    Args:
+        num_task_types: number of task types K.
+    """
+
+    def __init__(self, num_task_types: int):
+        self.num_task_types = num_task_types
+        self._sums_KLE: Tensor | None = None
+        self._counts_K = self._entropy = self._step_E = self._steps_below_K = None
+        self._warned = False
+
+    def watch(self, shares_LBE: Tensor, task_types_B: Tensor) -> None:
+        """Take in the rows of a micro-batch; unlabelled ones are summed apart, ahead of task type 0."""
+        if self._sums_KLE is None:
+            self._start(shares_LBE)
+        real_B = (task_types_B != FILLER_TASK_TYPE).to(shares_LBE.dtype)
+        shares_BLE = shares_LBE.transpose(0, 1) * real_B[:, None, None]
+        self._sums_KLE.index_add_(0, (task_types_B + 1).clamp(min=0), shares_BLE)
+        self._counts_K.index_add_(0, (task_types_B + 1).clamp(min=0), real_B)
+        self._entropy += relative_entropy(shares_BLE).mean(dim=1).sum()
+        self._step_E += shares_BLE.mean(dim=1).sum(dim=0)
+
+    def _start(self, shares_LBE: Tensor) -> None:
+        num_linears, _, num_experts = shares_LBE.shape
+        self._sums_KLE = shares_LBE.new_zeros(self.num_task_types + 1, num_linears, num_experts)
+        self._counts_K = shares_LBE.new_zeros(self.num_task_types + 1)
+        self._entropy = shares_LBE.new_zeros(())
+        self._step_E = shares_LBE.new_zeros(num_experts)
+        groups = 0 if num_experts % self.num_task_types else self.num_task_types
+        self._steps_below_K = shares_LBE.new_zeros(groups)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Count, for each group, the consecutive steps with hardly any weight on it, on this process's rows."""
+        if self._sums_KLE is None or not len(self._steps_below_K):
+            return
+        shares_K = self._step_E.view(self.num_task_types, -1).sum(dim=1) / self._step_E.sum()
+        self._steps_below_K = torch.where(shares_K < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
+        self._step_E.zero_()
+
+    def scalars(self, args: TrainingArguments) -> dict[str, float]:
+        """The values of a log line, over the rows of all processes since the last one; {} where nothing is routed.
+
+        A collective: every process calls it at the same step.
+        """
+        if self._sums_KLE is None:
+            return {}
+        sums_KLE, counts_K, entropy = (
+            nested_gather(part.unsqueeze(0), args.parallel_mode).sum(dim=0)
+            for part in (self._sums_KLE, self._counts_K, self._entropy)
+        )
+        for part in (self._sums_KLE, self._counts_K, self._entropy):
+            part.zero_()
+        load_LE = sums_KLE.sum(dim=0) / counts_K.sum()
+        values = {
+            "routing_entropy": (entropy / counts_K.sum()).item(),
+            "routing_cv": coefficient_of_variation(load_LE).mean().item(),
+        }
+        if len(self._steps_below_K):
+            shares_KK = (sums_KLE[1:].mean(dim=1) / counts_K[1:, None]).unflatten(1, (self.num_task_types, -1)).sum(-1)
+            shares = shares_KK.diagonal().tolist()
+            values |= {f"group_share_type_{kind}": share for kind, share in enumerate(shares) if share == share}
+        return values
+
+    def collapse(self, args: TrainingArguments, step: int) -> str | None:
+        """A warning of a group that has died out on every process, once in a run. A collective, as `scalars` is."""
+        if self._warned or self._steps_below_K is None or not len(self._steps_below_K):
+            return None
+        steps_K = nested_gather(self._steps_below_K.unsqueeze(0), args.parallel_mode).min(dim=0).values
+        group = int(steps_K.argmax())
+        if steps_K[group] < COLLAPSE_STEPS:
+            return None
+        self._warned = True
+        size = len(self._step_E) // self.num_task_types
+        return (
+            f"warning: the routing has collapsed: experts {group * size}-{(group + 1) * size - 1}, the group of task "
+            f"type {group}, have had less than {COLLAPSE_SHARE:.0%} of the weight in each of the last "
+            f"{int(steps_K[group])} steps (now step {step}). They hardly learn any more: give the balance term more "
+            "weight (--blc_weight), or lower --learning_rate"
+        )
