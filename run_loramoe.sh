@@ -22,7 +22,7 @@ lora_nums=${lora_nums:-6}                           # experts per adapted Linear
 lora_rank=${lora_rank:-4}                           # rank of each expert
 lora_alpha=${lora_alpha:-32}                        # the experts' output is scaled by lora_alpha / lora_rank
 lora_dropout=${lora_dropout:-0.05}                  # probability of dropping an input element of the experts
-lora_trainable=${lora_trainable:-gate_proj,up_proj,down_proj}  # Linears to adapt, by name
+lora_trainable=${lora_trainable:-auto}              # Linears to adapt: names, all-linear, a pattern, or auto
 blc_alpha=${blc_alpha:-0.1}                         # delta: how far a group of experts is drawn to its task type
 blc_weight=${blc_weight:-0.1}                       # beta: weight of the balance term in the loss; 0 turns it off
 

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,16 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from data import Collator, DataStatistics, Encoding, InputError, count_shared_rows, load_data
+from data import (
+    Collator,
+    DataStatistics,
+    Encoding,
+    InputError,
+    count_shared_rows,
+    load_data,
+    marked_row,
+    task_types,
+)
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from transformers_patch.training.base_model import build_model, check_base_model, load_tokenizer, with_adapter
 from transformers_patch.training.checkpoint import find_checkpoint
@@ -39,7 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(argv)
     with args.main_process_first(desc="checking the input"):
         tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
-        check_base_model(model_args.model_name_or_path, tokenizer, partial(with_adapter, model_args=model_args))
+        skeleton = check_base_model(
+            model_args.model_name_or_path, tokenizer, partial(with_adapter, model_args=model_args)
+        )
+        model_args.resolve_targets(skeleton.default_target_modules)
         train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
         config = run_config(model_args, data_args, args)
     folder = RunFolder(args.output_dir)
@@ -81,7 +94,7 @@ def run(
     results |= {"train_samples": len(train_data), "padding_share": padding}
     trainer.save_model()
     if eval_data is not None:
-        results |= evaluate(trainer, model_args)
+        results |= evaluate(trainer)
     finish(trainer, folder, config, results)
 
 
@@ -89,7 +102,8 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, data_args: DataArguments, args: RunArguments
 ) -> tuple[Dataset, Dataset | None]:
     """Training and evaluation rows, encoded. Says what was found, and warns of rows that are in both."""
-    encoding = Encoding(data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types)
+    names = model_args.task_type_names or ()
+    encoding = Encoding(data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types, tuple(names))
 
     def load(path: str) -> tuple[Dataset, DataStatistics]:
         return load_data(path, tokenizer, encoding, data_args.data_cache_dir, data_args.preprocessing_num_workers)
@@ -105,9 +119,21 @@ def load_rows(
                 f"warning: {shared} of {len(eval_data)} evaluation rows are also training rows (same instruction and "
                 "input), so the evaluation flatters the model"
             )
+        messages += unseen_task_types(train_data, eval_data, names)
+    messages += ["first training row, what is learnt between >>> and <<<:", marked_row(tokenizer, train_data[0])]
     if not args.prepare_only:
         say(args, *messages)
     return train_data, eval_data
+
+
+def unseen_task_types(train_data: Dataset, eval_data: Dataset, names: Sequence[str]) -> list[str]:
+    """A warning for each task type of evaluation rows that no training row has."""
+    unseen = sorted(task_types(eval_data) - task_types(train_data) - {-1})
+    return [
+        f"warning: there are evaluation rows of task type {names[kind] if names else kind}, but no training rows: no "
+        "group of experts is drawn to them"
+        for kind in unseen
+    ]
 
 
 def prepare_folder(folder: RunFolder, config: dict, restart: bool) -> None:
@@ -145,16 +171,16 @@ def build_trainer(
     )
 
 
-def evaluate(trainer: LoRAMoETrainer, model_args: ModelArguments) -> dict:
+def evaluate(trainer: LoRAMoETrainer) -> dict:
     """Held-out measurements of the trained model, beside those taken before the first step."""
     before = next(entry for entry in trainer.state.log_history if "eval_lm_loss" in entry)
     after = trainer.evaluate()
     results = {f"{name}_before": before[name] for name in ("eval_lm_loss", "eval_perplexity")}
     results |= {f"{name}_after": after[name] for name in ("eval_lm_loss", "eval_perplexity")}
     results["eval_samples"] = len(trainer.eval_dataset)
-    if trainer.routing:
-        results["routing_table"] = routing_lines(trainer.routing, model_args.num_task_types)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.routing:
+        results["routing_table"] = routing_lines(trainer.routing, model.active_peft_config)
     # Under autocast as in training: a quantised base in half precision has float32 norms, but a half-precision head.
     with trainer.accelerator.autocast():
         results["samples"] = generate_samples(model, trainer.processing_class, trainer.eval_dataset)
@@ -167,7 +193,7 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
         return
     trainer.save_state()
     if trainer.routing:
-        summary = routing_summary(trainer.routing, config["num_task_types"])
+        summary = routing_summary(trainer.routing, trainer.accelerator.unwrap_model(trainer.model).active_peft_config)
         summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
         write_routing(folder.path, summary)
     data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}

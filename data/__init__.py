@@ -3,9 +3,18 @@ together (`sampler.py`), batches (`collate.py`), files of answers (`answers.py`)
 
 from data.answers import AnswerFile
 from data.collate import FILLER_TASK_TYPE, IGNORED_LABEL, Collator
-from data.dataset import DataStatistics, Encoding, content_hash, count_shared_rows, file_hash, load_data, row_lengths
+from data.dataset import (
+    DataStatistics,
+    Encoding,
+    content_hash,
+    count_shared_rows,
+    file_hash,
+    load_data,
+    row_lengths,
+    task_types,
+)
 from data.errors import InputError
-from data.prompt import TEMPLATES, encode_prompt, encode_target, resolve_template
+from data.prompt import TEMPLATES, encode_prompt, encode_target, marked_row, resolve_template
 from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
 
 __all__ = [
@@ -26,6 +35,8 @@ __all__ = [
     "encode_target",
     "file_hash",
     "load_data",
+    "marked_row",
     "resolve_template",
     "row_lengths",
+    "task_types",
 ]

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -19,7 +19,7 @@ from data.prompt import encode_prompt, encode_target, resolve_template
 from data.rows import Part, check_rows, find_files, generate_rows, split_files
 
 # Part of every cache key: raise it when the encoding of a row changes.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MOST_WORKERS = 8
 
 
@@ -60,11 +60,13 @@ class Encoding:
         template: `plain`, `chat` or `auto`.
         max_seq_length: longest row in tokens. A longer one is cut at its end, so the prompt stays whole.
         num_task_types: allowed task types are 0 to this minus 1.
+        task_type_names: names that rows may use instead, in this order.
     """
 
     template: str
     max_seq_length: int
     num_task_types: int
+    task_type_names: tuple[str, ...] = ()
 
 
 def load_data(
@@ -91,9 +93,7 @@ def load_data(
         InputError: a file or row is bad, or no row has a label left within `max_seq_length`.
     """
     files = find_files(path)
-    encoding = Encoding(
-        resolve_template(encoding.template, tokenizer), encoding.max_seq_length, encoding.num_task_types
-    )
+    encoding = replace(encoding, template=resolve_template(encoding.template, tokenizer))
     folder = Path(cache_dir) / _cache_key(files, tokenizer, encoding)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +112,11 @@ def row_lengths(rows: datasets.Dataset) -> np.ndarray:
     """Tokens of each row of an encoded data set."""
     column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
     return pyarrow.compute.list_value_length(column).to_numpy()
+
+
+def task_types(rows: datasets.Dataset) -> set[int]:
+    """The task types that occur."""
+    return set(rows.select_columns("task_type").with_format("arrow")[:]["task_type"].unique().to_pylist())
 
 
 def content_hash(path: str | Path) -> str:
@@ -155,7 +160,7 @@ def _build(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None
 ) -> None:
     parts = split_files(files)
-    count = check_rows(parts, encoding.num_task_types)
+    count = check_rows(parts, encoding.num_task_types, encoding.task_type_names)
     aside = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     workers = min(num_proc or min(os.cpu_count(), MOST_WORKERS), len(parts))
@@ -189,7 +194,7 @@ def _build(
 
 
 def _encode_parts(parts: list[Part], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[dict]:
-    for row in generate_rows(parts):
+    for row in generate_rows(parts, encoding.task_type_names):
         yield row | _encode_row(row, tokenizer, encoding)
 
 

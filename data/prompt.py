@@ -1,6 +1,7 @@
 """Turning a row into the text that the model reads (prompt) and the text that it learns to write (target)."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,8 +53,20 @@ def encode_target(
         ids = tokenizer(output, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, tokenizer.eos_token_id]
     text = _user_text(instruction, context)
-    ids = _encode_chat(tokenizer, output, lambda content: _render_answer(tokenizer, text, content))
-    return ids if ids and ids[-1] in tokenizer.all_special_ids else [*ids, tokenizer.eos_token_id]
+    ids = None
+    if _marks_beginnings(tokenizer) and not _spells_control(tokenizer, output):
+        prompt_ids = encode_prompt(tokenizer, template, instruction, context)
+        ids = _encode_behind(prompt_ids, _render(tokenizer, text), _render_answer(tokenizer, text, output), tokenizer)
+    if ids is None:
+        ids = _encode_chat(tokenizer, output, lambda content: _render_answer(tokenizer, text, content))
+    return ids if ids and ids[-1] in _control_tokens(tokenizer).values() else [*ids, tokenizer.eos_token_id]
+
+
+def marked_row(tokenizer: PreTrainedTokenizerBase, row: dict, most_characters: int = 400) -> str:
+    """An encoded row as text, what is learnt of it in [[ ]]; long parts are shortened in the middle."""
+    ids, length = list(row["input_ids"]), row["prompt_length"]
+    prompt, target = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids[:length], ids[length:]))
+    return f"{_shortened(prompt, most_characters)}[[{_shortened(target, most_characters)}]]"
 
 
 def _user_text(instruction: str, context: str) -> str:
@@ -82,7 +95,7 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, content: str, render: Calla
 
     Where the content spells one, the template is rendered around a placeholder and the content encoded apart.
     """
-    if not any(token in content for token in tokenizer.all_special_tokens):
+    if not _spells_control(tokenizer, content):
         return tokenizer(render(content), add_special_tokens=False)["input_ids"]
     parts = render(PLACEHOLDER).split(PLACEHOLDER)
     if len(parts) != 2:
@@ -96,6 +109,39 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, content: str, render: Calla
         for text, literal in pieces
         for token in tokenizer(text, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
     ]
+
+
+def _encode_behind(
+    prompt_ids: list[int], prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int] | None:
+    """Token ids of an answer as they follow the prompt; None where the prompt's tokens differ without the answer.
+
+    Encoded apart, the answer would begin with a mark of its own.
+    """
+    ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    return ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else None
+
+
+@lru_cache(maxsize=8)
+def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts the mark of a word before any text, as SentencePiece does."""
+    return "".join(tokenizer.tokenize("x")) != "x"
+
+
+def _spells_control(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return any(token in text for token in _control_tokens(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Every token that is not text, by its spelling. Tokenizers do not always list those that their templates use
+    (the end of a turn, say) among their special tokens."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
 
 
 def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,13 +1,13 @@
 """Rows of instruction data: finding the files, reading them row by row, checking every row.
 
-A row has the string fields `instruction`, `input` (may be empty or missing) and `output`, an optional integer
-`task_type`, an optional string `task` that names the kind of task, and an optional list `aliases` of other answers that
-are right, which evaluation alone looks at. Files are JSON (a list of rows), JSON Lines or Parquet; the last two are
-streamed in parts, so their size does not matter.
+A row has the string fields `instruction`, `input` (may be empty or missing) and `output`, an optional `task_type` (a
+number, or a name where the run has names for them), an optional string `task` that names the kind of task, and an
+optional list `aliases` of other answers that are right, which evaluation alone looks at. Files are JSON (a list of
+rows), JSON Lines or Parquet; the last two are streamed in parts, so their size does not matter.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ def read_part(part: Part) -> Iterator[tuple[int, object]]:
     return readers[part.file.suffix](part)
 
 
-def check_rows(parts: list[Part], num_task_types: int) -> int:
+def check_rows(parts: list[Part], num_task_types: int, task_type_names: Sequence[str] = ()) -> int:
     """Read every row once and check it. Returns the number of rows.
 
     Raises:
@@ -95,7 +95,7 @@ def check_rows(parts: list[Part], num_task_types: int) -> int:
     for part in tqdm(parts, desc="checking rows", unit="part", disable=len(parts) < 2):
         for number, row in read_part(part):
             count += 1
-            if problem := row_problem(row, num_task_types):
+            if problem := row_problem(row, num_task_types, task_type_names):
                 problems.append(f"{part.file}: row {number}: {problem}")
             if len(problems) > MOST_PROBLEMS_SHOWN:
                 raise InputError("\n".join([*problems[:-1], "... and perhaps more; mend these first"]))
@@ -107,7 +107,7 @@ def check_rows(parts: list[Part], num_task_types: int) -> int:
     return count
 
 
-def row_problem(row: object, num_task_types: int) -> str | None:
+def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str] = ()) -> str | None:
     """What is wrong with a row, or None."""
     if not isinstance(row, dict):
         return f"is {_shown(row)}, but has to be an object with instruction, input and output"
@@ -127,20 +127,26 @@ def row_problem(row: object, num_task_types: int) -> str | None:
     if not (isinstance(aliases, list) and all(isinstance(alias, str) and _is_unicode(alias) for alias in aliases)):
         return f"'aliases' is {_shown(aliases)}, but has to be a list of strings, or be left out"
     task_type = row.get("task_type")
+    if isinstance(task_type, str) and task_type in task_type_names:
+        return None
     if task_type is not None and (type(task_type) is not int or not 0 <= task_type < num_task_types):
+        named = f"one of {', '.join(task_type_names)}, or " if task_type_names else ""
         allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
-        return f"'task_type' is {_shown(task_type)}, but has to be {allowed} (a whole number), or be left out"
+        return f"'task_type' is {_shown(task_type)}, but has to be {named}{allowed} (a whole number), or be left out"
     return None
 
 
-def generate_rows(parts: list[Part]) -> Iterator[dict]:
-    """Checked rows with every field present; a missing task type is -1, a missing `input`, `task` or `aliases` empty.
+def generate_rows(parts: list[Part], task_type_names: Sequence[str] = ()) -> Iterator[dict]:
+    """Checked rows with every field present; a missing task type is -1, a missing `input`, `task` or `aliases` empty,
+    and a name of a task type is its number.
 
     `source` says where a row comes from.
     """
     for part in parts:
         for number, row in read_part(part):
             task_type = row.get("task_type")
+            if isinstance(task_type, str):
+                task_type = task_type_names.index(task_type)
             yield {
                 "instruction": row["instruction"],
                 "input": row.get("input") or "",

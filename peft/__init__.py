@@ -8,12 +8,12 @@ mixtures.
 from peft.balance import (
     FILLER_TASK_TYPE,
     balance_coefficients,
-    gather_samples,
     localized_balance_term,
     sample_shares,
     sample_sums,
 )
 from peft.config import LoraConfig, PeftConfig, PeftType, TaskType
+from peft.gather import gather_samples
 from peft.inject import LoraModel, find_targets
 from peft.layer import LoraExperts, LoraLayer
 from peft.model import (
@@ -26,6 +26,7 @@ from peft.model import (
 from peft.router import Router
 from peft.saving import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.static import Calibration, merged_linear, static_lora
+from peft.trained_copy import TrainedCopy
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "PeftType",
     "Router",
     "TaskType",
+    "TrainedCopy",
     "__version__",
     "balance_coefficients",
     "find_targets",

@@ -4,13 +4,17 @@ import enum
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 CONFIG_NAME = "adapter_config.json"
-DEFAULT_TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"
 # Fields that adapters saved by earlier versions do not have; their defaults are what those versions did.
-ADDED_LATER = {"blc_reference"}
+ADDED_LATER = {
+    "blc_reference", "expert_groups", "layers_to_transform", "lora_shared_A", "lora_top_k", "modules_to_save",
+    "task_type_names",
+}  # fmt: skip
 
 
 class PeftType(enum.StrEnum):
@@ -99,14 +103,26 @@ class LoraConfig(PeftConfig):
         r: rank of each expert.
         lora_alpha: the experts' output is scaled by lora_alpha / r.
         lora_nums: number of experts per adapted Linear; 1 is plain LoRA, without router and balance term.
+        lora_top_k: experts that take part for a token, at least 2: a softmax over the largest router logits, the others
+            weigh nothing; None (or 0) for all of them.
+        lora_shared_A: one A of rank r for all experts of a Linear, which then differ in B alone (as in HydraLoRA).
         lora_dropout: probability of dropping an input element of the experts, in [0, 1).
-        blc_alpha: delta of the constraint, in [0, 1): how far a group is drawn to its task type. Two groups settle
-            at shares of (1 + delta) / 2 and (1 - delta) / 2.
+        blc_alpha: delta of the constraint, in [0, 1): how far a group is drawn to its task type. Two equal groups
+            settle at shares of (1 + delta) / 2 and (1 - delta) / 2.
         blc_weight: beta, the weight of the balance term in the loss; 0 turns it off.
         blc_reference: compute the balance term from the statistic of the authors' code: router weights summed over all
             positions, padding included, and the samples of one process alone.
-        num_task_types: number of task types K; where the balance term counts, K has to divide lora_nums.
-        target_modules: names of the Linears to adapt, compared with the end of each module's dotted name.
+        num_task_types: number of task types K; where the balance term counts, K has to divide lora_nums, unless
+            `expert_groups` is given.
+        task_type_names: names of the task types, in their order, where they have any.
+        expert_groups: number of experts in the group of each task type; None for equal groups.
+        target_modules: the Linears to adapt: a list of names, each compared with the end of the modules' dotted names;
+            a regular expression, one that the whole dotted name of a Linear has to match; or `all-linear`, every Linear
+            but the output embedding. A string of letters, digits, underscores and dots alone is a name. None for the
+            defaults of the base model's architecture, which are filled in when the adapter is put on a model.
+        layers_to_transform: numbers of the layers, from 0, whose Linears are adapted; None for all.
+        modules_to_save: names of further modules (`embed_tokens`, `lm_head`) of which the adapter holds a copy of its
+            own that is trained in full; compared like the names in `target_modules`.
 
     Raises:
         ValueError: at least one value is out of range; the message has a line for every problem.
@@ -120,13 +136,22 @@ class LoraConfig(PeftConfig):
     blc_weight: float = 0.1
     blc_reference: bool = False
     num_task_types: int = 2
-    target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGET_MODULES))
+    task_type_names: list[str] | None = None
+    expert_groups: list[int] | None = None
+    lora_top_k: int | None = None
+    lora_shared_A: bool = False
+    target_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | None = None
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.target_modules, str):
+        if isinstance(self.target_modules, str) and re.fullmatch(r"[\w.]+", self.target_modules):
             self.target_modules = [self.target_modules]
-        self.target_modules = sorted(set(self.target_modules))
+        for name in ("target_modules", "layers_to_transform", "modules_to_save"):
+            if isinstance(value := getattr(self, name), list | tuple | set):
+                setattr(self, name, sorted(set(value)))
+        self.lora_top_k = self.lora_top_k or None
         if problems := self.problems():
             raise ValueError("\n".join(problems))
 
@@ -134,6 +159,15 @@ class LoraConfig(PeftConfig):
     def balances(self) -> bool:
         """Whether the balance term has a part in the training loss."""
         return self.blc_weight > 0 and self.lora_nums > 1
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Number of experts of each task type's group; one group of all where they cannot be split."""
+        if self.expert_groups is not None:
+            return self.expert_groups
+        if self.lora_nums % self.num_task_types:
+            return [self.lora_nums]
+        return [self.lora_nums // self.num_task_types] * self.num_task_types
 
     def problems(self) -> list[str]:
         """One sentence for each value that cannot be: what was found and what is allowed."""
@@ -149,17 +183,57 @@ class LoraConfig(PeftConfig):
                 problems.append(f"{name} is {value}, but has to be in [0, 1)")
         if not (_is_finite(self.blc_weight) and self.blc_weight >= 0):
             problems.append(f"blc_weight is {self.blc_weight}, but has to be a number of at least 0")
-        if type(self.blc_reference) is not bool:
-            problems.append(f"blc_reference is {self.blc_reference!r}, but has to be true or false")
-        if not self.target_modules:
+        problems += [
+            f"{name} is {value!r}, but has to be true or false"
+            for name, value in (("blc_reference", self.blc_reference), ("lora_shared_A", self.lora_shared_A))
+            if type(value) is not bool
+        ]
+        problems += self._module_problems()
+        return problems or self._expert_problems()
+
+    def _module_problems(self) -> list[str]:
+        problems = []
+        if self.target_modules is not None and not self.target_modules:
             problems.append("target_modules is empty, but at least one Linear has to be named")
-        if not problems and self.balances and self.lora_nums % self.num_task_types:
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                problems.append(f"target_modules {self.target_modules!r} is no regular expression: {error}")
+        if self.layers_to_transform is not None and not _are_counts(self.layers_to_transform, least=0):
             problems.append(
-                f"lora_nums is {self.lora_nums} and num_task_types is {self.num_task_types}: the experts cannot be "
-                f"split into {self.num_task_types} equal groups; choose a multiple of {self.num_task_types}, or turn "
-                "the balance term off with blc_weight 0"
+                f"layers_to_transform is {self.layers_to_transform}, but has to be a list of layer numbers, from 0"
             )
         return problems
+
+    def _expert_problems(self) -> list[str]:
+        """What does not fit together among numbers that are right by themselves."""
+        problems, K, groups, names = [], self.num_task_types, self.expert_groups, self.task_type_names
+        if groups is not None and not (_are_counts(groups) and len(groups) == K and sum(groups) == self.lora_nums):
+            problems.append(
+                f"expert_groups is {groups}, but has to be {K} whole numbers of at least 1, one for each task type, "
+                f"that add up to lora_nums, {self.lora_nums}"
+            )
+        if groups is None and self.balances and self.lora_nums % K:
+            problems.append(
+                f"lora_nums is {self.lora_nums} and num_task_types is {K}: the experts cannot be split into {K} equal "
+                f"groups; choose a multiple of {K}, give the sizes of the groups with expert_groups, or turn the "
+                "balance term off with blc_weight 0"
+            )
+        if names is not None and not (len(set(names)) == len(names) == K and all(isinstance(n, str) for n in names)):
+            problems.append(f"task_type_names is {names}, but has to be {K} different names, one for each task type")
+        if self.lora_top_k is not None and not (
+            type(self.lora_top_k) is int and 2 <= self.lora_top_k <= self.lora_nums
+        ):
+            problems.append(
+                f"lora_top_k is {self.lora_top_k}, but has to be from 2 to lora_nums, {self.lora_nums}, or 0 for all "
+                "experts; with 1 its weight would always be 1, and no gradient would reach the router"
+            )
+        return problems
+
+
+def _are_counts(values: object, least: int = 1) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(value) is int and value >= least for value in values)
 
 
 def _is_finite(value: object) -> bool:

@@ -84,13 +84,18 @@ class _GatedSum(torch.autograd.Function):
     def backward(ctx, gradient_TO: Tensor):
         hidden, weights_TE, lora_B = ctx.saved_tensors
         rows_TO = _rows(gradient_TO).to(hidden.dtype)
-        gated_gradient = (ctx.scale * (rows_TO @ lora_B.to(hidden.dtype))).view(hidden.shape)
+        gated_gradient = (ctx.scale * (rows_TO @ lora_B.to(hidden.dtype))).view(*hidden.shape[:-1], -1)
         weights_gradient_TE = B_gradient = None
         if ctx.needs_input_grad[3]:
-            B_gradient = rows_TO.T @ (ctx.scale * _rows(_gated(hidden, weights_TE)))
+            B_gradient = rows_TO.T @ (ctx.scale * _rows(_gated(hidden, weights_TE, lora_B)))
+        hidden_gradient = _gated(gated_gradient, weights_TE, lora_B)
         if weights_TE is not None:
-            weights_gradient_TE = (gated_gradient * hidden).view(*weights_TE.shape, -1).sum(dim=-1)
-        return gradient_TO, _gated(gated_gradient, weights_TE), weights_gradient_TE, B_gradient, None
+            per_expert = (weights_TE.shape[-1], -1)
+            products_TER = gated_gradient.unflatten(-1, per_expert) * _per_expert(hidden, weights_TE, lora_B)
+            weights_gradient_TE = products_TER.sum(dim=-1)
+            if hidden.shape != hidden_gradient.shape:
+                hidden_gradient = hidden_gradient.unflatten(-1, per_expert).sum(dim=-2)
+        return gradient_TO, hidden_gradient, weights_gradient_TE, B_gradient, None
 
 
 def _thin_product(x_TI: Tensor, weight_HI: Tensor, mask_TI: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -98,7 +103,7 @@ def _thin_product(x_TI: Tensor, weight_HI: Tensor, mask_TI: Tensor | None, dtype
 
 
 def _gated_sum(output_TO: Tensor, hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor, scale: float) -> Tensor:
-    gated, B = _rows(_gated(hidden, weights_TE)), lora_B.to(hidden.dtype)
+    gated, B = _rows(_gated(hidden, weights_TE, lora_B)), lora_B.to(hidden.dtype)
     if output_TO.dtype == hidden.dtype:
         return torch.addmm(_rows(output_TO), gated, B.T, alpha=scale).view(output_TO.shape)
     return output_TO + (scale * gated @ B.T).to(output_TO.dtype).view(output_TO.shape)
@@ -108,12 +113,17 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _gated(hidden: Tensor, weights_TE: Tensor | None) -> Tensor:
+def _gated(hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor) -> Tensor:
     """repeat(w, R) * hidden: the R features of each expert times its weight."""
     if weights_TE is None:
         return hidden
-    hidden_TER = hidden.view(*weights_TE.shape, -1)
-    return (hidden_TER * weights_TE.unsqueeze(-1)).view(hidden.shape).to(hidden.dtype)
+    hidden_TER = _per_expert(hidden, weights_TE, lora_B)
+    return (hidden_TER * weights_TE.unsqueeze(-1)).flatten(-2).to(hidden.dtype)
+
+
+def _per_expert(hidden: Tensor, weights_TE: Tensor, lora_B: Tensor) -> Tensor:
+    """hidden as (T, E, R), or (T, 1, R) where the experts share it."""
+    return hidden.view(*weights_TE.shape[:-1], -1, lora_B.shape[1] // weights_TE.shape[-1])
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft.config import LoraConfig
 from peft.functions import dropout_mask, gated_sum, thin_product
+from peft.linear import linear_size
 from peft.router import Router
 
 
@@ -20,7 +21,8 @@ class LoraExperts(nn.Module):
 
     The experts are stacked, A as (E*R, I) and B as (O, E*R), so that the sum over experts becomes part of one
     matrix product: delta(x) = (alpha / r) * B (repeat(w, r) * (A dropout(x))). Two thin products serve all experts,
-    and one dropout mask is shared by them. With one expert there is nothing to route: no router exists and this is
+    and one dropout mask is shared by them. With `lora_shared_A`, A is (R, I) and all experts use the same features.
+    With one expert there is nothing to route: no router exists and this is
     plain LoRA.
 
     A and router start kaiming-uniform, B at zero, so a fresh adapter changes nothing.
@@ -31,9 +33,12 @@ class LoraExperts(nn.Module):
         self.num_experts, self.rank = config.lora_nums, config.r
         self.scaling = config.lora_alpha / config.r
         stacked_rank = self.num_experts * self.rank
-        self.lora_A = nn.Parameter(torch.empty(stacked_rank, in_features, device=device, dtype=torch.float32))
+        rows_of_A = self.rank if config.lora_shared_A else stacked_rank
+        self.lora_A = nn.Parameter(torch.empty(rows_of_A, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out_features, stacked_rank, device=device, dtype=torch.float32))
-        self.router = Router(in_features, self.num_experts, device=device) if self.num_experts > 1 else None
+        self.router = None
+        if self.num_experts > 1:
+            self.router = Router(in_features, self.num_experts, config.lora_top_k, device=device)
         self.dropout = config.lora_dropout
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
@@ -59,13 +64,13 @@ class LoraLayer(nn.Module):
     when that module is called, and packed weights have no meaningful shape.
 
     Args:
-        base_layer: any module with `in_features` and `out_features` that maps (..., I) to (..., O).
+        base_layer: any module of which `linear_size` knows the features and that maps (..., I) to (..., O).
     """
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.in_features, self.out_features = linear_size(base_layer)
         self.experts = nn.ModuleDict()
         self.active_adapter: str | None = None
 

@@ -13,11 +13,19 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Parameters of one adapter by their key in the file: the parameter's name without the adapter's own name."""
-    marker = f".experts.{adapter_name}."
-    return {
-        name.replace(marker, ".experts."): parameter for name, parameter in model.named_parameters() if marker in name
-    }
+    """Parameters of one adapter by their key in the file: the parameter's name without the adapter's own name.
+
+    A parameter that two modules share (tied embeddings) is there once.
+    """
+    return {key: parameter for name, parameter in model.named_parameters() if (key := adapter_key(name, adapter_name))}
+
+
+def adapter_key(name: str, adapter_name: str) -> str | None:
+    """The key in the file for a parameter's name, None where it is not of this adapter."""
+    for part in ("experts", "trained"):
+        if (marker := f".{part}.{adapter_name}.") in name:
+            return name.replace(marker, f".{part}.")
+    return None
 
 
 def get_peft_model_state_dict(
@@ -32,11 +40,11 @@ def get_peft_model_state_dict(
         state_dict: tensors by the model's own parameter names, to be used instead of the parameters (what trainers
             pass that have gathered the tensors themselves).
     """
-    if state_dict is not None:
-        marker = f".experts.{adapter_name}."
-        return {key.replace(marker, ".experts."): value for key, value in state_dict.items() if marker in key}
     parameters = adapter_parameters(model, adapter_name)
-    with _gathered(parameters.values()):
+    if state_dict is not None:
+        keys = ((adapter_key(name, adapter_name), value) for name, value in state_dict.items())
+        return {key: value for key, value in keys if key in parameters}
+    with gathered(parameters.values()):
         return {key: parameter.detach().clone() for key, parameter in parameters.items()}
 
 
@@ -49,7 +57,7 @@ def set_peft_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], a
     parameters = adapter_parameters(model, adapter_name)
     problems = [f"missing: {key}" for key in sorted(parameters.keys() - state_dict.keys())]
     problems += [f"unexpected: {key}" for key in sorted(state_dict.keys() - parameters.keys())]
-    with _gathered(parameters.values(), modify=True):
+    with gathered(parameters.values(), modify=True):
         problems += [
             f"{key} has shape {tuple(state_dict[key].shape)}, the model needs {tuple(parameters[key].shape)}"
             for key in sorted(parameters.keys() & state_dict.keys())
@@ -86,7 +94,7 @@ def load_adapter_weights(directory: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or incomplete ({error}); restore it from a copy") from None
 
 
-def _gathered(parameters, modify: bool = False):
+def gathered(parameters, modify: bool = False):
     """A context in which parameters that ZeRO-3 has partitioned are whole."""
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:

@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from peft.layer import LoraExperts, LoraLayer
 
 
+def stacked_a(experts: LoraExperts) -> Tensor:
+    """A of all experts, (S, I), detached; repeated where they share one."""
+    A = experts.lora_A.detach()
+    return A.repeat(experts.num_experts, 1) if len(A) == experts.rank else A
+
+
 def static_lora(experts: LoraExperts, weights_E: Tensor) -> tuple[Tensor, Tensor]:
     """The LoRA that equals the mixture with fixed weights, of rank E*R and with the experts' own scaling.
 
@@ -27,7 +33,7 @@ def static_lora(experts: LoraExperts, weights_E: Tensor) -> tuple[Tensor, Tensor
         A of shape (S, I) and B of shape (O, S), float32.
     """
     weights_S = weights_E.to(experts.lora_B).repeat_interleave(experts.rank)
-    return experts.lora_A.detach().clone(), experts.lora_B.detach() * weights_S
+    return stacked_a(experts).clone(), experts.lora_B.detach() * weights_S
 
 
 class Calibration:
@@ -77,7 +83,7 @@ class Calibration:
         Q_OS, R_SS = torch.linalg.qr(experts.lora_B.detach().double())
         left_SS, _, _ = torch.linalg.svd(R_SS @ C_SS @ vectors_SS * roots_S)
         left_SK = left_SS[:, :rank]
-        A_KI = left_SK.T @ R_SS @ C_SS @ experts.lora_A.detach().double()
+        A_KI = left_SK.T @ R_SS @ C_SS @ stacked_a(experts).double()
         # A Linear with fewer outputs than S has a map of lower rank: the rest is zeros.
         missing = rank - left_SK.shape[1]
         return F.pad(A_KI.float(), (0, 0, 0, missing)), F.pad((Q_OS @ left_SK).float(), (0, missing))
@@ -87,7 +93,7 @@ class Calibration:
         def hook(experts: LoraExperts, inputs: tuple[Tensor]) -> None:
             x_NI = inputs[0][self.mask_BT.bool()].to(experts.lora_A.dtype)
             weights_NE = experts.router(x_NI).double()
-            hidden_NS = F.linear(x_NI, experts.lora_A).double()
+            hidden_NS = F.linear(x_NI, stacked_a(experts)).double()
             routed_NS = hidden_NS * weights_NE.repeat_interleave(experts.rank, dim=1)
             sums = [weights_NE.sum(dim=0), hidden_NS.T @ hidden_NS, routed_NS.T @ hidden_NS]
             self._sums[name] = [a + b for a, b in zip(self._sums.get(name, [0, 0, 0]), sums, strict=True)]

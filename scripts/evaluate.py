@@ -126,7 +126,7 @@ def load_sets(
         if not (own := trained.run_config.get("validation_file")):
             raise InputError("there is nothing to measure on: name files with --data, or tasks with --lm_eval")
         paths = [own]
-    encoding = Encoding(template, max_length(trained, args), trained.num_task_types)
+    encoding = Encoding(template, max_length(trained, args), trained.num_task_types, trained.task_type_names)
     sets = []
     for path in paths:
         rows, statistics = load_data(path, trained.tokenizer, encoding, args.data_cache_dir)

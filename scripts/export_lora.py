@@ -100,6 +100,10 @@ def check_export(trained: TrainedModel, args: ExportArguments) -> None:
     if not isinstance(trained.model, PeftModel):
         raise InputError("this folder holds a whole model, no adapter: it can be used as it is")
     config, base = trained.model.active_peft_config, trained.model.get_base_model()
+    if config.modules_to_save:
+        raise InputError(
+            f"this adapter has trained {', '.join(config.modules_to_save)} in full, which a LoRA of Linears cannot hold"
+        )
     if args.task_type is not None and not 0 <= args.task_type < config.num_task_types:
         raise InputError(f"--task_type is {args.task_type}; this adapter has 0 to {config.num_task_types - 1}")
     if args.rank and args.rank > config.r * config.lora_nums:
@@ -107,9 +111,11 @@ def check_export(trained: TrainedModel, args: ExportArguments) -> None:
     if not args.merge:
         return
     if kinds := {type(layer.base_layer) for _, layer in adapted(base)} - {nn.Linear}:
+        kind = kinds.pop().__name__
+        form = "stored transposed (Conv1D), which merging does not know" if kind == "Conv1D" else f"quantised ({kind})"
         raise InputError(
-            f"--merge adds to the weights of the base model, but these are quantised ({kinds.pop().__name__}), so the "
-            "sum could not be kept. Merge into the unquantised base model (--load_in_kbits 16), or export the adapter"
+            f"--merge adds to the weights of the base model, but these are {form}: the sum could not be kept. Merge "
+            "into the unquantised base model (--load_in_kbits 16), or export the adapter"
         )
     if any(layer.weight is base.get_input_embeddings().weight for _, layer in adapted(base)):
         raise InputError("--merge cannot change the output layer, which shares its weights with the embeddings")
@@ -154,6 +160,8 @@ def make_loras(trained: TrainedModel, args: ExportArguments, batch_size: int) ->
 def add_static_adapter(model: PeftModel, loras: dict[str, LowRank]) -> LoraConfig:
     """Put the plain LoRA onto the model beside the mixture, as adapter `static`; returns its configuration."""
     mixture = model.active_peft_config
+    # Where only some layers are adapted, whole names say which; other loaders understand them as well.
+    targets = sorted(loras) if mixture.layers_to_transform else mixture.target_modules
     rank = next(iter(loras.values()))[0].shape[0]
     config = LoraConfig(
         task_type=mixture.task_type,
@@ -164,7 +172,7 @@ def add_static_adapter(model: PeftModel, loras: dict[str, LowRank]) -> LoraConfi
         lora_nums=1,
         lora_dropout=0.0,
         blc_weight=0.0,
-        target_modules=mixture.target_modules,
+        target_modules=targets,
     )
     model.add_adapter(STATIC, config)
     with torch.no_grad():

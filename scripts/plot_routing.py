@@ -64,13 +64,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     path, rows = load_rows(trained, args.data, "validation_file", args.data_cache_dir)
     routing = route(trained, rows, inference.batch_size)
-    summary = routing_summary(routing, trained.num_task_types) | {"training": curves}
+    summary = routing_summary(routing, trained.model.active_peft_config) | {"training": curves}
     if args.prompt:
         summary["prompt"] = route_prompt(trained, args.prompt)
     folder = Path(args.output or inference.adapter)
     folder.mkdir(parents=True, exist_ok=True)
     write_routing(folder, summary)
-    print(f"{len(rows)} rows of {path}", *routing_lines(routing, trained.num_task_types), sep="\n")
+    print(f"{len(rows)} rows of {path}", *routing_lines(routing, trained.model.active_peft_config), sep="\n")
     print(
         f"relative entropy {summary['entropy']:.3f}, coefficient of variation {summary['coefficient_of_variation']:.3f}"
     )

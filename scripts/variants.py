@@ -85,7 +85,7 @@ class Variant:
 
     Args:
         name: `frozen` (the base model alone), `lora` (one expert), `loramoe`, `plain` (its definition in plain
-            autograd), `loop` (expert by expert).
+            autograd), `loop` (expert by expert), `top2` (2 experts for a token), `shared_a` (one A for all experts).
         experts: number of experts N.
         rank: of each.
         dropout: probability.
@@ -104,6 +104,7 @@ class Variant:
             lora_nums=self.experts,
             lora_dropout=self.dropout,
             blc_weight=0.1 if balances else 0,
+            **OPTIONS.get(self.name, {}),
         )
 
     def model(self, base: PreTrainedModel) -> nn.Module:
@@ -129,6 +130,8 @@ class Variant:
         return model
 
 
+# Settings of the adapter that make a variant of its own.
+OPTIONS = {"top2": {"lora_top_k": 2}, "shared_a": {"lora_shared_A": True}}
 LAYER_CLASSES = {"plain": PlainLayer, "loop": LoopLayer}
 
 

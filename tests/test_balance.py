@@ -2,42 +2,47 @@
 
 import pytest
 import torch
-from reference import balance_loop
+from reference import balance_loop, paper_coefficient
 
 import data
-from peft import FILLER_TASK_TYPE, balance_coefficients, localized_balance_term, sample_shares, sample_sums
+from peft import FILLER_TASK_TYPE, LoraConfig, balance_coefficients, localized_balance_term, sample_shares, sample_sums
 
 
 def test_value_worked_by_hand():
     """Two samples, of type 0 and 1, on two experts; delta 0.1.
 
-    I = [[0.9, 1.1], [1.1, 0.9]], q = [[0.6, 0.4], [0.5, 0.5]], so Z = 0.54, 0.44, 0.55, 0.45.
+    The target shares are 0.55 and 0.45, so I = 1 / (2 * 0.55) = 0.9 / 0.99 and 1 / (2 * 0.45) = 1.1 / 0.99. The common
+    factor cancels: with 0.9 and 1.1 and q = [[0.6, 0.4], [0.5, 0.5]], Z = 0.54, 0.44, 0.55, 0.45.
     mean = 0.495; squared deviations 0.002025, 0.003025, 0.003025, 0.002025, sum 0.0101, variance 0.0101 / 3.
     """
     shares = torch.tensor([[[0.6, 0.4], [0.5, 0.5]]])
-    coefficients = balance_coefficients(torch.tensor([0, 1]), num_experts=2, num_task_types=2, delta=0.1)
-    torch.testing.assert_close(coefficients, torch.tensor([[0.9, 1.1], [1.1, 0.9]]))
+    coefficients = balance_coefficients(torch.tensor([0, 1]), group_sizes=[1, 1], delta=0.1)
+    torch.testing.assert_close(coefficients, torch.tensor([[0.9, 1.1], [1.1, 0.9]]) / 0.99)
     term = localized_balance_term(shares, coefficients)
     torch.testing.assert_close(term, torch.tensor(0.0101 / 3 / 0.495**2))
 
 
 def test_it_is_summed_over_linears():
     shares = torch.tensor([[[0.6, 0.4], [0.5, 0.5]], [[0.9, 0.1], [0.2, 0.8]]])
-    coefficients = balance_coefficients(torch.tensor([0, 1]), 2, 2, 0.1)
+    coefficients = balance_coefficients(torch.tensor([0, 1]), [1, 1], 0.1)
     apart = [localized_balance_term(shares[layer : layer + 1], coefficients) for layer in range(2)]
     torch.testing.assert_close(localized_balance_term(shares, coefficients), apart[0] + apart[1])
 
 
 def test_unlabelled_samples_and_indivisible_groups_have_coefficient_one():
-    coefficients = balance_coefficients(torch.tensor([-1, 1]), 4, 2, 0.1)
-    torch.testing.assert_close(coefficients, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.1, 1.1, 0.9, 0.9]]))
-    assert torch.equal(balance_coefficients(torch.tensor([0, 1]), 3, 2, 0.1), torch.ones(2, 3))
+    coefficients = balance_coefficients(torch.tensor([-1, 1]), [2, 2], 0.1)
+    expected = torch.tensor([[0.99, 0.99, 0.99, 0.99], [1.1, 1.1, 0.9, 0.9]]) / 0.99
+    torch.testing.assert_close(coefficients, expected)
+    indivisible = LoraConfig(lora_nums=3, num_task_types=2, blc_weight=0)
+    torch.testing.assert_close(
+        balance_coefficients(torch.tensor([0, 1]), indivisible.group_sizes, 0.1), torch.ones(2, 3)
+    )
 
 
 def test_minimised_alone_it_gives_the_matching_group_55_percent():
     """A free router of shape 2 samples x 4 experts settles at (1 + delta) / 2 for the group of the sample's type."""
     logits = torch.zeros(2, 4, requires_grad=True)
-    coefficients = balance_coefficients(torch.tensor([0, 1]), 4, 2, 0.1)
+    coefficients = balance_coefficients(torch.tensor([0, 1]), [2, 2], 0.1)
     optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
 
     def closure():
@@ -52,15 +57,51 @@ def test_minimised_alone_it_gives_the_matching_group_55_percent():
     assert closure() < 1e-6
 
 
-@pytest.mark.parametrize(("experts", "groups", "delta"), [(4, 2, 0.1), (6, 3, 0.5), (6, 2, 0.0)])
-def test_values_and_gradients_equal_the_loop(experts, groups, delta):
+@pytest.mark.parametrize("groups", [[2, 4], [1, 1, 4], [3, 2, 1]])
+@pytest.mark.parametrize("delta", [0.1, 0.6])
+def test_every_row_has_the_same_minimum_at_its_target_shares(groups, delta):
+    """With shares equal to the targets, Z is 1 / E everywhere, so the term is 0, whatever types meet in the batch."""
+    types = torch.tensor([-1, *range(len(groups))])
+    pulls = [[1.0] * len(groups)] + [
+        [(1 + delta) / (1 - delta) if s == t else 1.0 for s in range(len(groups))] for t in range(len(groups))
+    ]
+    targets = torch.tensor(
+        [[pull for pull, size in zip(row, groups, strict=True) for _ in range(size)] for row in pulls]
+    )
+    targets /= targets.sum(dim=1, keepdim=True)
+    Z = balance_coefficients(types, groups, delta) * targets
+    torch.testing.assert_close(Z, torch.full_like(Z, 1 / 6))
+    assert localized_balance_term(targets[None], balance_coefficients(types, groups, delta)) < 1e-10
+
+
+@pytest.mark.parametrize("delta", [0.1, 0.5])
+def test_equal_groups_keep_the_equations_of_the_paper(delta):
+    """I = 1 - delta and 1 + delta: another constant factor, the same value and the same gradients."""
     torch.manual_seed(0)
-    lengths, types = [7, 3, 5], [0, 1, -1]
+    types, lengths = [0, 1, 1], [7, 7, 7]
+    logits = torch.randn(3, 7, 6, requires_grad=True)
+    weights = torch.softmax(logits, dim=-1)
+    ours = localized_balance_term(
+        sample_shares(weights)[None], balance_coefficients(torch.tensor(types), [3, 3], delta)
+    )
+    paper = balance_loop([weights], lengths, types, [3, 3], delta, coefficient=paper_coefficient)
+    torch.testing.assert_close(ours, paper, rtol=1e-5, atol=1e-7)
+    ours_gradient, paper_gradient = (torch.autograd.grad(term, logits, retain_graph=True)[0] for term in (ours, paper))
+    assert paper_gradient.abs().max() > 0
+    torch.testing.assert_close(ours_gradient, paper_gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("groups", "delta"), [([2, 2], 0.1), ([2, 2, 2], 0.5), ([3, 3], 0.0), ([1, 5], 0.1), ([1, 2, 3], 0.5)]
+)
+def test_values_and_gradients_equal_the_loop(groups, delta):
+    torch.manual_seed(0)
+    lengths, types, experts = [7, 3, 5], [0, 1, -1], sum(groups)
     logits = [torch.randn(3, 7, experts, requires_grad=True) for _ in range(2)]
     mask = torch.arange(7) < torch.tensor(lengths)[:, None]
     weights = [torch.softmax(layer, dim=-1) for layer in logits]
     shares = torch.stack([sample_shares(layer, mask) for layer in weights])
-    ours = localized_balance_term(shares, balance_coefficients(torch.tensor(types), experts, groups, delta))
+    ours = localized_balance_term(shares, balance_coefficients(torch.tensor(types), groups, delta))
     loop = balance_loop(weights, lengths, types, groups, delta)
     torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-6)
     ours_gradients = torch.autograd.grad(ours, logits, retain_graph=True)
@@ -83,7 +124,7 @@ def test_shares_are_float32_whatever_comes_in():
 
 def test_without_any_sample_it_is_zero():
     shares = torch.rand(2, 0, 4, requires_grad=True)
-    term = localized_balance_term(shares, balance_coefficients(torch.tensor([], dtype=torch.long), 4, 2, 0.1))
+    term = localized_balance_term(shares, balance_coefficients(torch.tensor([], dtype=torch.long), [2, 2], 0.1))
     assert term == 0
     assert term.requires_grad
 
@@ -97,7 +138,7 @@ def test_the_authors_statistic_worked_by_hand():
     weights = torch.tensor([[[0.6, 0.4]] * 3, [[0.1, 0.9], [0.3, 0.7], [0.2, 0.8]]])
     sums = sample_sums(weights)
     torch.testing.assert_close(sums, torch.tensor([[1.8, 1.2], [0.6, 2.4]]))
-    term = localized_balance_term(sums[None], balance_coefficients(torch.tensor([0, 1]), 2, 2, 0.1))
+    term = localized_balance_term(sums[None], balance_coefficients(torch.tensor([0, 1]), [1, 1], 0.1))
     torch.testing.assert_close(term, torch.tensor(1.1736 / 3 / 1.44**2))
 
 

@@ -63,7 +63,9 @@ def test_the_file_holds_a_row_for_each_variant_and_dropout(tmp_path, capsys):
     main(["--quick", "--rounds", "1", "--sections", sections, "--json", str(file)])
     results = json.loads(file.read_text())
     assert {"commit", "command", "machine", "versions", "seconds"} <= results.keys()
-    expected = {(name, p) for name in ("frozen", "lora", "loramoe", "plain", "loop") for p in (0.0, 0.05)}
+    expected = {
+        (name, p) for name in ("frozen", "lora", "loramoe", "top2", "shared_a", "plain", "loop") for p in (0.0, 0.05)
+    }
     assert {(row["variant"], row["dropout"]) for row in results["rows"]} == expected
     for row in results["rows"]:
         assert row.keys() == {"variant", *NUMBERS}

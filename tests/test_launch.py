@@ -359,7 +359,7 @@ import torch.distributed as dist
 from peft import balance_coefficients, gather_samples, localized_balance_term
 
 def term_of(shares, types):
-    return localized_balance_term(shares, balance_coefficients(types, 4, 2, 0.1))
+    return localized_balance_term(shares, balance_coefficients(types, [2, 2], 0.1))
 
 torch.manual_seed(0)
 shares = torch.softmax(torch.randn(2, 4, 4), dim=-1)

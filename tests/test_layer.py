@@ -8,11 +8,11 @@ from torch import nn
 from peft import LoraConfig, LoraLayer, Router
 
 
-def make_layer(experts: int = 4, rank: int = 2, dropout: float = 0.0, filled: bool = True) -> LoraLayer:
+def make_layer(experts: int = 4, rank: int = 2, dropout: float = 0.0, filled: bool = True, **settings) -> LoraLayer:
     torch.manual_seed(0)
     layer = LoraLayer(nn.Linear(6, 5, bias=False))
     layer.add_adapter(
-        "default", LoraConfig(r=rank, lora_alpha=3, lora_nums=experts, lora_dropout=dropout, blc_weight=0)
+        "default", LoraConfig(r=rank, lora_alpha=3, lora_nums=experts, lora_dropout=dropout, blc_weight=0, **settings)
     )
     layer.active_adapter = "default"
     layer.base_layer.requires_grad_(False)
@@ -21,10 +21,16 @@ def make_layer(experts: int = 4, rank: int = 2, dropout: float = 0.0, filled: bo
     return layer
 
 
-@pytest.mark.parametrize("experts", [1, 2, 3, 8])
+KINDS = [
+    *((experts, settings) for experts in (1, 2, 3, 8) for settings in ({}, {"lora_shared_A": True})),
+    *((experts, {"lora_top_k": 2}) for experts in (2, 3, 8)),
+]
+
+
+@pytest.mark.parametrize(("experts", "settings"), KINDS)
 @pytest.mark.parametrize("rank", [1, 4])
-def test_outputs_and_gradients_equal_the_loop_over_experts(experts, rank):
-    layer = make_layer(experts, rank)
+def test_outputs_and_gradients_equal_the_loop_over_experts(experts, rank, settings):
+    layer = make_layer(experts, rank, **settings)
     x = torch.randn(2, 7, 6, requires_grad=True)
     direction = torch.randn(2, 7, 5)
     parameters = [x, *layer.experts.parameters()]

@@ -11,10 +11,10 @@ from test_train import Runner
 from torch.nn.functional import cross_entropy
 
 from data import encode_prompt, encode_target
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 from transformers_patch.training.report import MAX_NEW_TOKENS, routing_lines
-from transformers_patch.training.routing import Routing, group_shares
+from transformers_patch.training.routing import Routing, routing_summary
 
 TASK_TYPES = (0, 1, 1, None, 0, 1)
 
@@ -133,8 +133,9 @@ def test_the_printed_table_holds_the_share_of_every_group(finished):
 def test_experts_that_the_task_types_do_not_divide_have_no_groups():
     shares_BLE = torch.softmax(torch.randn(2, 1, 5), dim=-1).numpy()
     routing = Routing(["up"], shares_BLE, np.array([0, 1]), np.array(["", ""]))
-    assert group_shares(routing, 2) is None
-    assert routing_lines(routing, 2) == ["no groups: 5 experts cannot be split among 2 task types"]
+    config = LoraConfig(lora_nums=5, num_task_types=2, blc_weight=0)
+    assert routing_lines(routing, config) == ["no groups: 5 experts cannot be split among 2 task types"]
+    assert "group_share_by_task_type" not in routing_summary(routing, config)
 
 
 def test_losses_before_and_after_are_those_of_the_first_and_the_last_adapter(finished):

@@ -13,9 +13,10 @@ from test_train import Runner
 from transformers import TrainingArguments
 
 from data import InputError, encode_prompt
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from scripts import plot_routing
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
+from transformers_patch.training.report import routing_lines
 from transformers_patch.training.routing import (
     COLLAPSE_STEPS,
     Routing,
@@ -52,7 +53,7 @@ def test_the_values_of_a_log_line_are_those_of_its_rows(arguments):
     """Three Linears, four experts, in micro-batches of different sizes; unlabelled rows and a filler among them."""
     shares_LBE = torch.softmax(torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0)) * 2, dim=-1)
     types = torch.tensor([0, 1, -1, 1, 0, -2, 1])
-    watch = RoutingWatch(num_task_types=2)
+    watch = RoutingWatch(2, [2, 2])
     for part in (slice(0, 2), slice(2, 7)):
         watch.watch(shares_LBE[:, part], types[part])
     real = [0, 1, 2, 3, 4, 6]
@@ -70,7 +71,7 @@ def test_the_values_of_a_log_line_are_those_of_its_rows(arguments):
 
 
 def test_without_groups_or_routers_there_are_fewer_values(arguments):
-    watch = RoutingWatch(num_task_types=2)
+    watch = RoutingWatch(2, [5])
     assert watch.scalars(arguments) == {}
     assert watch.collapse(arguments, 1) is None
     watch.watch(torch.full((1, 2, 5), 0.2), torch.tensor([0, 1]))
@@ -78,8 +79,20 @@ def test_without_groups_or_routers_there_are_fewer_values(arguments):
     assert watch.collapse(arguments, 1) is None
 
 
+def test_groups_of_different_sizes_are_summed_each(arguments):
+    watch = RoutingWatch(3, [1, 2, 1])
+    watch.watch(torch.tensor([[[0.1, 0.2, 0.3, 0.4]]]).expand(1, 3, 4), torch.tensor([0, 1, 2]))
+    shares = {f"group_share_type_{kind}": share for kind, share in enumerate((0.1, 0.5, 0.4))}
+    assert {k: v for k, v in watch.scalars(arguments).items() if k in shares} == pytest.approx(shares)
+    routing = Routing(["up"], np.array([[[0.1, 0.2, 0.3, 0.4]]]), np.array([1]), np.array([""]))
+    config = LoraConfig(lora_nums=4, num_task_types=3, expert_groups=[1, 2, 1], task_type_names=["a", "b", "c"])
+    head, line = routing_lines(routing, config)
+    assert head.split() == ["expert", "0", "experts", "1-2", "expert", "3"]
+    assert line.split() == ["rows", "of", "task", "type", "b", "10.0%", "50.0%", "40.0%"]
+
+
 def test_a_collapse_is_warned_of_once_after_as_many_steps_in_a_row(arguments):
-    watch, warnings = RoutingWatch(num_task_types=2), []
+    watch, warnings = RoutingWatch(2, [2, 2]), []
 
     def steps(count: int, share: float):
         for _ in range(count):
@@ -137,7 +150,8 @@ def test_a_run_leaves_a_picture_with_its_training(run):
 def summary(modules: list[str], num_experts: int, types: list[int], tasks: list[str], num_task_types: int = 2) -> dict:
     generator = torch.Generator().manual_seed(0)
     shares = torch.softmax(torch.randn(len(types), len(modules), num_experts, generator=generator), dim=-1)
-    return routing_summary(Routing(modules, shares.numpy(), np.array(types), np.array(tasks)), num_task_types)
+    config = LoraConfig(lora_nums=num_experts, num_task_types=num_task_types, blc_weight=0)
+    return routing_summary(Routing(modules, shares.numpy(), np.array(types), np.array(tasks)), config)
 
 
 def test_evenness_by_linear():

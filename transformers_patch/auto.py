@@ -1,13 +1,40 @@
-"""Picking the patched class for a base model."""
+"""Picking, and making, the patched class for a base model."""
 
+import inspect
 import os
+from functools import cache
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from transformers_patch.mixin import LoRAMoEMixin
 from transformers_patch.modeling_llama import LlamaLoRAMoEForCausalLM
 
-PATCHED_CLASSES: dict[str, type[PreTrainedModel]] = {"llama": LlamaLoRAMoEForCausalLM}
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+FUSED_MLP = ("gate_up_proj", "down_proj")
+PLAIN_MLP = ("c_fc", "c_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# The architectures that are tested, with the Linears that are adapted where none are named. In a base model that is a
+# mixture of experts itself these are the attention projections: its own experts are no Linears, but stacked tensors.
+DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
+    "llama": GATED_MLP,
+    "mistral": GATED_MLP,
+    "qwen2": GATED_MLP,
+    "qwen3": GATED_MLP,
+    "gemma2": GATED_MLP,
+    "gemma3_text": GATED_MLP,
+    "phi3": FUSED_MLP,
+    "olmo2": GATED_MLP,
+    "granite": GATED_MLP,
+    "smollm3": GATED_MLP,
+    "starcoder2": PLAIN_MLP,
+    # Whole ends of names, since the attention block of GPT-2 has a c_proj as well.
+    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+    "mixtral": ATTENTION,
+    "qwen3_moe": ATTENTION,
+}
 
 # Which version of a model is meant and how it is fetched: the same for configuration and weights.
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
@@ -21,7 +48,7 @@ class AutoModelForCausalLM:
         """Load a base model from a local folder or a hub id; keyword arguments as in transformers.
 
         Raises:
-            ValueError: the architecture has no patched class here.
+            ValueError: the architecture cannot be patched.
         """
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **where)
@@ -34,14 +61,39 @@ class AutoModelForCausalLM:
 
 
 def patched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The patched class for a model configuration.
+    """The patched class for a model configuration: transformers' own class for it behind the mixin.
 
     Raises:
-        ValueError: there is none; the message names those that exist.
+        ValueError: it is no decoder-only language model whose forward the mixin fits around; the message says why and
+            names the architectures that are tested.
     """
-    if config.model_type not in PATCHED_CLASSES:
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if problem := _why_not(stock, config):
         raise ValueError(
-            f"base models of type {config.model_type!r} are not supported; supported are "
-            f"{', '.join(sorted(PATCHED_CLASSES))}"
+            f"base models of type {config.model_type!r} are not supported: {problem}. Tested are "
+            f"{', '.join(sorted(DEFAULT_TARGETS))}; most other decoders of transformers work as well"
         )
-    return PATCHED_CLASSES[config.model_type]
+    return LlamaLoRAMoEForCausalLM if config.model_type == "llama" else _patch(stock, config.model_type)
+
+
+@cache
+def _patch(stock: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
+    # transformers finds the loss by the end of the name.
+    name = stock.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "LoRAMoEForCausalLM"
+    members = {
+        "__doc__": f"`{stock.__name__}` whose forward takes `task_types` and returns the losses apart.",
+        "__module__": __name__,
+        "default_target_modules": DEFAULT_TARGETS.get(model_type, GATED_MLP),
+    }
+    return type(name, (LoRAMoEMixin, stock), members)
+
+
+def _why_not(stock: type | None, config: PretrainedConfig) -> str | None:
+    if stock is None or not stock.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return "transformers has no language model class for it that takes text alone"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        return "it is an encoder (is_decoder is false in its configuration)"
+    needed = inspect.signature(LoRAMoEMixin.forward).parameters.keys() - {"task_types", "balance_scale"}
+    if missing := sorted(needed - inspect.signature(stock.forward).parameters.keys()):
+        return f"the forward of {stock.__name__} does not take {', '.join(missing)}"
+    return None

@@ -97,6 +97,12 @@ class TrainedModel:
             return self.model.active_peft_config.num_task_types
         return self.run_config.get("num_task_types", 2)
 
+    @property
+    def task_type_names(self) -> tuple[str, ...]:
+        if isinstance(self.model, PeftModel):
+            return tuple(self.model.active_peft_config.task_type_names or ())
+        return tuple((self.run_config.get("task_types") or "").split(",")) if self.run_config.get("task_types") else ()
+
     def as_base(self) -> AbstractContextManager:
         """A context in which the model is the base model.
 

@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -20,18 +20,27 @@ class LoRAMoEOutput(CausalLMOutputWithPast):
     """Output of a model with the mixin.
 
     Args:
-        loss: what is minimised: LM loss plus weighted balance term while training, the LM loss alone in eval mode.
+        loss: what is minimised: LM loss plus weighted balance term (plus the base model's own router loss, weighted as
+            its configuration says) while training, the LM loss alone in eval mode.
         lm_loss: next-token cross-entropy over the labelled positions.
         balance_loss: the unweighted balance term; 0 where there is nothing to balance.
-        routing_shares: while training, mean weight of each expert on this process's rows, (L, B, E), detached; None
-            where nothing is routed.
         logits: of every position, (B, T, V), where no labels are given; with labels, of the N positions alone whose
             next token carries a label, (1, N, V), in the order of the rows.
+        aux_loss: the unweighted router loss of a base model that is a mixture of experts itself, where its
+            configuration asks for it (`output_router_logits`); has nothing to do with the routers of the adapter.
+        router_logits: of such a base model's own routers.
+        routing_shares: while training, mean weight of each expert on this process's rows, (L, B, E), detached; None
+            where nothing is routed.
     """
 
     lm_loss: Tensor | None = None
     balance_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
     routing_shares: Tensor | None = None
+
+
+_OUTPUT_FIELDS = {field.name for field in fields(LoRAMoEOutput)}
 
 
 class LoRAMoEMixin:
@@ -41,6 +50,8 @@ class LoRAMoEMixin:
     held to the labelled positions, so generation and plain inference cost nothing extra and need no task types.
     """
 
+    # The Linears that are adapted where a LoraConfig names none; `auto.py` knows those of other architectures.
+    default_target_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     _balance_config: LoraConfig | None = None
 
     def configure_balance(self, config: LoraConfig | None) -> None:
@@ -67,8 +78,8 @@ class LoRAMoEMixin:
         Args:
             task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
                 -2 is a filler row, which the balance term leaves out.
-            balance_scale: factor on the balance term in `loss`, by which a trainer makes the micro-batches of one
-                optimizer step count as their mean. `balance_loss` is reported without it.
+            balance_scale: factor on the balance term (and on the base model's own router loss) in `loss`, by which a
+                trainer makes the micro-batches of one optimizer step count as their mean. They are reported without it.
 
         The other arguments are those of the stock class.
 
@@ -79,6 +90,9 @@ class LoRAMoEMixin:
         """
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("logits_to_keep cannot be given with labels: logits are then those of labelled positions")
+        if labels is None and hasattr(self, "router_aux_loss_coef"):
+            # The base model's own router loss: stock forwards cannot compute it for a part of the mask, with a cache.
+            kwargs.setdefault("output_router_logits", False)
         config = self._balance_config
         records = labels is not None and config is not None and config.lora_nums > 1
         positions = LabelledPositions(labels) if labels is not None else None
@@ -97,10 +111,11 @@ class LoRAMoEMixin:
                 return_dict=True,
                 **kwargs,
             )
+        known = {name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS}
         if positions is None:
-            return LoRAMoEOutput(**outputs)
+            return LoRAMoEOutput(**known)
         loss = positions.loss(self, outputs.logits, **kwargs)
-        output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **outputs)  # Trainer scales `loss` in place
+        output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **known)  # Trainer scales `loss` in place
         output.balance_loss = output.lm_loss.new_zeros(())
         if records:
             trains = self.training and torch.is_grad_enabled()
@@ -110,7 +125,9 @@ class LoRAMoEMixin:
                 with torch.no_grad():
                     output.routing_shares = recorder.sample_shares(attention_mask)
             if self.training and config.balances:
-                output.loss = output.lm_loss + config.blc_weight * balance_scale * output.balance_loss
+                output.loss = output.loss + config.blc_weight * balance_scale * output.balance_loss
+        if self.training and output.aux_loss is not None:
+            output.loss = output.loss + self.router_aux_loss_coef * balance_scale * output.aux_loss
         return output
 
     def _balance_term(
@@ -137,7 +154,7 @@ class LoRAMoEMixin:
         shares_LBE, task_types_B = shares_LBE[:, counts_B], task_types_B[counts_B]
         if over_ranks and not config.blc_reference and dist.is_initialized() and dist.get_world_size() > 1:
             shares_LBE, task_types_B = gather_samples(shares_LBE, task_types_B)
-        coefficients_BE = balance_coefficients(task_types_B, config.lora_nums, config.num_task_types, config.blc_alpha)
+        coefficients_BE = balance_coefficients(task_types_B, config.group_sizes, config.blc_alpha)
         return localized_balance_term(shares_LBE, coefficients_BE)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:

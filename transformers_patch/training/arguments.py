@@ -30,7 +30,13 @@ FLAG_OF_FIELD = {
     "blc_weight": "--blc_weight",
     "blc_reference": "--blc_reference",
     "num_task_types": "--num_task_types",
+    "task_type_names": "--task_types",
+    "expert_groups": "--expert_groups",
+    "lora_top_k": "--lora_top_k",
+    "lora_shared_A": "--lora_shared_A",
     "target_modules": "--trainable",
+    "layers_to_transform": "--layers_to_transform",
+    "modules_to_save": "--modules_to_save",
 }
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -73,14 +79,34 @@ class ModelArguments:
     lora_rank: int = _flag(4, "rank of each expert")
     lora_alpha: float = _flag(32, "the experts' output is scaled by lora_alpha / lora_rank")
     lora_nums: int = _flag(6, "experts per adapted Linear; 1 is plain LoRA")
+    lora_top_k: int | None = _flag(None, "experts that take part for a token, at least 2; all where not given or 0")
+    lora_shared_A: bool | None = _flag(None, "one A for all experts of a Linear, which then differ in B alone")
     lora_dropout: float = _flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
-    trainable: str = _flag("gate_proj,up_proj,down_proj", "names of the Linears to adapt, separated by commas")
+    trainable: str = _flag(
+        "auto",
+        "Linears to adapt: names separated by commas; all-linear (every one but the output embedding); a regular "
+        "expression that whole dotted names have to match; or auto, the architecture's feed-forward Linears",
+    )
+    layers_to_transform: str | None = _flag(None, "numbers of the layers to adapt, from 0, separated by commas")
+    modules_to_save: str | None = _flag(
+        None,
+        "names of modules to train in full and to save with the adapter, separated by commas: embed_tokens,lm_head",
+    )
     blc_alpha: float = _flag(0.1, "delta of the balance term, in [0, 1): how far a group is drawn to its task type")
     blc_weight: float = _flag(0.1, "beta, the weight of the balance term in the loss; 0 turns it off")
     blc_reference: bool = _flag(
         False, "the statistic of the authors' code in the balance term: padding counts, each process for itself"
     )
-    num_task_types: int = _flag(2, "number of task types K; the experts fall into K equal groups")
+    num_task_types: int | None = _flag(None, "number of task types K; by default that of --task_types, or else 2")
+    task_types: str | None = _flag(
+        None, "names of the task types, separated by commas, which rows may use in place of the numbers 0, 1, ..."
+    )
+    expert_groups: str | None = _flag(
+        None, "numbers of experts of the task types' groups, separated by commas; equal groups where not given"
+    )
+    output_router_logits: bool | None = _flag(
+        None, "add the router loss of a base model that is a mixture of experts itself, and log it as aux_loss"
+    )
     load_in_kbits: int = _flag(16, "4 (nf4) or 8 (int8) quantises the frozen base model; 16 leaves it as it is")
     attn_implementation: str = _flag(
         "auto", "attention kernel; auto takes FlashAttention 2 where it can run, else sdpa"
@@ -99,8 +125,45 @@ class ModelArguments:
             blc_weight=self.blc_weight,
             blc_reference=self.blc_reference,
             num_task_types=self.num_task_types,
-            target_modules=[name.strip() for name in self.trainable.split(",") if name.strip()],
+            task_type_names=self.task_type_names,
+            expert_groups=_numbers("expert_groups", self.expert_groups),
+            lora_top_k=self.lora_top_k,
+            lora_shared_A=bool(self.lora_shared_A),
+            target_modules=_targets(self.trainable),
+            layers_to_transform=_numbers("layers_to_transform", self.layers_to_transform),
+            modules_to_save=_names(self.modules_to_save),
         )
+
+    @property
+    def task_type_names(self) -> list[str] | None:
+        return _names(self.task_types)
+
+    def resolve_targets(self, defaults: tuple[str, ...]) -> None:
+        """Put the names that `auto` stands for in its place, so that the run's configuration tells what was trained."""
+        if self.trainable == "auto" and not self.peft_path:
+            self.trainable = ",".join(defaults)
+
+    def __post_init__(self):
+        if self.num_task_types is None:
+            self.num_task_types = len(self.task_type_names or (0, 1))
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(field_name: str, text: str | None) -> list[int] | None:
+    names = _names(text)
+    if names is not None and not all(name.isdecimal() for name in names):
+        raise ValueError(f"{field_name} is {text!r}, but has to be whole numbers separated by commas")
+    return names and [int(name) for name in names]
+
+
+def _targets(text: str) -> list[str] | str | None:
+    """What `LoraConfig.target_modules` is for `--trainable`: a text of more than names and commas is a pattern."""
+    if text == "auto":
+        return None
+    return _names(text) if re.fullmatch(r"[\w.,\s]*", text) else text
 
 
 @dataclass

@@ -15,7 +15,10 @@ from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
 
 # What a continued adapter cannot change: the shapes of its tensors and the meaning of its weights.
-FIXED_FIELDS = ("r", "lora_alpha", "lora_nums", "num_task_types", "target_modules")
+FIXED_FIELDS = (
+    "r", "lora_alpha", "lora_nums", "lora_top_k", "lora_shared_A", "num_task_types", "task_type_names",
+    "expert_groups", "target_modules", "layers_to_transform", "modules_to_save",
+)  # fmt: skip
 MOST_LINES_SHOWN = 12
 
 
@@ -38,12 +41,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def check_base_model(
     name: str, tokenizer: PreTrainedTokenizerBase, put_adapter: Callable[[nn.Module], nn.Module]
-) -> None:
+) -> nn.Module:
     """Find out, without reading any weight of it, whether a base model exists and fits tokenizer and adapter.
 
     Args:
         name: the base model, a local folder or a hub id.
         put_adapter: puts the adapter on the model that it is given, here one on the meta device.
+
+    Returns:
+        That model, without weights.
 
     Raises:
         InputError: no such model, an architecture without a patched class, target modules that do not exist, an
@@ -56,7 +62,7 @@ def check_base_model(
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-        put_adapter(skeleton)
+        skeleton = put_adapter(skeleton)
     except ValueError as error:
         raise InputError(_shortened(str(error))) from error
     last_token = max(tokenizer.get_vocab().values())
@@ -65,6 +71,7 @@ def check_base_model(
             f"the tokenizer has token ids up to {last_token}, but the vocabulary of {name} ends at "
             f"{config.vocab_size - 1}; use the model's own tokenizer"
         )
+    return skeleton
 
 
 def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
@@ -91,6 +98,10 @@ def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
 
 def with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
     """Put the adapter on a model, which may be on the meta device: then this only checks that everything fits."""
+    if model_args.output_router_logits is not None:
+        if not hasattr(model, "router_aux_loss_coef"):
+            raise ValueError(f"--output_router_logits: {type(model).__name__} has no router loss of its own")
+        model.config.output_router_logits = model_args.output_router_logits
     if model_args.tuning == "full":
         return model
     model = get_peft_model(model, _adapter_config(model_args))
@@ -106,6 +117,7 @@ def _adapter_config(model_args: ModelArguments) -> LoraConfig:
     if not model_args.peft_path:
         return wanted
     found = LoraConfig.from_pretrained(model_args.peft_path)
+    wanted.target_modules = wanted.target_modules or found.target_modules
     differing = [
         f"{FLAG_OF_FIELD[name]} is {getattr(wanted, name)}, the adapter has {getattr(found, name)}"
         for name in FIXED_FIELDS
@@ -122,12 +134,13 @@ def _weight_dtype(model_args: ModelArguments, args: RunArguments) -> torch.dtype
     return half if model_args.tuning == "loramoe" or args.deepspeed else torch.float32
 
 
-def _attention(model_args: ModelArguments, args: RunArguments) -> str:
+def _attention(model_args: ModelArguments, args: RunArguments) -> str | None:
+    """None leaves the choice to transformers: sdpa, where the architecture can use it."""
     if model_args.attn_implementation != "auto":
         return model_args.attn_implementation
     half_on_gpu = (args.bf16 or args.fp16) and args.device.type == "cuda"
     capable = half_on_gpu and torch.cuda.get_device_capability(args.device)[0] >= 8
-    return "flash_attention_2" if capable and is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if capable and is_flash_attn_2_available() else None
 
 
 def quantization(kbits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from data import row_lengths
+from peft import LoraConfig
 from transformers_patch.generation import generate_answers
-from transformers_patch.training.routing import Routing, group_shares
+from transformers_patch.training.routing import Routing, group_shares, group_spans, span_text
 from transformers_patch.training.routing_plot import plot_routing
 from transformers_patch.training.run_folder import write_json
 
@@ -41,6 +42,7 @@ CARD_SETTINGS = (
 )  # fmt: skip
 CARD_ADAPTER_SETTINGS = (
     "lora_nums", "lora_rank", "lora_alpha", "lora_dropout", "trainable", "blc_alpha", "blc_weight", "num_task_types",
+    "task_types", "expert_groups", "lora_top_k", "lora_shared_A", "layers_to_transform", "modules_to_save",
 )  # fmt: skip
 CARD_METRICS = (
     "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",
@@ -63,17 +65,14 @@ def training_curves(name: str, log_history: list[dict], blc_weight: float) -> di
     return {f"{name} ({constraint})": {field: [line[key] for line in lines] for field, key in fields.items()}}
 
 
-def routing_lines(routing: Routing, num_task_types: int) -> list[str]:
+def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
     """A small table: one line for each task type, one column for each expert group."""
-    groups = group_shares(routing, num_task_types)
-    num_experts = routing.shares_BLE.shape[-1]
-    if groups is None:
-        return [f"no groups: {num_experts} experts cannot be split among {num_task_types} task types"]
-    size = num_experts // num_task_types
-    spans = [f"experts {start}-{start + size - 1}" for start in range(0, num_experts, size)]
-    lines = [" " * 24 + "".join(f"{span:>16}" for span in spans)]
-    for kind, shares in groups.items():
-        name = "unlabelled rows" if kind < 0 else f"rows of task type {kind}"
+    if len(config.group_sizes) != config.num_task_types:
+        return [f"no groups: {config.lora_nums} experts cannot be split among {config.num_task_types} task types"]
+    lines = [" " * 24 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
+    for kind, shares in group_shares(routing, config.group_sizes).items():
+        names = config.task_type_names or list(range(config.num_task_types))
+        name = "unlabelled rows" if kind < 0 else f"rows of task type {names[kind]}"
         lines.append(f"  {name:22}" + "".join(f"{share:16.1%}" for share in shares))
     return lines
 

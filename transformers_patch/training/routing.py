@@ -1,6 +1,6 @@
 """What the routers do: expert shares by task type and kind of task, and the watch over them while training.
 
-Shape suffixes: L adapted Linears, B rows, E experts, K task types, each with a group of E / K experts.
+Shape suffixes: L adapted Linears, B rows, E experts, K task types, each with a group of experts.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
-from peft import FILLER_TASK_TYPE
+from peft import FILLER_TASK_TYPE, LoraConfig
 
 COLLAPSE_SHARE = 0.02
 COLLAPSE_STEPS = 50
@@ -57,21 +57,27 @@ def coefficient_of_variation(load: Tensor) -> Tensor:
     return load.std(dim=-1) / load.mean(dim=-1)
 
 
-def group_shares(routing: Routing, num_task_types: int) -> dict[int, np.ndarray] | None:
-    """Mean weight of each expert group by task type of the row, over rows and adapted Linears.
+def group_spans(group_sizes: list[int]) -> list[slice]:
+    """The experts of each group."""
+    ends = np.cumsum(group_sizes).tolist()
+    return [slice(end - size, end) for end, size in zip(ends, group_sizes, strict=True)]
 
-    None where the experts cannot be split into equal groups.
-    """
-    num_experts = routing.shares_BLE.shape[-1]
-    if num_experts % num_task_types:
-        return None
+
+def span_text(span: slice) -> str:
+    last = span.stop - 1
+    return f"experts {span.start}-{last}" if span.start < last else f"expert {last}"
+
+
+def group_shares(routing: Routing, group_sizes: list[int]) -> dict[int, np.ndarray]:
+    """Mean weight of each expert group by task type of the row, over rows and adapted Linears."""
+    spans = group_spans(group_sizes)
     return {
-        kind: shares_LE.mean(axis=0).reshape(num_task_types, -1).sum(axis=1)
+        kind: np.array([shares_LE[:, span].sum(axis=1).mean() for span in spans])
         for kind, shares_LE in routing.by_task_type().items()
     }
 
 
-def routing_summary(routing: Routing, num_task_types: int) -> dict:
+def routing_summary(routing: Routing, config: LoraConfig) -> dict:
     """What `routing.json` holds, and `routing.png` shows: docs/ROUTING.md describes each field."""
     by_type, by_task = routing.by_task_type(), routing.by_task()
     shares_BLE = torch.from_numpy(routing.shares_BLE).double()
@@ -79,7 +85,9 @@ def routing_summary(routing: Routing, num_task_types: int) -> dict:
     variation_L = coefficient_of_variation(shares_BLE.mean(dim=0))
     summary = {
         "num_experts": shares_BLE.shape[-1],
-        "num_task_types": num_task_types,
+        "num_task_types": config.num_task_types,
+        "task_type_names": config.task_type_names,
+        "expert_groups": config.group_sizes,
         "rows": {str(kind): int((routing.task_types_B == kind).sum()) for kind in by_type},
         "rows_by_task": {task: int((routing.tasks_B == task).sum()) for task in by_task},
         "modules": [name.split(".experts.")[0] for name in routing.modules],
@@ -92,7 +100,8 @@ def routing_summary(routing: Routing, num_task_types: int) -> dict:
         "coefficient_of_variation": variation_L.mean().item(),
         "coefficient_of_variation_by_module": _rounded(variation_L),
     }
-    if groups := group_shares(routing, num_task_types):
+    if len(config.group_sizes) == config.num_task_types:
+        groups = group_shares(routing, config.group_sizes)
         summary["group_share_by_task_type"] = {str(kind): _rounded(shares) for kind, shares in groups.items()}
     return summary
 
@@ -109,10 +118,12 @@ class RoutingWatch(TrainerCallback):
 
     Args:
         num_task_types: number of task types K.
+        group_sizes: experts in the group of each; where there are not K groups, none is watched.
     """
 
-    def __init__(self, num_task_types: int):
+    def __init__(self, num_task_types: int, group_sizes: list[int]):
         self.num_task_types = num_task_types
+        self._groups = group_spans(group_sizes) if len(group_sizes) == num_task_types else []
         self._sums_KLE: Tensor | None = None
         self._counts_K = self._entropy = self._step_E = self._steps_below_K = None
         self._warned = False
@@ -134,14 +145,13 @@ class RoutingWatch(TrainerCallback):
         self._counts_K = shares_LBE.new_zeros(self.num_task_types + 1)
         self._entropy = shares_LBE.new_zeros(())
         self._step_E = shares_LBE.new_zeros(num_experts)
-        groups = 0 if num_experts % self.num_task_types else self.num_task_types
-        self._steps_below_K = shares_LBE.new_zeros(groups)
+        self._steps_below_K = shares_LBE.new_zeros(len(self._groups))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Count, for each group, the consecutive steps with hardly any weight on it, on this process's rows."""
-        if self._sums_KLE is None or not len(self._steps_below_K):
+        if self._sums_KLE is None or not self._groups:
             return
-        shares_K = self._step_E.view(self.num_task_types, -1).sum(dim=1) / self._step_E.sum()
+        shares_K = torch.stack([self._step_E[group].sum() for group in self._groups]) / self._step_E.sum()
         self._steps_below_K = torch.where(shares_K < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
         self._step_E.zero_()
 
@@ -163,25 +173,22 @@ class RoutingWatch(TrainerCallback):
             "routing_entropy": (entropy / counts_K.sum()).item(),
             "routing_cv": coefficient_of_variation(load_LE).mean().item(),
         }
-        if len(self._steps_below_K):
-            shares_KK = (sums_KLE[1:].mean(dim=1) / counts_K[1:, None]).unflatten(1, (self.num_task_types, -1)).sum(-1)
-            shares = shares_KK.diagonal().tolist()
-            values |= {f"group_share_type_{kind}": share for kind, share in enumerate(shares) if share == share}
-        return values
+        shares_KE = sums_KLE[1:].mean(dim=1) / counts_K[1:, None]
+        shares = [shares_KE[kind, group].sum().item() for kind, group in enumerate(self._groups)]
+        return values | {f"group_share_type_{kind}": share for kind, share in enumerate(shares) if share == share}
 
     def collapse(self, args: TrainingArguments, step: int) -> str | None:
         """A warning of a group that has died out on every process, once in a run. A collective, as `scalars` is."""
-        if self._warned or self._steps_below_K is None or not len(self._steps_below_K):
+        if self._warned or self._steps_below_K is None or not self._groups:
             return None
         steps_K = nested_gather(self._steps_below_K.unsqueeze(0), args.parallel_mode).min(dim=0).values
         group = int(steps_K.argmax())
         if steps_K[group] < COLLAPSE_STEPS:
             return None
         self._warned = True
-        size = len(self._step_E) // self.num_task_types
         return (
-            f"warning: the routing has collapsed: experts {group * size}-{(group + 1) * size - 1}, the group of task "
-            f"type {group}, have had less than {COLLAPSE_SHARE:.0%} of the weight in each of the last "
+            f"warning: the routing has collapsed: {span_text(self._groups[group])}, the group of task type "
+            f"{group}, have had less than {COLLAPSE_SHARE:.0%} of the weight in each of the last "
             f"{int(steps_K[group])} steps (now step {step}). They hardly learn any more: give the balance term more "
             "weight (--blc_weight), or lower --learning_rate"
         )

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import rotate_checkpoints
 
 from data import EpochDataLoader, GlobalBatchSampler, InputError, row_lengths
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.training.checkpoint import ASIDE, STATE, put_in_place, unwritten_message
@@ -36,7 +36,8 @@ class LoRAMoETrainer(Trainer):
       are; the last step of an epoch may have fewer.
     - Which rows share an optimizer step depends on seed, epoch and global batch size alone (`data/sampler.py`), and the
       last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
-    - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`, and with routers `routing_entropy`,
+    - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`, `aux_loss` (unweighted) where the own
+      router loss of a base model of several experts is added, and with routers `routing_entropy`,
       `routing_cv` and `group_share_type_K`. A group of experts that dies out is warned of, once.
     - Evaluation weighs every labelled token alike, whatever the batches and processes, and never contains the balance
       term. `routing` then holds the shares of the last evaluation; None where nothing is routed.
@@ -47,12 +48,13 @@ class LoRAMoETrainer(Trainer):
         self.stop_signals = StopSignals()
         self.add_callback(self.stop_signals)
         adapted = isinstance(self.model, PeftModel)
-        self.routing_watch = RoutingWatch(self.model.active_peft_config.num_task_types if adapted else 1)
+        config = self.model.active_peft_config if adapted else LoraConfig(lora_nums=1)
+        self.routing_watch = RoutingWatch(config.num_task_types, config.group_sizes)
         self.add_callback(self.routing_watch)
         self.routing: Routing | None = None
         self._aside: Path | None = None
         self._routed_modules: list[str] = []
-        self._losses_since_log = torch.zeros(1, 3, dtype=torch.float64)
+        self._losses_since_log = torch.zeros(1, 4, dtype=torch.float64)
 
     def train_sampler(self) -> GlobalBatchSampler:
         """The micro-batches of this process."""
@@ -90,18 +92,23 @@ class LoRAMoETrainer(Trainer):
         self.stop_signals.watch(loss, sources)
         if outputs.routing_shares is not None:
             self.routing_watch.watch(outputs.routing_shares, inputs["task_types"])
-        steps = torch.full((), 1 / micro_batches)
-        losses = [outputs.lm_loss.detach(), outputs.balance_loss.detach() / micro_batches, steps]
+        auxiliary = torch.zeros(()) if outputs.aux_loss is None else outputs.aux_loss.detach()
+        terms = [outputs.balance_loss.detach(), auxiliary, torch.ones(())]  # the last one counts optimizer steps
+        losses = [outputs.lm_loss.detach(), *(term / micro_batches for term in terms)]
         self._losses_since_log = self._losses_since_log.to(loss.device)
         self._losses_since_log += torch.stack([value.to(self._losses_since_log) for value in losses])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            # One row a rank: its part of the LM loss, the balance term (the same on all), the optimizer steps.
-            lm_loss_W, balance_loss_W, steps_W = nested_gather(self._losses_since_log, self.args.parallel_mode).T
+            # One row a rank: its part of the LM loss, the balance term (the same on all), the base model's own router
+            # loss (of the rank's rows), the optimizer steps.
+            sums_W4 = nested_gather(self._losses_since_log, self.args.parallel_mode)
+            lm_loss_W, balance_loss_W, aux_loss_W, steps_W = sums_W4.T
             logs["lm_loss"] = (lm_loss_W.sum() / steps_W[0]).item()
             logs["balance_loss"] = (balance_loss_W.mean() / steps_W[0]).item()
+            if getattr(self.model.config, "output_router_logits", False):
+                logs["aux_loss"] = (aux_loss_W.mean() / steps_W[0]).item()
             self._losses_since_log.zero_()
             logs |= self.routing_watch.scalars(self.args)
             warning = self.routing_watch.collapse(self.args, self.state.global_step)

@@ -1,0 +1,45 @@
+"""Modules that an adapter trains in full, beside the frozen ones (`modules_to_save`)."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from peft.saving import gathered
+
+
+class TrainedCopy(nn.Module):
+    """Wraps a module, an embedding say, and lets the active adapter's own copy of it take its place.
+
+    Copies are float32, whatever the dtype of the frozen module; the output has the frozen module's dtype.
+
+    Args:
+        base_layer: the frozen module; it maps one tensor to one tensor.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.trained = nn.ModuleDict()
+        self.active_adapter: str | None = None
+
+    def add_adapter(self, name: str) -> None:
+        """Make the copy of adapter `name`."""
+        with gathered(self.base_layer.parameters()):
+            self.trained[name] = copy.deepcopy(self.base_layer).float()
+
+    @property
+    def active_layer(self) -> nn.Module:
+        return self.base_layer if self.active_adapter is None else self.trained[self.active_adapter]
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the module that counts now: model code asks embeddings for it."""
+        return self.active_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.active_adapter is None:
+            return self.base_layer(x)
+        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            x = x.float()
+        return self.active_layer(x).to(self.base_layer.weight.dtype)

@@ -1,0 +1,171 @@
+"""Which modules an adapter adapts (`target_modules`, `layers_to_transform`) or trains in full (`modules_to_save`)."""
+
+import pytest
+import torch
+from conftest import fill_adapter, filled_model, tiny_config, tiny_model
+from safetensors.torch import load_file
+from test_model import make_batch
+
+from peft import (
+    LoraConfig,
+    LoraLayer,
+    PeftModel,
+    find_targets,
+    get_peft_model,
+    get_peft_model_state_dict,
+    static_lora,
+)
+from transformers_patch import LlamaLoRAMoEForCausalLM
+from transformers_patch.training.arguments import ModelArguments
+
+MLP = {f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj", "down_proj")}
+ATTENTION = {f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo"}
+FIRST = {name for name in MLP if ".0." in name}
+
+TARGETS = {
+    "list of names": (["gate_proj", "up_proj", "down_proj"], None, MLP),
+    "all-linear": ("all-linear", None, MLP | ATTENTION),
+    "expression": (r"model\.layers\.0\.mlp\..*", None, FIRST),
+    "expression for the end of names": (r".*\.(q|v)_proj", None, {n for n in ATTENTION if n[-6] in "qv"}),
+    "layers": (["gate_proj", "up_proj", "down_proj"], [0], FIRST),
+    "all-linear in a layer": ("all-linear", [1], {n for n in MLP | ATTENTION if ".1." in n}),
+}
+
+
+@pytest.mark.parametrize(("wanted", "layers", "expected"), TARGETS.values(), ids=TARGETS)
+def test_targets_are_found(wanted, layers, expected):
+    model = tiny_model()
+    assert set(find_targets(model, wanted, layers)) == expected
+    adapted = get_peft_model(model, LoraConfig(target_modules=wanted, layers_to_transform=layers))
+    prefix = "base_model.model."
+    assert {n.removeprefix(prefix) for n, m in adapted.named_modules() if isinstance(m, LoraLayer)} == expected
+
+
+def test_none_is_the_architecture_s_default_and_is_saved_by_name(tmp_path):
+    model = filled_model()
+    model.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).target_modules == ["down_proj", "gate_proj", "up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("auto", None),
+        ("q_proj", ["q_proj"]),
+        (" up_proj, mlp.down_proj ", ["mlp.down_proj", "up_proj"]),
+        ("all-linear", "all-linear"),
+        (r".*mlp\.(up|down)_proj", r".*mlp\.(up|down)_proj"),
+        (r"model\.layers\.\d{1,2}\.mlp\..*", r"model\.layers\.\d{1,2}\.mlp\..*"),
+    ],
+)
+def test_the_flag_means_names_or_an_expression(text, expected):
+    assert ModelArguments(trainable=text).lora_config().target_modules == expected
+
+
+PROBLEMS = {
+    "no match": ({"target_modules": "mlp.*"}, r"no Linear has a name that the regular expression 'mlp\.\*' matches"),
+    "no expression": ({"target_modules": "(q"}, r"target_modules '\(q' is no regular expression"),
+    "no such layer": ({"layers_to_transform": [1, 7]}, r"names 7, but there are target modules in layers 0, 1 only"),
+    "no layers": ({"layers_to_transform": []}, r"layers_to_transform is \[\], but has to be a list of layer numbers"),
+    "no such module": ({"modules_to_save": ["embed"]}, r"'embed' does not exist in the model; did you mean 'embed_tok"),
+    "both": ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "it can be only one of them"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), PROBLEMS.values(), ids=PROBLEMS)
+def test_what_cannot_be_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny_model(), LoraConfig(**settings))
+
+
+def model_with_embeddings(tied: bool, **settings) -> PeftModel:
+    torch.manual_seed(0)
+    base = LlamaLoRAMoEForCausalLM(tiny_config(tie_word_embeddings=tied))
+    values = {"r": 2, "lora_alpha": 4, "lora_nums": 4, "lora_dropout": 0.0}
+    return get_peft_model(base, LoraConfig(**values, modules_to_save=["embed_tokens", "lm_head"], **settings))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_are_trained_saved_and_loaded(tied, tmp_path):
+    batch = make_batch()
+    model = fill_adapter(model_with_embeddings(tied)).train()
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model(**batch).loss.backward()
+    optimizer.step()
+    unmoved = {n for n, p in model.named_parameters() if n in before and torch.equal(p, before[n])}
+    assert not unmoved
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    model.save_pretrained(tmp_path)
+    keys = {"base_model.model.model.embed_tokens.trained.weight"}
+    keys |= set() if tied else {"base_model.model.lm_head.trained.weight"}
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key for key in saved if ".experts." not in key} == keys
+    torch.manual_seed(0)
+    base = LlamaLoRAMoEForCausalLM(tiny_config(tie_word_embeddings=tied))
+    again = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_without_the_adapter_the_embeddings_are_the_base_s(tied):
+    batch = make_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    torch.manual_seed(0)
+    expected = LlamaLoRAMoEForCausalLM(tiny_config(tie_word_embeddings=tied)).eval()(**inputs).logits
+    model = model_with_embeddings(tied).eval()
+    assert torch.equal(model(**inputs).logits, expected)
+    fill_adapter(model)
+    assert not torch.allclose(model(**inputs).logits, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_two_adapters_with_embeddings_of_their_own(tmp_path):
+    batch = make_batch()
+    first, second = (fill_adapter(model_with_embeddings(True), seed).eval() for seed in (1, 2))
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    torch.manual_seed(0)
+    base = LlamaLoRAMoEForCausalLM(tiny_config(tie_word_embeddings=True))
+    model = PeftModel.from_pretrained(base, tmp_path / "first", "first")
+    model.load_adapter(tmp_path / "second", "second")
+    assert torch.equal(model(**batch).logits, first(**batch).logits)
+    model.set_adapter("second")
+    assert torch.equal(model(**batch).logits, second(**batch).logits)
+
+
+def test_one_of_two_tied_embeddings_is_refused():
+    base = LlamaLoRAMoEForCausalLM(tiny_config(tie_word_embeddings=True))
+    with pytest.raises(ValueError, match=r"'lm_head' .* shares its weight with 'model.embed_tokens' .* name both"):
+        get_peft_model(base, LoraConfig(modules_to_save=["lm_head"]))
+
+
+def test_tensors_gathered_by_a_trainer_are_saved_under_the_same_keys():
+    """Their dictionary names a shared weight twice."""
+    model = fill_adapter(model_with_embeddings(True))
+    assert get_peft_model_state_dict(model, model.state_dict()).keys() == get_peft_model_state_dict(model).keys()
+
+
+def test_embeddings_of_a_half_precision_base_are_trained_in_float32():
+    batch = make_batch()
+    torch.manual_seed(0)
+    base = LlamaLoRAMoEForCausalLM(tiny_config()).to(torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(modules_to_save=["embed_tokens", "lm_head"]))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    output = model.train()(**batch)
+    assert output.logits.dtype is torch.bfloat16
+    output.loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(**batch).loss.isfinite()
+
+
+def test_a_lora_for_fixed_weights_equals_a_mixture_with_a_shared_a():
+    """A router of zeros weighs all experts alike."""
+    experts = filled_model(lora_shared_A=True).base_model.model.model.layers[0].mlp.up_proj.experts["default"]
+    torch.nn.init.zeros_(experts.router.weight)
+    x, base = torch.randn(2, 5, 32), torch.randn(2, 5, 48)
+    A, B = static_lora(experts, torch.full((4,), 0.25))
+    torch.testing.assert_close(experts(x, base), base + experts.scaling * x @ A.T @ B.T)
