@@ -148,7 +148,7 @@ stop_training() {
     stopped=true
     if ((${#launch[@]} > 1)); then pkill -TERM -P "$trainer"; else kill -TERM "$trainer"; fi 2>/dev/null || true
 }
-trap stop_training TERM INT
+trap stop_training TERM INT HUP
 status=0
 wait "$trainer" || status=$?
 while kill -0 "$trainer" 2>/dev/null; do # a forwarded signal ends the wait before it ends the trainer

@@ -23,9 +23,10 @@ from data import (
     marked_row,
     task_types,
 )
+from peft.saving import WEIGHTS_NAME
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from transformers_patch.training.base_model import build_model, check_base_model, load_tokenizer, with_adapter
-from transformers_patch.training.checkpoint import find_checkpoint
+from transformers_patch.training.checkpoint import STATE, filling, find_checkpoint, writing
 from transformers_patch.training.publish import open_repository, publish
 from transformers_patch.training.report import (
     generate_samples,
@@ -83,19 +84,24 @@ def run(
     """Train from the last checkpoint, if there is one, to the results."""
     checkpoint, torn = find_checkpoint(folder.path)
     say(args, *torn)
+    if torn and not checkpoint:
+        say(args, "no checkpoint is left to resume from, so the run starts from its beginning")
     trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint)
     padding = trainer.train_sampler().padding_share()
     say(args, f"{padding:.1%} of the tokens in the batches of the first epoch are padding")
-    results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    with writing(folder.path, "tensorboard", args.process_index):
+        results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     if trainer.stop_signals.stopped:
         step = trainer.state.global_step
         say(args, f"stopped by SIGTERM; step {step} is saved, and the same command goes on from it")
         return
     results |= {"train_samples": len(train_data), "padding_share": padding}
-    trainer.save_model()
-    if eval_data is not None:
-        results |= evaluate(trainer)
-    finish(trainer, folder, config, results)
+    with writing(folder.path, WEIGHTS_NAME, args.process_index):
+        trainer.save_model()
+    with writing(folder.path, RESULTS_NAME, args.process_index):
+        if eval_data is not None:
+            results |= evaluate(trainer)
+        finish(trainer, folder, config, results)
 
 
 def load_rows(
@@ -120,7 +126,7 @@ def load_rows(
                 "input), so the evaluation flatters the model"
             )
         messages += unseen_task_types(train_data, eval_data, names)
-    messages += ["first training row, what is learnt between >>> and <<<:", marked_row(tokenizer, train_data[0])]
+    messages += ["first training row, what is learnt in [[ ]]:", marked_row(tokenizer, train_data[0])]
     if not args.prepare_only:
         say(args, *messages)
     return train_data, eval_data
@@ -191,13 +197,15 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
     """Write what is left; `all_results.json` comes last and marks the run as finished."""
     if not trainer.is_world_process_zero():
         return
-    trainer.save_state()
-    if trainer.routing:
-        summary = routing_summary(trainer.routing, trainer.accelerator.unwrap_model(trainer.model).active_peft_config)
-        summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
-        write_routing(folder.path, summary)
-    data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
-    write_model_card(folder.path, config, results, {name: rows for name, rows in data.items() if rows is not None})
+    with filling(folder.path) as aside:
+        trainer.state.save_to_json(str(aside / STATE))
+        if trainer.routing:
+            adapter = trainer.accelerator.unwrap_model(trainer.model).active_peft_config
+            summary = routing_summary(trainer.routing, adapter)
+            summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
+            write_routing(aside, summary)
+        data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
+        write_model_card(aside, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)
     say(trainer.args, *summary_lines(folder.path, results))
 

@@ -41,7 +41,7 @@ def find_targets(
                 f"are like {', '.join(list(linears)[:3])}"
             )
     else:
-        targets = _named(target_modules, candidates)
+        targets = _named(target_modules, candidates, "target module")
         for name, module in targets.items():
             if name not in linears:
                 kind = type(module).__name__
@@ -85,7 +85,7 @@ class LoraModel(nn.Module):
 
     def _add_copies(self, name: str, modules_to_save: list[str], targets: dict[str, nn.Module]) -> None:
         candidates = {n: m for n, m in self.model.named_modules() if not _is_inside_wrapper(n, self.model)}
-        chosen = _named(modules_to_save, candidates)
+        chosen = _named(modules_to_save, candidates, "module to save")
         _check_copies(chosen, targets, self.model)
         copy_of: dict[nn.Parameter, nn.Parameter] = {}
         for module_name, module in chosen.items():
@@ -140,13 +140,13 @@ def _default_targets(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def _named(wanted_names: list[str], candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _named(wanted_names: list[str], candidates: dict[str, nn.Module], what: str) -> dict[str, nn.Module]:
     """The candidates whose dotted name is, or ends in, one of the wanted names."""
     found: dict[str, nn.Module] = {}
     for wanted in wanted_names:
         matches = {n: m for n, m in candidates.items() if n == wanted or n.endswith("." + wanted)}
         if not matches:
-            raise ValueError(_no_such_module(wanted, candidates))
+            raise ValueError(f"{what} {_no_such_module(wanted, candidates)}")
         found |= matches
     return found
 
@@ -192,7 +192,7 @@ def _is_inside_wrapper(name: str, model: nn.Module) -> bool:
 
 
 def _no_such_module(wanted: str, candidates: dict[str, nn.Module]) -> str:
-    message = f"module {wanted!r} does not exist in the model"
+    message = f"{wanted!r} does not exist in the model"
     ends = {name.rsplit(".", 1)[-1] for name in candidates}
     if near := difflib.get_close_matches(wanted, sorted(ends), cutoff=0.5):
         message += f"; did you mean {' or '.join(map(repr, near))}?"

@@ -75,8 +75,12 @@ def save_adapter_weights(tensors: dict[str, Tensor], directory: str | os.PathLik
     path = Path(directory) / WEIGHTS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".safetensors.tmp")
-    temporary.write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, {"format": "pt"}))
-    temporary.replace(path)
+    content = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, {"format": "pt"})
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_adapter_weights(directory: str | os.PathLike) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """Kill a training run again and again, and compare its adapter with that of an undisturbed run.
 
 Run as ``bash scripts/soak.sh`` from the repository root. Each life of the run is the same `train.py` command, ended by
-SIGKILL at a random moment between its start and the time that the undisturbed run took, or at a random moment within
-a checkpoint's saving, which shows from outside by the hidden folder that a checkpoint is written in. A run that reaches
-its end is compared, and while kills are missing another one starts. It passes if every adapter is the same, byte for
-byte, if no torn checkpoint ever takes a checkpoint's name, and if nothing is left behind in a finished folder.
+SIGKILL at a random moment of its start or its training, or at a random moment within a checkpoint's saving, which shows
+from outside by the hidden folder that a checkpoint is written in. A run that reaches its end is compared, and while
+kills are missing another one starts. It passes if every adapter is the same, byte for byte, if no torn checkpoint ever
+takes a checkpoint's name, and if nothing is left behind in a finished folder.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,17 +36,18 @@ def main(argv: list[str] | None = None) -> None:
     """Soak as often as asked for and say how it ended.
 
     Raises:
-        InputError: a flag is out of range, or the undisturbed run failed.
-        SystemExit: with 1, where an adapter differs or a run could not go on.
+        InputError: a flag is out of range.
+        SystemExit: with a message, so with exit code 1, where harm was done or the undisturbed run failed.
     """
     args = parse_arguments(argv)
-    with tempfile.TemporaryDirectory(prefix="loramoe-soak-", dir=args.folder) as folder:
-        soak = Soak(args, Path(folder))
-        try:
-            soak.run()
-        except HarmError as harm:
-            sys.exit(f"FAILED after {soak.summary}: {harm}")
-        print(f"PASSED: {soak.summary}: each adapter is bit-identical to the undisturbed run's", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="loramoe-soak-", dir=args.folder))
+    soak = Soak(args, folder)
+    try:
+        soak.run()
+    except HarmError as harm:
+        sys.exit(f"FAILED after {soak.count()}: {harm}\nThe folders are kept in {folder}")
+    shutil.rmtree(folder)
+    print(f"PASSED: {soak.count()}; each adapter is bit-identical to the undisturbed run's")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -53,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=20, help="how often a run is killed at least (default 20)")
     parser.add_argument("--during_save", type=int, default=5, help="how many of these during a save (default 5)")
     parser.add_argument("--num_processes", type=int, default=1, help="ranks of each run, under torchrun (default 1)")
-    parser.add_argument("--max_steps", type=int, default=400, help="optimizer steps of each run (default 400)")
+    parser.add_argument("--max_steps", type=int, default=200, help="optimizer steps of each run (default 200)")
     parser.add_argument("--save_steps", type=int, default=1, help="optimizer steps between checkpoints (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--model", type=Path, help="folder of the base model (default: a tiny random Llama)")
@@ -71,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class HarmError(Exception):
-    """A kill has done harm; the message says which."""
+    """What a kill has done to a run."""
 
 
 @dataclass
@@ -82,14 +84,17 @@ class Life:
         process: the root of the tree.
         output: the run's folder.
         stale: identity of the folder of an unfinished checkpoint that an earlier life has left, if any.
+        start: when it began, by `time.monotonic()`.
     """
 
     process: subprocess.Popen
     output: Path
     stale: tuple[int, int] | None
+    start: float
 
     @property
     def is_saving(self) -> bool:
+        """Whether a save is under way; after the end of the process, whether it ended in one."""
         return _identity(self.output / ASIDE) not in (None, self.stale)
 
     def wait_until(self, saving: bool) -> bool:
@@ -114,36 +119,35 @@ class Soak:
         self.args, self.folder = args, folder
         self.random = random.Random(args.seed)
         self.kills = self.during_save = self.finished = 0
-        self.model = args.model or folder / "base"
-        if not args.model:
-            make_tiny_model(self.model)
-        rows = [
-            {
-                "instruction": f"Count {'on ' * (index % 5)}from {index}",
-                "output": f"{index + 1}",
-                "task_type": index % 2,
-            }
-            for index in range(ROWS)
-        ]
-        (folder / "rows.json").write_text(json.dumps(rows))
+        self.start_up = self.training = 0.0  # seconds of the undisturbed run, before its first save and after
+
+    def count(self) -> str:
+        return f"{self.kills} kills, {self.during_save} of them during a save, {self.finished} runs to the end"
 
     def run(self) -> None:
-        """Train undisturbed, then with kills until there are enough of them and the last run has ended."""
-        undisturbed = self.folder / "undisturbed"
-        start = time.monotonic()
-        if self.live(undisturbed, lambda life: life.process.wait(LONGEST_WAIT) is None):
-            raise InputError(f"the undisturbed run failed:\n{self.end_of_log()}")
-        self.seconds = time.monotonic() - start
-        print(f"undisturbed run: {self.args.max_steps} steps in {self.seconds:.1f} s", flush=True)
-        while not self.finished or not self.enough:
-            output = self.folder / f"run-{self.finished + 1}"
-            while self.live(output, self.next_moment()):
-                self.report_kill(output)
-            self.compare(output, undisturbed)
+        """Train undisturbed, then with kills until there are enough of them and the last run has ended.
 
-    @property
-    def summary(self) -> str:
-        return f"{self.kills} kills, {self.during_save} of them during a save, {self.finished} runs to the end"
+        Raises:
+            HarmError: a run could not go on, or is not what the undisturbed one is.
+        """
+        self.model = self.args.model or self.folder / "base"
+        if not self.args.model:
+            make_tiny_model(self.model)
+        (self.folder / "rows.json").write_text(json.dumps(example_rows()))
+        undisturbed = self.folder / "undisturbed"
+        self.live(undisturbed, self.measure)
+        print(
+            f"undisturbed run: {self.start_up:.1f} s to the first save, {self.training:.1f} s to the end of step "
+            f"{self.args.max_steps}",
+            flush=True,
+        )
+        while not (self.enough and self.finished):
+            output = self.folder / f"run-{self.finished + 1}"
+            while life := self.live(output, self.next_moment()):
+                self.report_kill(life)
+            self.finished += 1
+            compare(output, undisturbed)
+            print(f"run {self.finished} has ended: the adapter is bit-identical", flush=True)
 
     @property
     def enough(self) -> bool:
@@ -152,22 +156,31 @@ class Soak:
     def next_moment(self) -> Callable[[Life], bool]:
         """What waits for the moment of the next kill, and says whether there is to be one."""
         if self.enough:
-            return lambda life: life.process.wait(LONGEST_WAIT) is None
+            return to_the_end
         saves_missing = self.args.during_save - self.during_save
-        kills_missing = self.args.kills - self.kills
-        if saves_missing >= kills_missing or self.random.random() < saves_missing / kills_missing:
-            return self.moment_during_save
-        return self.any_moment
+        kills_missing = max(self.args.kills - self.kills, 1)
+        return self.moment_of_a_save if self.random.random() < saves_missing / kills_missing else self.any_moment
+
+    def measure(self, life: Life) -> bool:
+        life.wait_until(saving=True)
+        self.start_up = time.monotonic() - life.start
+        to_the_end(life)
+        self.training = time.monotonic() - life.start - self.start_up
+        return False
 
     def any_moment(self, life: Life) -> bool:
+        """A random moment of the start, or of the fifth of the training that comes next."""
+        length = self.start_up
+        if self.random.random() < 0.5 and life.wait_until(saving=True):
+            length = self.training / 5
         try:
-            life.process.wait(self.random.uniform(0, self.seconds))
+            life.process.wait(self.random.uniform(0, length))
         except subprocess.TimeoutExpired:
             return True
         return False
 
-    def moment_during_save(self, life: Life) -> bool:
-        """A random moment of one of the first saves; how long a save takes is seen from the one before."""
+    def moment_of_a_save(self, life: Life) -> bool:
+        """A random moment of one of the next saves; how long a save takes is seen from the one before."""
         for _ in range(self.random.randint(1, 9)):
             if not life.wait_until(saving=True):
                 return False
@@ -180,26 +193,25 @@ class Soak:
         time.sleep(self.random.uniform(0, length))
         return True
 
-    def live(self, output: Path, wait_for_moment: Callable[[Life], bool]) -> bool:
-        """One life of a run. Returns whether it was killed; otherwise the run has reached its end.
+    def live(self, output: Path, wait_for_moment: Callable[[Life], bool]) -> Life | None:
+        """One life of a run. Returns it if it was killed; otherwise the run has reached its end.
 
         Raises:
             HarmError: it ended with another exit code than 0.
         """
-        stale = _identity(output / ASIDE)
-        self.start = time.monotonic()
-        with (self.folder / "log").open("w") as log:
-            process = subprocess.Popen(self.command(output), stdout=log, stderr=subprocess.STDOUT)
-            life = Life(process, output, stale)
+        stale, log = _identity(output / ASIDE), self.folder / "log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(self.command(output), stdout=stream, stderr=subprocess.STDOUT)
+            life = Life(process, output, stale, time.monotonic())
             try:
                 killed = wait_for_moment(life) and process.poll() is None
             finally:
-                kill_tree(process.pid)
-                process.wait()
-        self.was_saving = life.is_saving
+                if process.poll() is None:
+                    kill_tree(process.pid)
+                    process.wait()
         if not killed and process.returncode:
-            raise HarmError(f"the run ended with exit code {process.returncode}:\n{self.end_of_log()}")
-        return killed
+            raise HarmError(f"{output} ended with exit code {process.returncode}:\n{log.read_text()[-3000:]}")
+        return life if killed else None
 
     def command(self, output: Path) -> list[str]:
         """The same for each life of a run: dropout on, float32 on a CPU."""
@@ -225,41 +237,50 @@ class Soak:
             *(text for name, value in flags.items() for text in (f"--{name}", str(value))),
         ]
 
-    def report_kill(self, output: Path) -> None:
+    def report_kill(self, life: Life) -> None:
         """Count a kill and say when it was.
 
         Raises:
-            HarmError: a checkpoint is torn.
+            HarmError: what bears the name of a checkpoint is torn.
         """
+        seconds = time.monotonic() - life.start
         self.kills += 1
-        self.during_save += self.was_saving
-        after = time.monotonic() - self.start
-        checkpoint, torn = find_checkpoint(output)
+        self.during_save += life.is_saving
+        checkpoint, torn = find_checkpoint(life.output)
         print(
-            f"kill {self.kills:3} of {self.args.kills}: {after:5.1f} s after the start, "
-            f"{'during a save' if self.was_saving else 'between saves'}; "
+            f"kill {self.kills:2} of {self.args.kills}: {seconds:5.1f} s after the start, "
+            f"{'during' if life.is_saving else 'outside'} a save; "
             f"last checkpoint: {checkpoint.name if checkpoint else 'none'}",
             flush=True,
         )
         if torn:
             raise HarmError("; ".join(torn))
 
-    def compare(self, output: Path, undisturbed: Path) -> None:
-        """Compare a finished run with the undisturbed one.
 
-        Raises:
-            HarmError: the adapters differ, or one folder holds what the other does not.
-        """
-        self.finished += 1
-        surplus = {file.name for file in output.iterdir()} ^ {file.name for file in undisturbed.iterdir()}
-        if surplus:
-            raise HarmError(f"{output} and {undisturbed} differ in {', '.join(sorted(surplus))}")
-        if (output / WEIGHTS_NAME).read_bytes() != (undisturbed / WEIGHTS_NAME).read_bytes():
-            raise HarmError(f"{output / WEIGHTS_NAME} is not {undisturbed / WEIGHTS_NAME}")
-        print(f"run {self.finished} has ended: the adapter is bit-identical", flush=True)
+def to_the_end(life: Life) -> bool:
+    life.process.wait(LONGEST_WAIT)
+    return False
 
-    def end_of_log(self) -> str:
-        return (self.folder / "log").read_text()[-3000:]
+
+def compare(output: Path, undisturbed: Path) -> None:
+    """Compare a finished run with the undisturbed one.
+
+    Raises:
+        HarmError: the adapters differ, or one folder holds what the other does not.
+    """
+    surplus = {file.name for file in output.iterdir()} ^ {file.name for file in undisturbed.iterdir()}
+    if surplus:
+        raise HarmError(f"{output} and {undisturbed} differ in {', '.join(sorted(surplus))}")
+    if (output / WEIGHTS_NAME).read_bytes() != (undisturbed / WEIGHTS_NAME).read_bytes():
+        raise HarmError(f"{output / WEIGHTS_NAME} is not {undisturbed / WEIGHTS_NAME}")
+
+
+def example_rows() -> list[dict]:
+    """Rows of different lengths and both task types."""
+    return [
+        {"instruction": f"Count {'on ' * (index % 5)}from {index}", "output": f"{index + 1}", "task_type": index % 2}
+        for index in range(ROWS)
+    ]
 
 
 def kill_tree(pid: int) -> None:

@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,17 @@ def filled_model(**settings) -> PeftModel:
     """A tiny Llama with an adapter of non-zero weights; 4 experts of rank 2 and no dropout where not set otherwise."""
     values = {"task_type": TaskType.CAUSAL_LM, "r": 2, "lora_alpha": 4, "lora_nums": 4, "lora_dropout": 0.0}
     return fill_adapter(get_peft_model(tiny_model(), LoraConfig(**(values | settings))))
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A context in which the disk is full for files of more than `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

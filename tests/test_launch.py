@@ -185,6 +185,31 @@ def test_the_shell_script_trains_with_variables_and_flags(run, shell):
     assert "held-out LM loss" in (folder / "train.log").read_text()
 
 
+def test_two_nodes_train_as_two_processes_of_one(run):
+    """Both nodes are this machine; from filled tensors, dropout on."""
+    start = run.folder / "start"
+    filled_model().save_pretrained(start)
+    same = {"lora_rank": 2, "lora_alpha": 4, "lora_nums": 4, "peft_path": start, "per_device_train_batch_size": 2}
+    variables = shell_variables(run) | same | {"nnodes": 2, "num_processes": 1, "master_port": free_port()}
+    command = ["bash", "run_loramoe.sh", "--data_cache_dir", str(run.flags["data_cache_dir"]), "--max_steps", "3"]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, env=environment(**variables, node_rank=rank), stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    said = [node.communicate(timeout=600)[0].decode() for node in both]
+    assert [node.returncode for node in both] == [0, 0], said
+    folder = run.folder / "outputs" / "default"
+    assert [text.count(f"LoRAMoE run finished: {folder}") for text in said] == [1, 0]
+    configuration = json.loads((folder / "run_config.json").read_text())
+    flags = {name: configuration[name] for name in ("learning_rate", "warmup_steps", "seed")}
+    launch(2, ["train.py", *run.arguments(**same | flags, num_train_epochs=2, max_steps=3)])
+    nodes, processes = (load_file(place / "adapter_model.safetensors") for place in (folder, run.output))
+    before = load_file(start / "adapter_model.safetensors")
+    assert nodes.keys() == processes.keys()
+    assert all(torch.equal(nodes[key], processes[key]) for key in nodes)
+    assert not any(torch.equal(nodes[key], before[key]) for key in nodes)
+
+
 BAD_INPUT = {
     "one process": ({"lora_rank": 0}, "error: --lora_rank is 0, but has to be a whole number of at least 1"),
     "two processes": ({"num_processes": 2, "dataset_dir": "none.json"}, "error: none.json: no such file or folder"),
@@ -205,9 +230,9 @@ def test_bad_input_gives_one_message_and_exit_code_1(run, shell, variables, mess
     assert not (run.folder / "outputs").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes):
-    """As SLURM does: the signal goes to the script, which passes it on."""
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGHUP)])
+def test_a_signal_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes, number):
+    """SIGTERM as SLURM sends it, SIGHUP as from a terminal that closes: it goes to the script, which passes it on."""
     command = ["bash", "run_loramoe.sh", "--data_cache_dir", str(run.flags["data_cache_dir"]), "--max_steps", "100000"]
     variables = shell_variables(run) | {"num_processes": processes, "save_steps": 100000}
     folder = run.folder / "outputs" / "default"
@@ -215,7 +240,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes):
         for line in script.stdout:
             if "'lm_loss'" in line:
                 break
-        script.send_signal(signal.SIGTERM)
+        script.send_signal(number)
         said = script.stdout.read()
         assert script.wait(timeout=120) == 143
     (checkpoint,) = folder.glob("checkpoint-*")

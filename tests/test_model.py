@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import fill_adapter, filled_model, tiny_config, tiny_model
+from conftest import fill_adapter, filled_model, full_disk, tiny_config, tiny_model
 from reference import balance_loop
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -376,6 +376,14 @@ def test_outputs_as_a_tuple():
     batch = make_batch()
     loss, logits, *_ = filled_model().eval()(**batch, return_dict=False)
     assert (loss.shape, logits.shape) == ((), (1, 6 + 3 + 1, 300))
+
+
+def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path):
+    filled_model().save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
+        filled_model(lora_nums=6).save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_fully_tuned_model_is_saved_as_a_stock_llama(tmp_path):

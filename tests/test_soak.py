@@ -1,5 +1,12 @@
 """Killing a run does no harm: the short form of `scripts/soak.sh`."""
 
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from data import InputError
@@ -7,11 +14,37 @@ from scripts import soak
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_the_same(tmp_path, capsys):
-    soak.main(["--kills", "3", "--during_save", "2", "--max_steps", "60", "--folder", str(tmp_path)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_ends_the_same(tmp_path, capsys, processes):
+    short = ["--kills", "3", "--during_save", "2", "--max_steps", "60", "--num_processes", str(processes)]
+    soak.main([*short, "--folder", str(tmp_path)])
     shown = capsys.readouterr().out
-    assert "PASSED: 3 kills, " in shown
+    assert re.search(r"^PASSED: \d+ kills, ", shown, re.MULTILINE)
     assert shown.count("during a save; last checkpoint") >= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_harm_is_told_and_its_folders_are_kept(tmp_path, monkeypatch):
+    """A run that ends at once with another exit code than 0 stands for any harm."""
+    monkeypatch.setattr(soak.Soak, "command", lambda *arguments: [sys.executable, "-c", "raise SystemExit('broken')"])
+    with pytest.raises(SystemExit, match=r"FAILED after 0 kills(.|\n)*exit code 1:\nbroken"):
+        soak.main(["--folder", str(tmp_path)])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_whole_process_tree_is_killed():
+    """A process whose child has a session of its own, as torchrun's workers have."""
+    program = (
+        "import subprocess; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        child = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+        soak.kill_tree(parent.pid)
+        assert parent.wait(10) == -signal.SIGKILL
+        limit = time.monotonic() + 10
+        while child.exists() and ") Z " not in child.read_text() and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert not child.exists() or ") Z " in child.read_text()
 
 
 @pytest.mark.parametrize(

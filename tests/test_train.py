@@ -4,17 +4,20 @@ import errno
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import example_rows, filled_model, tiny_config
-from safetensors.torch import load_file
+from conftest import ROOT, example_rows, filled_model, full_disk, tiny_config, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import train
 from data import InputError
-from peft import LoraConfig, LoraExperts, LoraLayer
+from peft import LoraConfig, LoraExperts, LoraLayer, PeftModel
 from transformers_patch.training import arguments, checkpoint
 from transformers_patch.training.base_model import build_model
 from transformers_patch.training.run_folder import RunFolder
@@ -133,6 +136,17 @@ def test_another_configuration_in_the_same_folder_is_refused(run, no_weights):
         run()
 
 
+def test_what_a_killed_run_was_just_writing_is_cleared_away(run):
+    expected = run()
+    clean = {file.name for file in run.output.iterdir()}
+    (run.output / "all_results.json").unlink()
+    (run.output / ".all_results.json.1.tmp").write_text("{")
+    for aside in (checkpoint.ASIDE, checkpoint.FILES_ASIDE):
+        (run.output / aside / "checkpoint-6").mkdir(parents=True)
+    assert run()["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
+    assert {file.name for file in run.output.iterdir()} == clean
+
+
 def test_restart_keeps_the_old_run_under_another_name(run):
     run(max_steps=1)
     old = load_file(run.output / "adapter_model.safetensors")
@@ -149,28 +163,36 @@ def test_restart_keeps_the_old_run_under_another_name(run):
 def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, monkeypatch, save_steps, last_step):
     """Three steps an epoch, dropout on."""
     expected = run(output_dir=run.folder / "undisturbed")
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **arguments):
-            if state.global_step == last_step:
-                raise KeyboardInterrupt
-
-    build = train.build_trainer
-
-    def interrupted(*arguments):
-        trainer = build(*arguments)
-        trainer.add_callback(Interrupt())
-        return trainer
-
-    monkeypatch.setattr(train, "build_trainer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(save_steps=save_steps)
-    monkeypatch.setattr(train, "build_trainer", build)
+    interrupt_after(last_step, run, monkeypatch, save_steps=save_steps)
     results = run(save_steps=save_steps)
     assert f"resuming from {run.output / f'checkpoint-{last_step - 1}'}" in capsys.readouterr().out
     assert results["eval_lm_loss_before"] == expected["eval_lm_loss_before"]
-    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (run.output, run.folder / "undisturbed")]
-    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[1])
+    assert same_adapter(run.output, run.folder / "undisturbed")
+
+
+def test_a_run_that_sigterm_has_stopped_ends_the_same(run, capsys, monkeypatch):
+    """Dropout on; the checkpoint is that of no regular save."""
+    run(output_dir=run.folder / "undisturbed", save_steps=5)
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **arguments):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    build = train.build_trainer
+
+    def terminated(*arguments):
+        trainer = build(*arguments)
+        trainer.add_callback(Terminate())
+        return trainer
+
+    monkeypatch.setattr(train, "build_trainer", terminated)
+    train.main(run.arguments(save_steps=5))
+    assert "stopped by SIGTERM; step 3 is saved" in capsys.readouterr().out
+    monkeypatch.setattr(train, "build_trainer", build)
+    run(save_steps=5)
+    assert f"resuming from {run.output / 'checkpoint-3'}" in capsys.readouterr().out
+    assert same_adapter(run.output, run.folder / "undisturbed")
 
 
 TORN = {
@@ -197,21 +219,129 @@ def test_a_torn_checkpoint_is_named_and_skipped(run, capsys, name, damage):
     assert checkpoint.checkpoint_problem(run.output / "checkpoint-6") is None
 
 
-def test_a_full_disk_harms_no_earlier_checkpoint(run, monkeypatch):
-    def full(self, output_dir):
-        if self.state.global_step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, output_dir)
+def test_without_a_whole_checkpoint_the_run_starts_from_its_beginning(run, capsys):
+    expected = run(save_steps=6)
+    for file in (run.output / "all_results.json", run.output / "checkpoint-6" / "optimizer.pt"):
+        file.write_bytes(b"") if file.suffix == ".pt" else file.unlink()
+    assert run(save_steps=6)["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
+    shown = capsys.readouterr().out
+    assert "checkpoint-6 cannot be resumed and is skipped: optimizer.pt is damaged" in shown
+    assert "no checkpoint is left to resume from, so the run starts from its beginning" in shown
 
-    save = Trainer._save_optimizer_and_scheduler
-    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(InputError) as caught:
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "all_results.json"]
+)
+def test_a_finished_run_with_a_damaged_file_is_refused_and_can_be_ended_again(run, name):
+    expected = run()
+    file = run.output / name
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(InputError, match=rf"holds a finished run, but {name} is damaged or incomplete .* delete all_"):
         run()
-    assert re.search(r"checkpoint-4 could not be written: .*No space left on device", str(caught.value))
-    assert f"The last good checkpoint is {run.output / 'checkpoint-2'}" in str(caught.value)
+    (run.output / "all_results.json").unlink()
+    assert run()["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
+    PeftModel.from_pretrained(tiny_model(), run.output)
+
+
+def test_a_damaged_configuration_of_a_run_is_named(run):
+    run(max_steps=1)
+    (run.output / "run_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"run_config.json is damaged .* --restart"):
+        run(max_steps=1)
+
+
+def interrupt_after(step: int, run, monkeypatch, **flags) -> None:
+    """A run that ends without a word after a step."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **arguments):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    build = train.build_trainer
+
+    def interrupted(*arguments):
+        trainer = build(*arguments)
+        trainer.add_callback(Interrupt())
+        return trainer
+
+    monkeypatch.setattr(train, "build_trainer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(**flags)
+    monkeypatch.setattr(train, "build_trainer", build)
+
+
+def same_adapter(first: Path, second: Path) -> bool:
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (first, second)]
+    return all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[1])
+
+
+def test_a_full_disk_harms_no_earlier_checkpoint(run, monkeypatch):
+    """The disk is full for files of more than 36 kB: the adapter still fits, the optimizer's state does not."""
+    run(output_dir=run.folder / "undisturbed")
+    interrupt_after(3, run, monkeypatch)
+    command = ["bash", "-c", 'ulimit -f 36; exec "$@"', "-", sys.executable, "train.py", *run.arguments()]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 1
+    (said,) = re.findall(r"error: [^\r\n]*", outcome.stderr)
+    assert re.match(rf"error: {run.output}/checkpoint-4 could not be written: .*MB are free on this disk", said)
+    assert f"The last good checkpoint is {run.output / 'checkpoint-2'}" in said
+    assert "Traceback" not in outcome.stderr
     assert [folder.name for folder in run.output.glob("*checkpoint*")] == ["checkpoint-2"]
+    run()
+    assert same_adapter(run.output, run.folder / "undisturbed")
+
+
+# What writes, the largest file that there is room for, and what is named.
+FULL_AT_THE_END = {
+    "adapter": ("LoRAMoETrainer.save_model", 500, "adapter_model.safetensors"),
+    "tokenizer": ("LoRAMoETrainer.save_model", 5000, "adapter_model.safetensors"),
+    "state of the training": ("finish", 500, "all_results.json"),
+    "results": ("write_json", 10, "all_results.json"),
+}
+
+
+@pytest.mark.parametrize(("writer", "size", "name"), FULL_AT_THE_END.values(), ids=FULL_AT_THE_END)
+def test_a_disk_that_is_full_at_the_end_is_one_message(run, monkeypatch, writer, size, name):
+    small = {"lora_nums": 1, "lora_rank": 1, "trainable": "up_proj"}  # an adapter smaller than the tokenizer
+    run(output_dir=run.folder / "undisturbed", **small)
+    *owner, function = writer.split(".")
+    write = getattr(train.LoRAMoETrainer if owner else train, function)
+
+    def write_on_a_full_disk(*arguments):
+        with full_disk(size):
+            return write(*arguments)
+
+    monkeypatch.setattr(f"train.{writer}", write_on_a_full_disk)
+    with pytest.raises(InputError, match=rf"{name} could not be written: .*File too large.*is .*checkpoint-6"):
+        run(**small)
+    left = {file.name for file in run.output.iterdir()}
+    assert left < {file.name for file in (run.folder / "undisturbed").iterdir()}
+    for name in left & {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}:
+        assert (run.output / name).read_bytes() == (run.folder / "undisturbed" / name).read_bytes()
     monkeypatch.undo()
-    assert run()["train_samples"] == 12
+    run(**small)
+    assert same_adapter(run.output, run.folder / "undisturbed")
+
+
+WRITERS = {
+    "Python": lambda path: path.write_bytes(bytes(1000)),
+    "torch": lambda path: torch.save(torch.zeros(1000), path),
+    "safetensors": lambda path: save_file({"zeros": torch.zeros(1000)}, path),
+    "tokenizers": lambda path: tiny_tokenizer().backend_tokenizer.save(str(path)),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_every_writers_way_of_saying_that_the_disk_is_full_is_understood(tmp_path, write):
+    with pytest.raises(InputError, match=r"x could not be written"), full_disk(100), checkpoint.writing(tmp_path, "x"):
+        write(tmp_path / "x")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("expected scalar type Float"), FileNotFoundError(errno.ENOENT, "x")])
+def test_other_errors_stay_what_they_are(tmp_path, error):
+    with pytest.raises(type(error)), checkpoint.writing(tmp_path, "x"):
+        raise error
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):

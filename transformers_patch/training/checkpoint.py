@@ -1,27 +1,41 @@
 """Checkpoints that are whole or not there: recognising a torn one, finding the last whole one."""
 
+import errno
 import json
 import re
 import shutil
+import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from data import InputError
+
 # Where a checkpoint lies, inside the run's folder, while it is being written. Hidden, and not named like a checkpoint.
 ASIDE = ".checkpoint-being-written"
+# Where the files of a finished run lie in the same way.
+FILES_ASIDE = ".files-being-written"
 NAME = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 STATE = "trainer_state.json"
+UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS}
+TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container.*unexpected pos")
 
 
-def checkpoint_problem(folder: Path) -> str | None:
-    """What keeps a checkpoint from being resumed, or None. Reads headers and tables of contents, not the tensors."""
+def checkpoint_problem(folder: Path, files: str = "**/*") -> str | None:
+    """What keeps a checkpoint from being resumed, or None. Reads headers and tables of contents, not the tensors.
+
+    Args:
+        files: pattern of the files that count. A finished run's folder is like a checkpoint, with others in it.
+    """
     if not any((folder / name).is_file() for name in WEIGHTS):
         return f"it has none of {', '.join(WEIGHTS)}"
     if not (folder / STATE).is_file():
         return f"it has no {STATE}"
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(folder.glob(files)):
         if problem := _file_problem(file):
             return f"{file.relative_to(folder)} is damaged or incomplete ({problem})"
     return None
@@ -52,11 +66,60 @@ def put_in_place(aside: Path, name: str) -> None:
     shutil.rmtree(aside)
 
 
-def unwritten_message(run_folder: Path, name: str, error: Exception) -> str:
-    """What to tell the user after a checkpoint could not be written."""
+@contextmanager
+def writing(run_folder: Path, name: str, rank: int = 0) -> Iterator[None]:
+    """A context in which something is written into a run's folder.
+
+    Raises:
+        InputError: it could not be written (the disk is full, say). Checkpoints are as they were before.
+    """
+    try:
+        yield
+    except InputError:  # of a checkpoint within
+        raise
+    except Exception as error:
+        if not _cannot_write(error):
+            raise
+        message = _unwritten_message(run_folder, name, error)
+        if rank:  # The main process prints its own.
+            print(f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
+        raise InputError(message) from error
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A hidden folder aside. Its files go into `folder` where the context ends well; otherwise nothing of it stays."""
+    aside = folder / FILES_ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(aside)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed run was just writing into its folder."""
+    for aside in (ASIDE, FILES_ASIDE):
+        shutil.rmtree(folder / aside, ignore_errors=True)
+    for file in folder.glob(".*.tmp"):
+        file.unlink()
+
+
+def _cannot_write(error: Exception) -> bool:
+    """Whether an exception says that a file cannot be written. Torch and libraries in Rust say so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in UNWRITABLE
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return (number and int(number[1]) in UNWRITABLE) or bool(TORCH_CANNOT_WRITE.search(str(error)))
+
+
+def _unwritten_message(run_folder: Path, name: str, error: Exception) -> str:
     shutil.rmtree(run_folder / ASIDE, ignore_errors=True)
     last, _ = find_checkpoint(run_folder)
-    free = shutil.disk_usage(run_folder).free // 1_000_000
+    free = shutil.disk_usage(run_folder.parent).free // 1_000_000
     return (
         f"{run_folder / name} could not be written: {str(error).splitlines()[0]} ({free:,} MB are free on this disk). "
         f"The last good checkpoint is {last or 'none'}; make room and run the same command again to go on from it"

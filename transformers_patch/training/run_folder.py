@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from data import InputError, content_hash, file_hash
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
+from transformers_patch.training.checkpoint import checkpoint_problem, clear_unfinished, writing
 
 CONFIG_NAME = "run_config.json"
 RESULTS_NAME = "all_results.json"
@@ -73,14 +74,23 @@ class RunFolder:
         """Compare the configuration with the one that the folder belongs to, if it belongs to any.
 
         Raises:
-            InputError: they differ, or the folder holds something that is no run.
+            InputError: they differ, the folder holds something that is no run, or a file of a finished run is damaged.
         """
         file = self.path / CONFIG_NAME
         if not file.is_file():
             if (self.path / RESULTS_NAME).is_file() or any(self.path.glob("checkpoint-*")):
                 raise InputError(f"{self.path} holds checkpoints or results but no {CONFIG_NAME}; {_WAY_OUT}")
             return
-        there = json.loads(file.read_text())
+        if (self.path / RESULTS_NAME).is_file() and (problem := checkpoint_problem(self.path, files="*")):
+            raise InputError(
+                f"{self.path} holds a finished run, but {problem}. Put that file back from a copy; or delete "
+                f"{RESULTS_NAME} there, and the same command ends the run again from its last checkpoint; or start "
+                "over with --restart"
+            )
+        try:
+            there = json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}), so what it belongs to is not known; {_WAY_OUT}") from None
         differing = [
             f"  {name}: {there.get(name)!r} there, {config.get(name)!r} now"
             for name in sorted((there.keys() | config.keys()) - DESCRIPTIVE)
@@ -91,9 +101,11 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run with another configuration:\n{found}\n{_WAY_OUT}")
 
     def claim(self, config: dict) -> None:
-        """Make the folder this configuration's."""
+        """Make the folder this configuration's, and clear away what a killed run was just writing."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / CONFIG_NAME, config)
+        clear_unfinished(self.path)
+        with writing(self.path, CONFIG_NAME):
+            write_json(self.path / CONFIG_NAME, config)
 
     def set_aside(self) -> Path | None:
         """Rename the folder, so that a new run can start; nothing is deleted. Returns its new place."""
@@ -133,5 +145,8 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file in one step: it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -5,24 +5,22 @@ Shape suffixes: B samples, T tokens, L adapted Linears, E experts.
 
 import math
 import shutil
-import sys
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import rotate_checkpoints
 
-from data import EpochDataLoader, GlobalBatchSampler, InputError, row_lengths
+from data import EpochDataLoader, GlobalBatchSampler, row_lengths
 from peft import LoraConfig, PeftModel
 from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
-from transformers_patch.training.checkpoint import ASIDE, STATE, put_in_place, unwritten_message
+from transformers_patch.training.checkpoint import ASIDE, STATE, filling, put_in_place, writing
 from transformers_patch.training.routing import Routing, RoutingWatch
 from transformers_patch.training.stopping import StopSignals
 
@@ -161,27 +159,27 @@ class LoRAMoETrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._aside = aside
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            message = unwritten_message(run_folder, name, error)
-            if not self.is_world_process_zero():
-                print(f"error: rank {self.args.process_index}: {message}", file=sys.stderr, flush=True)
-            raise InputError(message) from error
+            with writing(run_folder, name, self.args.process_index):
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(aside / name):
+                    self.state.best_model_checkpoint = str(run_folder / name)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self.state.save_to_json(str(aside / name / STATE))
+                    put_in_place(aside, name)
+                    rotate_checkpoints(str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         finally:
             self._aside = None
-        if self.state.best_model_checkpoint == str(aside / name):
-            self.state.best_model_checkpoint = str(run_folder / name)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(aside / name / STATE))
-            put_in_place(aside, name)
-            rotate_checkpoints(str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        # A pickle with this machine's paths; everything in it is in run_config.json.
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with filling(Path(output_dir or self.args.output_dir)) as aside:
+            super()._save(str(aside), state_dict)
+            # A pickle with this machine's paths; everything in it is in run_config.json.
+            (aside / TRAINING_ARGS_NAME).unlink()
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         likelihood_B2, *shares = prediction.predictions

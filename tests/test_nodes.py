@@ -1,0 +1,111 @@
+"""`scripts/slurm/train.sbatch` and `scripts/run_on_hosts.sh` with stand-ins for SLURM's programs and ssh."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Starts the command once for each node. As srun does, it answers SIGTERM with SIGKILL to its tasks.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+tasks=()
+for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
+trap 'kill -KILL "${tasks[@]}"' TERM
+status=0
+for task in "${tasks[@]}"; do wait "$task" || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf 'node-a\\nnode-b\\n'; else echo "$@" >>requeued; fi
+"""
+RUN = """#!/usr/bin/env bash
+echo "$nnodes $node_rank $master_addr $master_port $exp_name $*" >>"node-$node_rank"
+if [[ $exp_name == long ]]; then
+    trap 'exit 143' TERM
+    touch "started-$node_rank"
+    while true; do sleep 0.05; done
+fi
+"""
+
+
+@pytest.fixture
+def job(tmp_path) -> tuple[list[str], dict[str, str]]:
+    """A folder with the job's script and everything that it calls; the command and its environment."""
+    (tmp_path / "scripts" / "slurm").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "slurm" / "train.sbatch", tmp_path / "scripts" / "slurm")
+    (tmp_path / "scripts" / "setup.sh").write_text("echo python\n")
+    (tmp_path / "run_loramoe.sh").write_text(RUN)
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "1234567",
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    }
+    return ["bash", "scripts/slurm/train.sbatch", "--run_name", "two words"], os.environ | slurm
+
+
+def test_each_node_gets_its_number_and_the_first_nodes_address(tmp_path, job):
+    command, environment = job
+    subprocess.run(command, cwd=tmp_path, env=environment | {"exp_name": "short"}, check=True, timeout=60)
+    for rank in range(2):
+        assert (tmp_path / f"node-{rank}").read_text() == f"2 {rank} node-a 24567 short --run_name two words\n"
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_that_is_stopped_goes_back_into_the_queue(tmp_path, job):
+    command, environment = job
+    with subprocess.Popen(command, cwd=tmp_path, env=environment | {"exp_name": "long"}) as running:
+        while not all((tmp_path / f"started-{rank}").exists() for rank in range(2)):
+            assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=60) == 143
+    assert Path(tmp_path / "requeued").read_text() == "requeue 1234567\n"
+    assert not list(tmp_path.glob("*.pids"))
+
+
+# Runs the command here, and writes down for which host.
+SSH = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done
+echo "$1" >>hosts
+exec bash -c "$2"
+"""
+
+
+@pytest.fixture
+def hosts(tmp_path) -> dict[str, str]:
+    """A folder with the launcher and everything that it calls; the environment."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "run_on_hosts.sh", tmp_path / "scripts")
+    script = (ROOT / "run_loramoe.sh").read_text()
+    variables = "\n".join(line for line in script.splitlines() if line.startswith("exp_name="))
+    (tmp_path / "run_loramoe.sh").write_text(f"{variables}\nmaster_port=${{master_port:-29500}}\n{RUN}")
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    return os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_every_host_of_a_file_runs_with_the_settings_made_here(tmp_path, hosts):
+    (tmp_path / "hostfile").write_text("# two of them\nnode-a slots=8\n\nnode-b\n")
+    command = ["bash", "scripts/run_on_hosts.sh", "hostfile", "--run_name", "two $words"]
+    subprocess.run(command, cwd=tmp_path, env=hosts | {"exp_name": "it's $HOME"}, check=True, timeout=60)
+    assert sorted((tmp_path / "hosts").read_text().split()) == ["node-a", "node-b"]
+    for rank in range(2):
+        assert (tmp_path / f"node-{rank}").read_text() == f"2 {rank} node-a 29500 it's $HOME --run_name two $words\n"
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "is no readable file"), ("# none\n", "names no host")])
+def test_a_host_file_without_hosts_is_named(tmp_path, hosts, text, message):
+    if text:
+        (tmp_path / "hostfile").write_text(text)
+    command = ["bash", "scripts/run_on_hosts.sh", "hostfile"]
+    outcome = subprocess.run(command, cwd=tmp_path, env=hosts, capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 1
+    assert message in outcome.stderr
