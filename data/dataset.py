@@ -4,7 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -165,13 +168,14 @@ def _build(
     shutil.rmtree(aside, ignore_errors=True)
     workers = min(num_proc or min(os.cpu_count(), MOST_WORKERS), len(parts))
     try:
-        encoded = datasets.Dataset.from_generator(
-            _encode_parts,
-            features=_FEATURES,
-            gen_kwargs={"parts": parts, "tokenizer": tokenizer, "encoding": encoding},
-            cache_dir=str(aside / "work"),
-            num_proc=workers if workers > 1 else None,
-        )
+        with _sigterm_ends_processes():
+            encoded = datasets.Dataset.from_generator(
+                _encode_parts,
+                features=_FEATURES,
+                gen_kwargs={"parts": parts, "tokenizer": tokenizer, "encoding": encoding},
+                cache_dir=str(aside / "work"),
+                num_proc=workers if workers > 1 else None,
+            )
     except datasets.exceptions.DatasetGenerationError:
         for _ in _encode_parts(parts, tokenizer, encoding):
             pass  # a row that cannot be encoded raises its own message here, which other processes do not pass on
@@ -191,6 +195,19 @@ def _build(
     (aside / "data" / "statistics.json").write_text(json.dumps(asdict(statistics)))
     (aside / "data").rename(folder)
     shutil.rmtree(aside)
+
+
+@contextmanager
+def _sigterm_ends_processes() -> Iterator[None]:
+    """A context in which forked processes do not inherit a handler of SIGTERM: it is how their pool ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _encode_parts(parts: list[Part], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[dict]:

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, set_seed
 
 from data import InputError
 from scripts.benchmark_report import draw, markdown
-from scripts.instruments import SavedBytes, count_flops
+from scripts.instruments import SavedBytes, count_flops, trim_heap
 from scripts.peers import PYTHON, Peer, PeerError
 from scripts.peers import resident_memory as peer_resident_memory
 from scripts.processes import run_alone
@@ -61,6 +61,8 @@ class Times:
                 if variant.name in SLOW and number % 3:
                     continue
                 seconds = runs[variant]()
+                if variant.name in SLOW:  # and large
+                    trim_heap()
                 if number >= 0:
                     self.rounds[variant][number] = seconds
             order.append(order.pop(0))
@@ -197,6 +199,7 @@ class Benchmark:
     def _measure(self, variant: Variant, batch: dict[str, Tensor]) -> dict:
         """What one step takes besides time. Resident memory is measured in a process that runs nothing else."""
         model = variant.model(self.base)
+        trim_heap()
         level, peak = run_alone(resident_memory, self.folder, variant, batch)
         return {**_counts(model, batch), "resident_before_step": level, "peak_resident": peak}
 

@@ -95,13 +95,13 @@ def main() -> None:
     # Only answers go to the pipe; whatever libraries print goes where errors go.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    model = None
+    model, is_large = None, False
     for line in sys.stdin:
         request = json.loads(line)
         batch = {name: torch.tensor(rows) for name, rows in request.get("batch", {}).items()}
         try:
             if request["do"] == "build":
-                model = build(request)
+                model, is_large = build(request), request["variant"] == "xlora"
                 answer = {"version": peft.__version__, "file": peft.__file__}
             elif request["do"] == "measure":
                 answer = measure(model, batch)
@@ -111,6 +111,8 @@ def main() -> None:
                 answer = {"seconds": step(model, batch)}
         except (RuntimeError, TypeError, ValueError) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
+        if is_large or request["do"] != "step":
+            instruments.trim_heap()
         print(json.dumps(answer), file=answers, flush=True)
 
 

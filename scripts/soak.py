@@ -285,11 +285,13 @@ def example_rows() -> list[dict]:
 
 def kill_tree(pid: int) -> None:
     """SIGKILL a process and all that descend from it. Each is stopped first, so that it starts no further one."""
-    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
             for child in children.read_text().split():
                 kill_tree(int(child))
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 

@@ -1,6 +1,7 @@
 """Rows, prompts, encoded data sets and batches."""
 
 import json
+import signal
 from pathlib import Path
 
 import datasets
@@ -279,6 +280,19 @@ def test_several_processes_encode_the_same(tmp_path, tokenizer, small_parts):
     assert one.to_list() == three.to_list()
     assert counts == same_counts
     assert [row["source"] for row in one] == [f"rows.jsonl row {number}" for number in range(1, 51)]
+
+
+def test_a_handler_of_sigterm_does_not_keep_processes_from_ending(tmp_path, tokenizer, small_parts):
+    def handler(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        file = write_lines(tmp_path / "rows.jsonl", example_rows(20))
+        assert len(load(file, tokenizer, tmp_path, num_proc=3)[0]) == 20
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_parts_of_a_file_are_all_of_its_rows(tmp_path, small_parts):

@@ -170,6 +170,13 @@ def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, monkeypatch, 
     assert same_adapter(run.output, run.folder / "undisturbed")
 
 
+def test_an_interrupted_training_leaves_no_handler_behind(run, monkeypatch):
+    """Processes forked later would not end at SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_after(1, run, monkeypatch)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_run_that_sigterm_has_stopped_ends_the_same(run, capsys, monkeypatch):
     """Dropout on; the checkpoint is that of no regular save."""
     run(output_dir=run.folder / "undisturbed", save_steps=5)

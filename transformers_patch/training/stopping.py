@@ -37,8 +37,11 @@ class StopSignals(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._previous_handler = signal.signal(signal.SIGTERM, self._terminate)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        signal.signal(signal.SIGTERM, self._previous_handler)
+    def release(self) -> None:
+        """Give SIGTERM back to whoever handled it before the training."""
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._previous_handler = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._losses]))

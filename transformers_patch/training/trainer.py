@@ -54,6 +54,12 @@ class LoRAMoETrainer(Trainer):
         self._routed_modules: list[str] = []
         self._losses_since_log = torch.zeros(1, 4, dtype=torch.float64)
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.stop_signals.release()
+
     def train_sampler(self) -> GlobalBatchSampler:
         """The micro-batches of this process."""
         args = self.args
