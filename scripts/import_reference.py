@@ -268,7 +268,8 @@ def training_flags(config: LoraConfig, output: Path) -> list[str]:
     flags = ["--peft_path", str(output), "--prompt_template", "plain"]
     for name, flag in FLAG_OF_FIELD.items():
         value = getattr(config, name)
-        flags += [flag, ",".join(value) if isinstance(value, list) else str(value)]
+        if value is not None:
+            flags += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return flags
 
 

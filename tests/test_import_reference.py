@@ -99,7 +99,8 @@ class Checkpoint:
         batch = make_batch(pad=2)
         expected = self.looped_logits(batch)
         model = PeftModel.from_pretrained(tiny_model(), self.output)
-        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         plain = self.base(batch["input_ids"], batch["attention_mask"]).logits
         assert (expected - plain).abs().max() > 0.1
 
