@@ -336,6 +336,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_message(run, monkeypatch, writer,
 WRITERS = {
     "Python": lambda path: path.write_bytes(bytes(1000)),
     "torch": lambda path: torch.save(torch.zeros(1000), path),
+    "torch, when closing the file": lambda path: torch.save(torch.zeros(1), path),
     "safetensors": lambda path: save_file({"zeros": torch.zeros(1000)}, path),
     "tokenizers": lambda path: tiny_tokenizer().backend_tokenizer.save(str(path)),
 }

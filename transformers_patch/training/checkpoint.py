@@ -22,7 +22,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 STATE = "trainer_state.json"
 UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS}
-TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container.*unexpected pos")
+TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container.*unexpected pos|basic_ios::clear")
 
 
 def checkpoint_problem(folder: Path, files: str = "**/*") -> str | None:
