@@ -73,7 +73,8 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._excluded:
             self._kept[storage._cdata] = storage
-        return tensor
+        # A node that keeps its own output would own itself, and never be freed, were this the tensor with its history.
+        return tensor.detach()
 
 
 class LiveBytes(TorchDispatchMode):
