@@ -2,28 +2,29 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.compute
 from filelock import FileLock
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import InputError
 from data.prompt import encode_prompt, encode_target, resolve_template
-from data.rows import Part, check_rows, find_files, generate_rows, split_files
+from data.rows import Block, check_rows, complete_rows, find_files, split_files
+from data.workers import map_blocks, worker_count
 
-# Part of every cache key: raise it when the encoding of a row changes.
-FORMAT_VERSION = 5
-MOST_WORKERS = 8
+# Part of every cache key: raise it when the encoding of a row or the files of an entry change.
+FORMAT_VERSION = 6
+ROWS_NAME = "rows.arrow"
+STATISTICS_NAME = "statistics.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def load_data(
     never meets stale tokens. A new entry is written aside and renamed; processes that want the same one wait.
 
     Args:
-        num_proc: processes that encode; None is one for each core, up to 8. A file of a few megabytes takes one,
+        num_proc: processes that check and encode; None is one for each core, up to 8. A few megabytes take one,
             whatever is said here; the result is the same in any case.
 
     Returns:
@@ -103,12 +104,12 @@ def load_data(
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(files, tokenizer, encoding, folder, num_proc)
-    statistics = DataStatistics(**json.loads((folder / "statistics.json").read_text()))
+    statistics = DataStatistics(**json.loads((folder / STATISTICS_NAME).read_text()))
     if not statistics.kept:
         raise InputError(
             f"{path}: no row has a label left within max_seq_length {encoding.max_seq_length}; raise max_seq_length"
         )
-    return datasets.load_from_disk(folder), statistics
+    return datasets.Dataset.from_file(str(folder / ROWS_NAME)), statistics
 
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
@@ -162,70 +163,50 @@ def _cache_key(files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: 
 def _build(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None
 ) -> None:
-    parts = split_files(files)
-    count = check_rows(parts, encoding.num_task_types, encoding.task_type_names)
+    workers = worker_count(files, num_proc)
+    total = check_rows(files, encoding.num_task_types, encoding.task_type_names, workers)
     aside = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
-    workers = min(num_proc or min(os.cpu_count(), MOST_WORKERS), len(parts))
-    try:
-        with _sigterm_ends_processes():
-            encoded = datasets.Dataset.from_generator(
-                _encode_parts,
-                features=_FEATURES,
-                gen_kwargs={"parts": parts, "tokenizer": tokenizer, "encoding": encoding},
-                cache_dir=str(aside / "work"),
-                num_proc=workers if workers > 1 else None,
+    aside.mkdir()
+    encode = partial(_encode_block, tokenizer=tokenizer, encoding=encoding)
+    counts = Counter()
+    with (
+        pyarrow.ipc.new_stream(aside / ROWS_NAME, _FEATURES.arrow_schema) as stream,
+        tqdm(desc="encoding rows", total=total, unit=" rows", delay=1) as bar,
+    ):
+        for batch, of_block in map_blocks(encode, split_files(files), workers):
+            stream.write_batch(batch)
+            counts.update(of_block)
+            bar.update(of_block["rows"])
+    (aside / STATISTICS_NAME).write_text(json.dumps(asdict(DataStatistics(**counts))))
+    aside.rename(folder)
+
+
+def _encode_block(
+    block: Block, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> tuple[pyarrow.RecordBatch, dict[str, int]]:
+    """The rows of a block that have a label left, and the counts of a `DataStatistics`."""
+    rows = complete_rows(block, encoding.task_type_names)
+    kept, truncated = [], 0
+    for row in rows:
+        prompt = encode_prompt(tokenizer, encoding.template, row["instruction"], row["input"])
+        target = encode_target(tokenizer, encoding.template, row["instruction"], row["input"], row["output"])
+        ids = (prompt + target)[: encoding.max_seq_length]
+        if len(ids) > len(prompt):
+            kept.append(
+                row | {"input_ids": ids, "prompt_length": len(prompt), "prompt_hash": _prompt_hash(row)}
             )
-    except datasets.exceptions.DatasetGenerationError:
-        for _ in _encode_parts(parts, tokenizer, encoding):
-            pass  # a row that cannot be encoded raises its own message here, which other processes do not pass on
-        raise
-    columns = encoded.select_columns(["supervised_length", "is_truncated"]).with_format("numpy")[:]
-    is_kept = columns["supervised_length"] > 0
-    statistics = DataStatistics(
-        rows=count,
-        kept=int(is_kept.sum()),
-        truncated=int(columns["is_truncated"][is_kept].sum()),
-        dropped=count - int(is_kept.sum()),
-        tokens=int(row_lengths(encoded)[is_kept].sum()),
-        supervised_tokens=int(columns["supervised_length"].sum()),
-    )
-    kept = encoded if is_kept.all() else encoded.select(np.flatnonzero(is_kept))
-    kept.remove_columns(["supervised_length", "is_truncated"]).save_to_disk(aside / "data")
-    (aside / "data" / "statistics.json").write_text(json.dumps(asdict(statistics)))
-    (aside / "data").rename(folder)
-    shutil.rmtree(aside)
-
-
-@contextmanager
-def _sigterm_ends_processes() -> Iterator[None]:
-    """A context in which forked processes do not inherit a handler of SIGTERM: it is how their pool ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _encode_parts(parts: list[Part], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[dict]:
-    for row in generate_rows(parts, encoding.task_type_names):
-        yield row | _encode_row(row, tokenizer, encoding)
-
-
-def _encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> dict:
-    prompt = encode_prompt(tokenizer, encoding.template, row["instruction"], row["input"])
-    target = encode_target(tokenizer, encoding.template, row["instruction"], row["input"], row["output"])
-    ids = (prompt + target)[: encoding.max_seq_length]
-    return {
-        "input_ids": ids,
-        "prompt_length": len(prompt),
-        "prompt_hash": _prompt_hash(row),
-        "supervised_length": max(len(ids) - len(prompt), 0),
-        "is_truncated": len(ids) < len(prompt) + len(target),
+            truncated += len(ids) < len(prompt) + len(target)
+    tokens = sum(len(row["input_ids"]) for row in kept)
+    counts = {
+        "rows": len(rows),
+        "kept": len(kept),
+        "truncated": truncated,
+        "dropped": len(rows) - len(kept),
+        "tokens": tokens,
+        "supervised_tokens": tokens - sum(row["prompt_length"] for row in kept),
     }
+    return pyarrow.RecordBatch.from_pylist(kept, schema=_FEATURES.arrow_schema), counts
 
 
 _FEATURES = datasets.Features(
@@ -240,7 +221,5 @@ _FEATURES = datasets.Features(
         "input_ids": datasets.List(datasets.Value("int32")),
         "prompt_length": datasets.Value("int32"),
         "prompt_hash": datasets.Value("int64"),
-        "supervised_length": datasets.Value("int32"),
-        "is_truncated": datasets.Value("bool"),
     }
 )

@@ -1,13 +1,14 @@
-"""Rows of instruction data: finding the files, reading them row by row, checking every row.
+"""Rows of instruction data: finding the files, reading them block by block, checking every row.
 
 A row has the string fields `instruction`, `input` (may be empty or missing) and `output`, an optional `task_type` (a
 number, or a name where the run has names for them), an optional string `task` that names the kind of task, and an
 optional list `aliases` of other answers that are right, which evaluation alone looks at. Files are JSON (a list of
-rows), JSON Lines or Parquet; the last two are streamed in parts, so their size does not matter.
+rows), JSON Lines or Parquet; the last two are streamed, so their size does not matter.
 """
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,30 +17,30 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.workers import map_blocks
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 UNLABELLED = -1
 MOST_PROBLEMS_SHOWN = 10
 # The last is what nesting without end gives.
 NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
-# JSON Lines are cut into parts of about so many bytes, which processes share.
-BYTES_OF_A_PART = 2**23
+# About how many bytes of JSON Lines make a block, and how many rows of the other kinds.
+BYTES_OF_A_BLOCK = 2**18
+ROWS_OF_A_BLOCK = 1000
 
 
-class Part(NamedTuple):
-    """A stretch of a data file that can be read by itself.
+class Block(NamedTuple):
+    """Consecutive rows of a data file.
 
     Args:
         file: the data file.
-        first: number of its first row (in JSON Lines, of its first line), counting from 1.
-        start, end: first byte and the one behind the last (JSON Lines); first row group and the one behind the last
-            (Parquet); of no meaning in JSON, which is one part.
+        first: number of the first row (in JSON Lines, of the first line), counting from 1.
+        content: lines of JSON Lines as they stand in the file; else the rows.
     """
 
     file: Path
-    first: int = 1
-    start: int = 0
-    end: int = 0
+    first: int
+    content: bytes | list[object]
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -61,30 +62,33 @@ def find_files(path: str | Path) -> list[Path]:
     return [path]
 
 
-def split_files(files: list[Path]) -> list[Part]:
-    """The files in parts, in their order.
+def split_files(files: list[Path]) -> Iterator[Block]:
+    """The rows of the files in blocks, in their order.
 
     Raises:
-        InputError: a file is empty, or no Parquet file although its name says so.
+        InputError: a file is empty or is not what its name says.
     """
-    splitters = {".json": lambda file: iter([Part(file)]), ".jsonl": _split_json_lines, ".parquet": _split_parquet}
+    splitters = {".json": _split_json, ".jsonl": _split_json_lines, ".parquet": _split_parquet}
     for file in files:
         if file.stat().st_size == 0:
             raise InputError(f"{file}: the file is empty")
-    return [part for file in files for part in splitters[file.suffix](file)]
+    for file in files:
+        yield from splitters[file.suffix](file)
 
 
-def read_part(part: Part) -> Iterator[tuple[int, object]]:
-    """Raw rows of a part with their numbers, counting from 1 in the file; in JSON Lines the number is the line's.
+def read_block(block: Block) -> Iterator[tuple[int, object]]:
+    """Raw rows of a block with their numbers, counting from 1 in the file; in JSON Lines the number is the line's.
 
     Raises:
-        InputError: the file is not what its name says.
+        InputError: a line is not JSON.
     """
-    readers = {".json": _read_json, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
-    return readers[part.file.suffix](part)
+    if isinstance(block.content, bytes):
+        yield from _read_json_lines(block)
+    else:
+        yield from enumerate(block.content, start=block.first)
 
 
-def check_rows(parts: list[Part], num_task_types: int, task_type_names: Sequence[str] = ()) -> int:
+def check_rows(files: list[Path], num_task_types: int, task_type_names: Sequence[str] = (), num_proc: int = 1) -> int:
     """Read every row once and check it. Returns the number of rows.
 
     Raises:
@@ -92,18 +96,19 @@ def check_rows(parts: list[Part], num_task_types: int, task_type_names: Sequence
     """
     problems: list[str] = []
     count = 0
-    for part in tqdm(parts, desc="checking rows", unit="part", disable=len(parts) < 2):
-        for number, row in read_part(part):
-            count += 1
-            if problem := row_problem(row, num_task_types, task_type_names):
-                problems.append(f"{part.file}: row {number}: {problem}")
+    check = partial(_check_block, num_task_types=num_task_types, task_type_names=task_type_names)
+    with tqdm(desc="checking rows", unit=" rows", delay=1) as bar:
+        for rows, found in map_blocks(check, split_files(files), num_proc):
+            bar.update(rows)
+            count += rows
+            problems += found
             if len(problems) > MOST_PROBLEMS_SHOWN:
-                raise InputError("\n".join([*problems[:-1], "... and perhaps more; mend these first"]))
+                shown = problems[:MOST_PROBLEMS_SHOWN]
+                raise InputError("\n".join([*shown, "... and perhaps more; mend these first"]))
     if problems:
         raise InputError("\n".join(problems))
     if not count:
-        names = dict.fromkeys(str(part.file) for part in parts)
-        raise InputError(f"{', '.join(names)}: there is no row")
+        raise InputError(f"{', '.join(map(str, files))}: there is no row")
     return count
 
 
@@ -136,82 +141,78 @@ def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str]
     return None
 
 
-def generate_rows(parts: list[Part], task_type_names: Sequence[str] = ()) -> Iterator[dict]:
+def complete_rows(block: Block, task_type_names: Sequence[str] = ()) -> list[dict]:
     """Checked rows with every field present; a missing task type is -1, a missing `input`, `task` or `aliases` empty,
     and a name of a task type is its number.
 
     `source` says where a row comes from.
     """
-    for part in parts:
-        for number, row in read_part(part):
-            task_type = row.get("task_type")
-            if isinstance(task_type, str):
-                task_type = task_type_names.index(task_type)
-            yield {
+    rows = []
+    for number, row in read_block(block):
+        task_type = row.get("task_type")
+        if isinstance(task_type, str):
+            task_type = task_type_names.index(task_type)
+        rows.append(
+            {
                 "instruction": row["instruction"],
                 "input": row.get("input") or "",
                 "output": row["output"],
                 "task_type": UNLABELLED if task_type is None else task_type,
                 "task": row.get("task") or "",
                 "aliases": row.get("aliases") or [],
-                "source": f"{part.file.name} row {number}",
+                "source": f"{block.file.name} row {number}",
             }
+        )
+    return rows
 
 
-def _split_json_lines(file: Path) -> Iterator[Part]:
-    size, start, first = file.stat().st_size, 0, 1
+def _check_block(block: Block, num_task_types: int, task_type_names: Sequence[str]) -> tuple[int, list[str]]:
+    """The number of rows, and what is wrong with them."""
+    rows = list(read_block(block))
+    return len(rows), [
+        f"{block.file}: row {number}: {problem}"
+        for number, row in rows
+        if (problem := row_problem(row, num_task_types, task_type_names))
+    ]
+
+
+def _split_json(file: Path) -> Iterator[Block]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except NOT_JSON as error:
+        raise InputError(f"{file}: not JSON ({error}); JSON Lines files are named .jsonl") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{file}: holds {_shown(rows)}, but a .json file has to be a list of rows")
+    for start in range(0, len(rows), ROWS_OF_A_BLOCK):
+        yield Block(file, start + 1, rows[start : start + ROWS_OF_A_BLOCK])
+
+
+def _split_json_lines(file: Path) -> Iterator[Block]:
+    first = 1
     with file.open("rb") as stream:
-        while start < size:
-            text = stream.read(BYTES_OF_A_PART) + stream.readline()
-            yield Part(file, first, start, start + len(text))
-            first, start = first + text.count(b"\n"), start + len(text)
+        while lines := stream.read(BYTES_OF_A_BLOCK) + stream.readline():
+            yield Block(file, first, lines)
+            first += lines.count(b"\n")
 
 
-def _split_parquet(file: Path) -> Iterator[Part]:
+def _read_json_lines(block: Block) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(block.content.split(b"\n"), start=block.first):
+        if line.strip():
+            try:
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except NOT_JSON as error:
+                raise InputError(f"{block.file}: row {number}: not JSON ({error})") from None
+
+
+def _split_parquet(file: Path) -> Iterator[Block]:
     first = 1
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            for group in range(table.num_row_groups):
-                yield Part(file, first, group, group + 1)
-                first += table.metadata.row_group(group).num_rows
+            for batch in table.iter_batches(ROWS_OF_A_BLOCK):
+                yield Block(file, first, batch.to_pylist())
+                first += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{file}: not a readable Parquet file ({error})") from None
-
-
-def _read_json(part: Part) -> Iterator[tuple[int, object]]:
-    try:
-        rows = json.loads(part.file.read_text(encoding="utf-8-sig"))
-    except NOT_JSON as error:
-        raise InputError(f"{part.file}: not JSON ({error}); JSON Lines files are named .jsonl") from None
-    if not isinstance(rows, list):
-        raise InputError(f"{part.file}: holds {_shown(rows)}, but a .json file has to be a list of rows")
-    yield from enumerate(rows, start=1)
-
-
-def _read_json_lines(part: Part) -> Iterator[tuple[int, object]]:
-    with part.file.open("rb") as lines:
-        lines.seek(part.start)
-        number = part.first
-        while lines.tell() < part.end:
-            line = lines.readline()
-            if line.strip():
-                try:
-                    yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except NOT_JSON as error:
-                    raise InputError(f"{part.file}: row {number}: not JSON ({error})") from None
-            number += 1
-
-
-def _read_parquet(part: Part) -> Iterator[tuple[int, object]]:
-    number = part.first
-    try:
-        with pyarrow.parquet.ParquetFile(part.file) as table:
-            for batch in table.iter_batches(row_groups=range(part.start, part.end)):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{part.file}: not a readable Parquet file ({error})") from None
 
 
 def _is_unicode(text: str) -> bool:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
 from data import TEMPLATES, AnswerFile, InputError, encode_prompt, file_hash
-from data.rows import find_files, read_part, row_problem, split_files
+from data.rows import find_files, read_block, row_problem, split_files
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.command_line import flag, parse_flags, refuse, run_verb
 from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
@@ -127,12 +127,12 @@ def load_prompts(path: str) -> list[dict]:
         InputError: a file or row is bad, or there is no row.
     """
     rows, problems = [], []
-    for part in split_files(find_files(path)):
-        for number, row in read_part(part):
+    for block in split_files(find_files(path)):
+        for number, row in read_block(block):
             # What the row expects as an answer is of no concern here.
             texts = {**row, "output": "any", "task_type": None} if isinstance(row, dict) else row
             if problem := row_problem(texts, num_task_types=1):
-                problems.append(f"{part.file}: row {number}: {problem}")
+                problems.append(f"{block.file}: row {number}: {problem}")
             rows.append(row)
     refuse(problems)
     if not rows:

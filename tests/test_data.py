@@ -1,7 +1,11 @@
 """Rows, prompts, encoded data sets and batches."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -10,8 +14,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, example_rows
+from filelock import FileLock
 
 import data.rows
+import data.workers
 from data import (
     Collator,
     Encoding,
@@ -23,7 +29,8 @@ from data import (
     resolve_template,
     row_lengths,
 )
-from data.rows import read_part, split_files
+from data.rows import read_block, split_files
+from data.workers import map_blocks
 
 ENCODING = Encoding(template="plain", max_seq_length=256, num_task_types=2)
 GOOD = {"instruction": "Say", "input": "", "output": "yes", "task_type": 1}
@@ -262,9 +269,11 @@ def test_an_interrupted_build_is_repeated(tmp_path, tokenizer, data_file, monkey
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    """JSON Lines fall into parts of a few rows, as large files do."""
-    monkeypatch.setattr(data.rows, "BYTES_OF_A_PART", 200)
+def small_blocks(monkeypatch):
+    """Blocks of a few rows, which processes share as they share those of large files."""
+    monkeypatch.setattr(data.rows, "BYTES_OF_A_BLOCK", 200)
+    monkeypatch.setattr(data.rows, "ROWS_OF_A_BLOCK", 7)
+    monkeypatch.setattr(data.workers, "BYTES_WORTH_A_WORKER", 200)
 
 
 def write_lines(file: Path, rows: list) -> Path:
@@ -272,17 +281,57 @@ def write_lines(file: Path, rows: list) -> Path:
     return file
 
 
-def test_several_processes_encode_the_same(tmp_path, tokenizer, small_parts):
-    file = write_lines(tmp_path / "rows.jsonl", example_rows(50))
-    assert len(split_files([file])) > 10
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_several_processes_encode_the_same(tmp_path, tokenizer, small_blocks, kind):
+    rows = example_rows(50)
+    file = tmp_path / f"rows.{kind}"
+    if kind == "json":
+        file.write_text(json.dumps(rows))
+    elif kind == "jsonl":
+        write_lines(file, rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    assert len(list(split_files([file]))) > 5
     one, counts = load(file, tokenizer, tmp_path / "one", num_proc=1)
     three, same_counts = load(file, tokenizer, tmp_path / "three", num_proc=3)
     assert one.to_list() == three.to_list()
     assert counts == same_counts
-    assert [row["source"] for row in one] == [f"rows.jsonl row {number}" for number in range(1, 51)]
+    assert [row["source"] for row in one] == [f"rows.{kind} row {number}" for number in range(1, 51)]
 
 
-def test_a_handler_of_sigterm_does_not_keep_processes_from_ending(tmp_path, tokenizer, small_parts):
+# Two processes that hold a lock as their parent does, and say which ones they are.
+WORKING = """
+import sys, time
+from pathlib import Path
+from filelock import FileLock
+from data.workers import map_blocks
+
+def work(block):
+    Path(sys.argv[1], f"started-{block}").touch()
+    time.sleep(100)
+
+with FileLock(Path(sys.argv[1], "lock")):
+    list(map_blocks(work, range(2), 2))
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    """They would hold the lock that it held, and the next identical call would wait for them."""
+    with subprocess.Popen([sys.executable, "-c", WORKING, str(tmp_path)], cwd=ROOT) as parent:
+        while len(list(tmp_path.glob("started-*"))) < 2:
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    with FileLock(tmp_path / "lock", timeout=20):
+        pass
+
+
+def test_a_process_that_is_ended_from_outside_is_one_message():
+    with pytest.raises(InputError, match="was ended from outside, perhaps for lack of memory"):
+        list(map_blocks(os._exit, range(3), 2))
+
+
+def test_a_handler_of_sigterm_does_not_keep_processes_from_ending(tmp_path, tokenizer, small_blocks):
     def handler(number, frame):
         pass
 
@@ -295,21 +344,23 @@ def test_a_handler_of_sigterm_does_not_keep_processes_from_ending(tmp_path, toke
         signal.signal(signal.SIGTERM, before)
 
 
-def test_parts_of_a_file_are_all_of_its_rows(tmp_path, small_parts):
+def test_blocks_of_a_file_are_all_of_its_rows(tmp_path, small_blocks):
     rows = example_rows(30)
     file = tmp_path / "rows.jsonl"
     file.write_text("\n\n".join(json.dumps(row) for row in rows))  # empty lines between, no line end at the end
-    parts = split_files([file])
-    assert len(parts) > 5
-    assert [row for part in parts for _, row in read_part(part)] == rows
-    assert [number for part in parts for number, _ in read_part(part)] == list(range(1, 60, 2))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=7)
-    parts = split_files([tmp_path / "rows.parquet"])
-    assert [part.first for part in parts] == [1, 8, 15, 22, 29]
-    assert [row for part in parts for _, row in read_part(part)] == rows
+    blocks = list(split_files([file]))
+    assert len(blocks) > 5
+    assert [row for block in blocks for _, row in read_block(block)] == rows
+    assert [number for block in blocks for number, _ in read_block(block)] == list(range(1, 60, 2))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=9)
+    blocks = list(split_files([tmp_path / "rows.parquet"]))
+    assert blocks[0].first == 1
+    assert blocks[1].first == 8
+    assert [row for block in blocks for _, row in read_block(block)] == rows
+    assert [number for block in blocks for number, _ in read_block(block)] == list(range(1, 31))
 
 
-def test_bad_rows_far_behind_are_named(tmp_path, tokenizer, small_parts):
+def test_bad_rows_far_behind_are_named(tmp_path, tokenizer, small_blocks):
     rows = [*example_rows(40), {"instruction": "Say"}, *example_rows(3), {"instruction": "Say", "output": 3}]
     file = write_lines(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InputError) as caught:
@@ -317,7 +368,7 @@ def test_bad_rows_far_behind_are_named(tmp_path, tokenizer, small_parts):
     assert [line.split(":")[1].strip() for line in str(caught.value).splitlines()] == ["row 41", "row 45"]
 
 
-def test_a_row_that_the_template_cannot_hold_is_one_message(tmp_path, tokenizer, small_parts):
+def test_a_row_that_the_template_cannot_hold_is_one_message(tmp_path, tokenizer, small_blocks):
     tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{{ turn.content }}{% endfor %}"
     rows, chat = [*example_rows(20), {"instruction": "Say </s>", "output": "it"}], Encoding("chat", 256, 2)
     for processes in (1, 2):
@@ -325,7 +376,7 @@ def test_a_row_that_the_template_cannot_hold_is_one_message(tmp_path, tokenizer,
             load(write_lines(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path, chat, num_proc=processes)
 
 
-def test_an_edited_row_means_another_entry(tmp_path, tokenizer, small_parts):
+def test_an_edited_row_means_another_entry(tmp_path, tokenizer, small_blocks):
     rows = example_rows(40)
     before = load(write_lines(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path)[0].to_list()
     rows[33]["output"] = rows[33]["output"].replace("33", "34")

@@ -177,7 +177,7 @@ class DataArguments:
         "auto", "plain, chat (the tokenizer's own template), or auto (chat where there is one)"
     )
     data_cache_dir: str = _flag(".cache/data", "folder of encoded data sets, keyed by content")
-    preprocessing_num_workers: int | None = _flag(None, "processes that encode rows")
+    preprocessing_num_workers: int | None = _flag(None, "processes that check and encode rows")
 
 
 @dataclass
