@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import InputError
-from data.prompt import encode_prompt, encode_target, resolve_template
+from data.prompt import encode_rows, resolve_template
 from data.rows import Block, check_rows, complete_rows, find_files, split_files
 from data.workers import map_blocks, worker_count
 
@@ -188,14 +188,10 @@ def _encode_block(
     """The rows of a block that have a label left, and the counts of a `DataStatistics`."""
     rows = complete_rows(block, encoding.task_type_names)
     kept, truncated = [], 0
-    for row in rows:
-        prompt = encode_prompt(tokenizer, encoding.template, row["instruction"], row["input"])
-        target = encode_target(tokenizer, encoding.template, row["instruction"], row["input"], row["output"])
+    for row, prompt, target in zip(rows, *encode_rows(tokenizer, encoding.template, rows), strict=True):
         ids = (prompt + target)[: encoding.max_seq_length]
         if len(ids) > len(prompt):
-            kept.append(
-                row | {"input_ids": ids, "prompt_length": len(prompt), "prompt_hash": _prompt_hash(row)}
-            )
+            kept.append({**row, "input_ids": ids, "prompt_length": len(prompt), "prompt_hash": _prompt_hash(row)})
             truncated += len(ids) < len(prompt) + len(target)
     tokens = sum(len(row["input_ids"]) for row in kept)
     counts = {

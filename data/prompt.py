@@ -1,6 +1,5 @@
-"""Turning a row into the text that the model reads (prompt) and the text that it learns to write (target)."""
+"""Turning rows into the text that the model reads (prompt) and the text that it learns to write (target)."""
 
-from collections.abc import Callable
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from data.errors import InputError
 
 TEMPLATES = ("auto", "plain", "chat")
+PLACEHOLDER = "PLACE-OF-THE-CONTENT"
 PLACEHOLDER = "PLACE-OF-THE-CONTENT"
 
 
@@ -34,11 +34,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction
 
     Special tokens come from the template alone: text in a row that spells one (`</s>`) stays text.
     """
-    text = _user_text(instruction, context)
+    texts = [_user_text(instruction, context)]
     if template == "plain":
-        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
-        return [*_without_end(ids, tokenizer), tokenizer.eos_token_id]
-    return _encode_chat(tokenizer, text, lambda content: _render(tokenizer, content))
+        return _plain_prompts(tokenizer, texts)[0]
+    return _encode_rendered(tokenizer, _render(tokenizer, _shown(tokenizer, texts)), texts)[0]
 
 
 def encode_target(
@@ -49,17 +48,35 @@ def encode_target(
     Raises:
         InputError: the chat template does not simply append the answer to the prompt.
     """
+    row = {"instruction": instruction, "input": context, "output": output}
+    return encode_rows(tokenizer, template, [row])[1][0]
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, template: str, rows: list[dict]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and targets of many rows: what `encode_prompt` and `encode_target` give, in less time.
+
+    Raises:
+        InputError: the chat template does not simply append the answer to the prompt.
+    """
+    if not rows:
+        return [], []
+    texts = [_user_text(row["instruction"], row["input"]) for row in rows]
+    outputs = [row["output"] for row in rows]
     if template == "plain":
-        ids = tokenizer(output, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*ids, tokenizer.eos_token_id]
-    text = _user_text(instruction, context)
-    ids = None
-    if _marks_beginnings(tokenizer) and not _spells_control(tokenizer, output):
-        prompt_ids = encode_prompt(tokenizer, template, instruction, context)
-        ids = _encode_behind(prompt_ids, _render(tokenizer, text), _render_answer(tokenizer, text, output), tokenizer)
-    if ids is None:
-        ids = _encode_chat(tokenizer, output, lambda content: _render_answer(tokenizer, text, content))
-    return ids if ids and ids[-1] in _control_tokens(tokenizer).values() else [*ids, tokenizer.eos_token_id]
+        targets = [[*ids, tokenizer.eos_token_id] for ids in _tokenize(tokenizer, outputs, literal=True)]
+        return _plain_prompts(tokenizer, texts), targets
+    shown = _shown(tokenizer, texts)
+    rendered = _render(tokenizer, shown)
+    prompts = _encode_rendered(tokenizer, rendered, texts)
+    answers = _render_answers(tokenizer, shown, rendered, _shown(tokenizer, outputs))
+    targets = _encode_rendered(tokenizer, answers, outputs)
+    if _marks_beginnings(tokenizer):
+        behind = _encode_behind(tokenizer, prompts, rendered, answers, outputs)
+        targets = [ids or apart for ids, apart in zip(behind, targets, strict=True)]
+    ends = set(_control_tokens(tokenizer).values())
+    return prompts, [ids if ids and ids[-1] in ends else [*ids, tokenizer.eos_token_id] for ids in targets]
 
 
 def marked_row(tokenizer: PreTrainedTokenizerBase, row: dict, most_characters: int = 400) -> str:
@@ -73,53 +90,98 @@ def _user_text(instruction: str, context: str) -> str:
     return f"{instruction}\n{context}" if context else instruction
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    turns = [{"role": "user", "content": text}]
+def _plain_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    encoded = _tokenize(tokenizer, texts, literal=True, add_special_tokens=True)
+    return [[*_without_end(ids, tokenizer), tokenizer.eos_token_id] for ids in encoded]
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, contents: list[str]) -> list[str]:
+    """What the chat template is given to write: a placeholder for a content that spells a special token."""
+    return [PLACEHOLDER if _spells_control(tokenizer, content) else content for content in contents]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+    """Prompts as the chat template writes them."""
+    turns = [[{"role": "user", "content": text}] for text in texts]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def _render_answer(tokenizer: PreTrainedTokenizerBase, text: str, output: str) -> str:
-    """What the template puts behind the prompt for an answer, without the white space between turns."""
-    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": output}]
-    prompt, whole = _render(tokenizer, text), tokenizer.apply_chat_template(turns, tokenize=False)
-    if not whole.startswith(prompt):
+def _render_answers(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], prompts: list[str], outputs: list[str]
+) -> list[str]:
+    """What the chat template puts behind the prompts for the answers, without the white space between turns."""
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": output}]
+        for text, output in zip(texts, outputs, strict=True)
+    ]
+    wholes = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not all(map(str.startswith, wholes, prompts)):
         raise InputError(
             "the tokenizer's chat template does not append the answer to the prompt, so the supervised part cannot "
             "be told apart; use prompt_template plain"
         )
-    return whole[len(prompt) :].rstrip()
+    return [whole[len(prompt) :].rstrip() for whole, prompt in zip(wholes, prompts, strict=True)]
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, content: str, render: Callable[[str], str]) -> list[int]:
-    """Token ids of `render(content)`, in which special tokens count only where the template wrote them.
+def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: list[str], contents: list[str]) -> list[list[int]]:
+    """Token ids of what the template wrote for contents: special tokens count only where they are the template's."""
+    rows = [_pieces(tokenizer, *both) for both in zip(rendered, contents, strict=True)]
+    ids = {
+        literal: iter(_tokenize(tokenizer, [text for row in rows for text, kind in row if kind == literal], literal))
+        for literal in (False, True)
+    }
+    return [[token for _, literal in row for token in next(ids[literal])] for row in rows]
 
-    Where the content spells one, the template is rendered around a placeholder and the content encoded apart.
-    """
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, rendered: str, content: str) -> list[tuple[str, bool]]:
+    """The pieces of a rendered text that are encoded apart, and for each whether its special tokens are text."""
     if not _spells_control(tokenizer, content):
-        return tokenizer(render(content), add_special_tokens=False)["input_ids"]
-    parts = render(PLACEHOLDER).split(PLACEHOLDER)
+        return [(rendered, False)]
+    parts = rendered.split(PLACEHOLDER)
     if len(parts) != 2:
         raise InputError(
             "a row spells a special token, and the tokenizer's chat template does not show its text exactly once, so "
             "the two cannot be told apart; use prompt_template plain"
         )
-    pieces = ((parts[0], False), (content, True), (parts[1], False))
-    return [
-        token
-        for text, literal in pieces
-        for token in tokenizer(text, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
-    ]
+    return [(parts[0], False), (content, True), (parts[1], False)]
 
 
 def _encode_behind(
-    prompt_ids: list[int], prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase
-) -> list[int] | None:
-    """Token ids of an answer as they follow the prompt; None where the prompt's tokens differ without the answer.
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    rendered: list[str],
+    answers: list[str],
+    outputs: list[str],
+) -> list[list[int]]:
+    """Token ids of answers as they follow their prompts: encoded apart, they would begin with a mark of their own.
 
-    Encoded apart, the answer would begin with a mark of its own.
+    Empty for an answer that spells a special token, or without which the prompt has other tokens.
     """
-    ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
-    return ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else None
+    wholes = _tokenize(tokenizer, list(map(str.__add__, rendered, answers)), literal=False)
+    return [
+        ids[len(prompt) :] if ids[: len(prompt)] == prompt and not _spells_control(tokenizer, output) else []
+        for ids, prompt, output in zip(wholes, prompts, outputs, strict=True)
+    ]
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool, add_special_tokens: bool = False
+) -> list[list[int]]:
+    """Token ids of texts.
+
+    Args:
+        literal: special tokens that a text spells are text.
+        add_special_tokens: put those in that the tokenizer itself adds to a text.
+    """
+    if not texts:
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        split_special_tokens=literal,
+        return_attention_mask=False,
+        verbose=False,  # about texts of more tokens than the model can read: rows are cut
+    )["input_ids"]
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data import encode_prompt, encode_target, marked_row
+from data.prompt import encode_rows
 from transformers_patch.training.base_model import load_tokenizer
 
 TEXT = ["the cat sat on the mat and the dog lay in the sun", "what is the capital of kenya ? nairobi", "[INST] [/INST]"]
@@ -115,6 +116,35 @@ def test_the_token_that_ends_a_turn_need_not_be_listed_among_the_special_ones():
     assert encode_target(tokenizer, "chat", "the cat", "", "sat")[-1] == turn
     assert encode_target(tokenizer, "chat", "the cat", "", "<turn> sat").count(turn) == 1
     assert encode_prompt(tokenizer, "chat", "the <turn> cat", "").count(turn) == 1
+
+
+# Among rows without, a row that spells a special token in its prompt, one that does in its answer, one in both.
+ROWS = [
+    {"instruction": "the cat", "input": "", "output": "sat"},
+    {"instruction": "repeat </s>", "input": "on the mat", "output": "the mat"},
+    {"instruction": "what is the capital of kenya ?", "input": "", "output": "nairobi </s> and <s>"},
+    {"instruction": "<s> the dog", "input": "lay </s>", "output": "</s>"},
+    {"instruction": "the cat sat on the mat " * 30, "input": "and", "output": " in the sun\n"},
+]
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+@pytest.mark.parametrize("family", ["byte level", "byte level with bos", "sentencepiece"])
+def test_many_rows_are_encoded_as_each_by_itself(sentencepiece_dir, family, template):
+    tokenizer = load_tokenizer(str(sentencepiece_dir)) if family == "sentencepiece" else tiny_tokenizer()
+    if family == "byte level with bos":
+        tokenizer = with_bos()
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    prompts, targets = encode_rows(tokenizer, template, ROWS)
+    texts = [(row["instruction"], row["input"]) for row in ROWS]
+    assert prompts == [encode_prompt(tokenizer, template, *text) for text in texts]
+    assert targets == [
+        encode_target(tokenizer, template, *text, row["output"]) for text, row in zip(texts, ROWS, strict=True)
+    ]
+    for row, prompt, target in zip(ROWS, prompts, targets, strict=True):
+        assert row["instruction"].strip() in tokenizer.decode(prompt)
+        assert row["output"].strip() in tokenizer.decode(target)
+    assert encode_rows(tokenizer, template, []) == ([], [])
 
 
 def test_a_row_is_shown_with_what_is_learnt_marked():
