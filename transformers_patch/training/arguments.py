@@ -17,8 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from data import ORDERS, TEMPLATES, InputError
 from peft import LoraConfig, TaskType
-from transformers_patch.command_line import FlagParser, refuse
-from transformers_patch.command_line import flag as _flag
+from transformers_patch.command_line import FlagParser, flag, refuse
 
 # LoraConfig's field names, as the command line spells them.
 FLAG_OF_FIELD = {
@@ -72,45 +71,43 @@ RANGES = (
 class ModelArguments:
     """The base model and the adapter on it."""
 
-    model_name_or_path: str | None = _flag(None, "base model: a local folder or a hub id")
-    tokenizer_name_or_path: str | None = _flag(None, "tokenizer, where it is not the base model's")
-    tuning: Literal["loramoe", "full"] = _flag("loramoe", "loramoe trains experts and routers; full trains all weights")
-    peft_path: str | None = _flag(None, "adapter folder to continue from, instead of a fresh adapter")
-    lora_rank: int = _flag(4, "rank of each expert")
-    lora_alpha: float = _flag(32, "the experts' output is scaled by lora_alpha / lora_rank")
-    lora_nums: int = _flag(6, "experts per adapted Linear; 1 is plain LoRA")
-    lora_top_k: int | None = _flag(None, "experts that take part for a token, at least 2; all where not given or 0")
-    lora_shared_A: bool | None = _flag(None, "one A for all experts of a Linear, which then differ in B alone")
-    lora_dropout: float = _flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
-    trainable: str = _flag(
+    model_name_or_path: str | None = flag(None, "base model: a local folder or a hub id")
+    tokenizer_name_or_path: str | None = flag(None, "tokenizer, where it is not the base model's")
+    tuning: Literal["loramoe", "full"] = flag("loramoe", "loramoe trains experts and routers; full trains all weights")
+    peft_path: str | None = flag(None, "adapter folder to continue from, instead of a fresh adapter")
+    lora_rank: int = flag(4, "rank of each expert")
+    lora_alpha: float = flag(32, "the experts' output is scaled by lora_alpha / lora_rank")
+    lora_nums: int = flag(6, "experts per adapted Linear; 1 is plain LoRA")
+    lora_top_k: int | None = flag(None, "experts that take part for a token, at least 2; all where not given or 0")
+    lora_shared_A: bool | None = flag(None, "one A for all experts of a Linear, which then differ in B alone")
+    lora_dropout: float = flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
+    trainable: str = flag(
         "auto",
         "Linears to adapt: names separated by commas; all-linear (every one but the output embedding); a regular "
         "expression that whole dotted names have to match; or auto, the architecture's feed-forward Linears",
     )
-    layers_to_transform: str | None = _flag(None, "numbers of the layers to adapt, from 0, separated by commas")
-    modules_to_save: str | None = _flag(
+    layers_to_transform: str | None = flag(None, "numbers of the layers to adapt, from 0, separated by commas")
+    modules_to_save: str | None = flag(
         None,
         "names of modules to train in full and to save with the adapter, separated by commas: embed_tokens,lm_head",
     )
-    blc_alpha: float = _flag(0.1, "delta of the balance term, in [0, 1): how far a group is drawn to its task type")
-    blc_weight: float = _flag(0.1, "beta, the weight of the balance term in the loss; 0 turns it off")
-    blc_reference: bool = _flag(
+    blc_alpha: float = flag(0.1, "delta of the balance term, in [0, 1): how far a group is drawn to its task type")
+    blc_weight: float = flag(0.1, "beta, the weight of the balance term in the loss; 0 turns it off")
+    blc_reference: bool = flag(
         False, "the statistic of the authors' code in the balance term: padding counts, each process for itself"
     )
-    num_task_types: int | None = _flag(None, "number of task types K; by default that of --task_types, or else 2")
-    task_types: str | None = _flag(
+    num_task_types: int | None = flag(None, "number of task types K; by default that of --task_types, or else 2")
+    task_types: str | None = flag(
         None, "names of the task types, separated by commas, which rows may use in place of the numbers 0, 1, ..."
     )
-    expert_groups: str | None = _flag(
+    expert_groups: str | None = flag(
         None, "numbers of experts of the task types' groups, separated by commas; equal groups where not given"
     )
-    output_router_logits: bool | None = _flag(
+    output_router_logits: bool | None = flag(
         None, "add the router loss of a base model that is a mixture of experts itself, and log it as aux_loss"
     )
-    load_in_kbits: int = _flag(16, "4 (nf4) or 8 (int8) quantises the frozen base model; 16 leaves it as it is")
-    attn_implementation: str = _flag(
-        "auto", "attention kernel; auto takes FlashAttention 2 where it can run, else sdpa"
-    )
+    load_in_kbits: int = flag(16, "4 (nf4) or 8 (int8) quantises the frozen base model; 16 leaves it as it is")
+    attn_implementation: str = flag("auto", "attention kernel; auto takes FlashAttention 2 where it can run, else sdpa")
 
     def lora_config(self) -> LoraConfig:
         """Raises ValueError where a value is out of range."""
@@ -170,39 +167,37 @@ def _targets(text: str) -> list[str] | str | None:
 class DataArguments:
     """The rows and how they become tokens."""
 
-    dataset_dir: str | None = _flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
-    validation_file: str | None = _flag(None, "evaluation rows, file or folder; without it nothing is evaluated")
-    max_seq_length: int = _flag(1024, "longest row in tokens; longer ones are cut at the end")
-    prompt_template: str = _flag(
-        "auto", "plain, chat (the tokenizer's own template), or auto (chat where there is one)"
-    )
-    data_cache_dir: str = _flag(".cache/data", "folder of encoded data sets, keyed by content")
-    preprocessing_num_workers: int | None = _flag(None, "processes that check and encode rows")
+    dataset_dir: str | None = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
+    validation_file: str | None = flag(None, "evaluation rows, file or folder; without it nothing is evaluated")
+    max_seq_length: int = flag(1024, "longest row in tokens; longer ones are cut at the end")
+    prompt_template: str = flag("auto", "plain, chat (the tokenizer's own template), or auto (chat where there is one)")
+    data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
+    preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
 
 
 @dataclass
 class RunArguments(TrainingArguments):
     """Hugging Face's TrainingArguments with this project's defaults, plus what concerns the run folder."""
 
-    learning_rate: float = _flag(2e-4, "peak learning rate")
-    lr_scheduler_type: str = _flag("cosine", "shape of the learning rate over the run")
-    warmup_steps: float = _flag(0.03, "steps of warm-up, or below 1 the share of all steps")
-    num_train_epochs: float = _flag(1.0, "passes over the training rows")
-    logging_steps: float = _flag(5, "optimizer steps between two log lines")
-    logging_first_step: bool = _flag(True, "log the first step, too")
-    save_total_limit: int | None = _flag(2, "checkpoints to keep; older ones are deleted")
-    report_to: str = _flag("tensorboard", "where the logs go besides the terminal")
-    train_sampling_strategy: str = _flag(
+    learning_rate: float = flag(2e-4, "peak learning rate")
+    lr_scheduler_type: str = flag("cosine", "shape of the learning rate over the run")
+    warmup_steps: float = flag(0.03, "steps of warm-up, or below 1 the share of all steps")
+    num_train_epochs: float = flag(1.0, "passes over the training rows")
+    logging_steps: float = flag(5, "optimizer steps between two log lines")
+    logging_first_step: bool = flag(True, "log the first step, too")
+    save_total_limit: int | None = flag(2, "checkpoints to keep; older ones are deleted")
+    report_to: str = flag("tensorboard", "where the logs go besides the terminal")
+    train_sampling_strategy: str = flag(
         "group_by_length", f"order of the rows ({', '.join(ORDERS)}); grouping by length saves padding"
     )
-    hub_strategy: str = _flag("end", "when --push_to_hub uploads; the end is all there is")
+    hub_strategy: str = flag("end", "when --push_to_hub uploads; the end is all there is")
     # Every adapter parameter takes part in every step, so DDP need not look for unused ones.
-    ddp_find_unused_parameters: bool | None = _flag(False, "let DDP look for parameters without a gradient")
+    ddp_find_unused_parameters: bool | None = flag(False, "let DDP look for parameters without a gradient")
     # The collator picks the fields of a row itself.
-    remove_unused_columns: bool = _flag(False, "drop data columns that the model does not take")
-    num_processes: int | None = _flag(None, "processes of the run over all nodes; the launcher's where not given")
-    restart: bool = _flag(False, "set aside what the output folder holds and start over")
-    prepare_only: bool = _flag(False, "check everything, encode the data and stop before any weight is read")
+    remove_unused_columns: bool = flag(False, "drop data columns that the model does not take")
+    num_processes: int | None = flag(None, "processes of the run over all nodes; the launcher's where not given")
+    restart: bool = flag(False, "set aside what the output folder holds and start over")
+    prepare_only: bool = flag(False, "check everything, encode the data and stop before any weight is read")
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
