@@ -205,7 +205,7 @@ def test_a_run_that_sigterm_has_stopped_ends_the_same(run, capsys, monkeypatch):
 TORN = {
     "adapter_model.safetensors": ["truncate", "delete"],
     "trainer_state.json": ["truncate", "delete"],
-    "adapter_config.json": ["truncate"],
+    "adapter_config.json": ["truncate", "delete"],
     "optimizer.pt": ["truncate"],
 }
 
@@ -248,6 +248,24 @@ def test_a_finished_run_with_a_damaged_file_is_refused_and_can_be_ended_again(ru
     (run.output / "all_results.json").unlink()
     assert run()["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
     PeftModel.from_pretrained(tiny_model(), run.output)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "trainer_state.json"])
+def test_a_finished_run_without_a_file_is_refused_and_can_be_ended_again(run, name):
+    expected = run()
+    (run.output / name).unlink()
+    with pytest.raises(InputError, match=rf"holds a finished run, but it has no.* {name}.* delete all_results.json"):
+        run()
+    (run.output / "all_results.json").unlink()
+    assert run()["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
+    PeftModel.from_pretrained(tiny_model(), run.output)
+
+
+def test_a_finished_run_of_full_tuning_needs_its_configuration_as_well(run):
+    run(tuning="full", max_steps=1)
+    (run.output / "config.json").unlink()
+    with pytest.raises(InputError, match=r"holds a finished run, but it has no config.json"):
+        run(tuning="full", max_steps=1)
 
 
 def test_a_damaged_configuration_of_a_run_is_named(run):

@@ -19,7 +19,12 @@ ASIDE = ".checkpoint-being-written"
 # Where the files of a finished run lie in the same way.
 FILES_ASIDE = ".files-being-written"
 NAME = re.compile(r"checkpoint-(\d+)")
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+# Files of weights, and the file without which each cannot be read.
+WEIGHTS = {
+    "adapter_model.safetensors": "adapter_config.json",
+    "model.safetensors": "config.json",
+    "model.safetensors.index.json": "config.json",
+}
 STATE = "trainer_state.json"
 UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS}
 TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container.*unexpected pos|basic_ios::clear")
@@ -31,10 +36,12 @@ def checkpoint_problem(folder: Path, files: str = "**/*") -> str | None:
     Args:
         files: pattern of the files that count. A finished run's folder is like a checkpoint, with others in it.
     """
-    if not any((folder / name).is_file() for name in WEIGHTS):
+    weights = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not weights:
         return f"it has none of {', '.join(WEIGHTS)}"
-    if not (folder / STATE).is_file():
-        return f"it has no {STATE}"
+    for name in (WEIGHTS[weights[0]], STATE):
+        if not (folder / name).is_file():
+            return f"it has no {name}"
     for file in sorted(folder.glob(files)):
         if problem := _file_problem(file):
             return f"{file.relative_to(folder)} is damaged or incomplete ({problem})"
