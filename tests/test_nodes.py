@@ -60,15 +60,29 @@ def test_each_node_gets_its_number_and_the_first_nodes_address(tmp_path, job):
     assert not (tmp_path / "requeued").exists()
 
 
-def test_a_job_that_is_stopped_goes_back_into_the_queue(tmp_path, job):
+def stop(job, folder: Path, number: signal.Signals, tasks: bool = False) -> None:
+    """Start a long job, then send a signal to its script, or to its tasks."""
     command, environment = job
-    with subprocess.Popen(command, cwd=tmp_path, env=environment | {"exp_name": "long"}) as running:
-        while not all((tmp_path / f"started-{rank}").exists() for rank in range(2)):
+    with subprocess.Popen(command, cwd=folder, env=environment | {"exp_name": "long"}) as running:
+        while not all((folder / f"started-{rank}").exists() for rank in range(2)):
             assert running.poll() is None
-        running.send_signal(signal.SIGTERM)
+        processes = [int(file.read_text()) for file in folder.glob("*.pids/*")] if tasks else [running.pid]
+        for process in processes:
+            os.kill(process, number)
         assert running.wait(timeout=60) == 143
-    assert Path(tmp_path / "requeued").read_text() == "requeue 1234567\n"
-    assert not list(tmp_path.glob("*.pids"))
+    assert not list(folder.glob("*.pids"))
+
+
+def test_a_job_whose_time_is_up_goes_back_into_the_queue(tmp_path, job):
+    stop(job, tmp_path, signal.SIGUSR1)
+    assert (tmp_path / "requeued").read_text() == "requeue 1234567\n"
+
+
+@pytest.mark.parametrize("tasks", [False, True], ids=["script", "tasks"])
+def test_a_job_that_is_cancelled_does_not(tmp_path, job, tasks):
+    """`scancel` sends SIGTERM to the tasks, and where it is told so to the script."""
+    stop(job, tmp_path, signal.SIGTERM, tasks)
+    assert not (tmp_path / "requeued").exists()
 
 
 # Runs the command here, and writes down for which host.

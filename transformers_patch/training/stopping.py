@@ -15,7 +15,7 @@ from transformers_patch.training.checkpoint import find_checkpoint
 class StopSignals(TrainerCallback):
     """Asks once per optimizer step whether any rank has to stop; one small all-reduce.
 
-    SIGTERM, as SLURM sends it ahead of a time limit, makes the run save a checkpoint and end training normally.
+    SIGTERM, as schedulers send it ahead of the end, makes the run save a checkpoint and end training normally.
 
     Attributes:
         stopped: whether training ended because of SIGTERM.
