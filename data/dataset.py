@@ -4,6 +4,8 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data.errors import InputError
+from data.errors import UNWRITABLE, InputError
 from data.prompt import encode_rows, resolve_template
 from data.rows import Block, check_rows, complete_rows, find_files, split_files
 from data.workers import map_blocks, worker_count
@@ -94,14 +96,14 @@ def load_data(
         fields; its counts.
 
     Raises:
-        InputError: a file or row is bad, or no row has a label left within `max_seq_length`.
+        InputError: a file or row is bad, no row has a label left within `max_seq_length`, or the cache cannot be
+            written.
     """
     files = find_files(path)
     encoding = replace(encoding, template=resolve_template(encoding.template, tokenizer))
     folder = Path(cache_dir) / _cache_key(files, tokenizer, encoding)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with _writing_into(folder.parent), FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(files, tokenizer, encoding, folder, num_proc)
     statistics = DataStatistics(**json.loads((folder / STATISTICS_NAME).read_text()))
@@ -160,6 +162,25 @@ def _cache_key(files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: 
     return digest.hexdigest()[:32]
 
 
+@contextmanager
+def _writing_into(cache_dir: Path) -> Iterator[None]:
+    """A context in which encoded rows are written into a folder, which is made.
+
+    Raises:
+        InputError: they could not be written (the disk is full, say).
+    """
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise InputError(
+            f"encoded rows could not be written into {cache_dir}: {error}; make room, or name another folder with "
+            "--data_cache_dir"
+        ) from error
+
+
 def _build(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None
 ) -> None:
@@ -170,16 +191,20 @@ def _build(
     aside.mkdir()
     encode = partial(_encode_block, tokenizer=tokenizer, encoding=encoding)
     counts = Counter()
-    with (
-        pyarrow.ipc.new_stream(aside / ROWS_NAME, _FEATURES.arrow_schema) as stream,
-        tqdm(desc="encoding rows", total=total, unit=" rows", delay=1) as bar,
-    ):
-        for batch, of_block in map_blocks(encode, split_files(files), workers):
-            stream.write_batch(batch)
-            counts.update(of_block)
-            bar.update(of_block["rows"])
-    (aside / STATISTICS_NAME).write_text(json.dumps(asdict(DataStatistics(**counts))))
-    aside.rename(folder)
+    try:
+        with (
+            pyarrow.OSFile(str(aside / ROWS_NAME), "wb") as file,
+            pyarrow.ipc.new_stream(file, _FEATURES.arrow_schema) as stream,
+            tqdm(desc="encoding rows", total=total, unit=" rows", delay=1) as bar,
+        ):
+            for batch, of_block in map_blocks(encode, split_files(files), workers):
+                stream.write_batch(batch)
+                counts.update(of_block)
+                bar.update(of_block["rows"])
+        (aside / STATISTICS_NAME).write_text(json.dumps(asdict(DataStatistics(**counts))))
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _encode_block(

@@ -1,4 +1,9 @@
-"""The one exception for mistakes that the user can mend."""
+"""Mistakes and troubles that the user can mend."""
+
+import errno
+
+# What the system says of a file that cannot be written: no right to, a full or a broken disk, a quota, a limit.
+UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS}
 
 
 class InputError(ValueError):

@@ -1,5 +1,6 @@
 """Rows, prompts, encoded data sets and batches."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, example_rows
+from conftest import ROOT, example_rows, full_disk
 from filelock import FileLock
 
 import data.rows
@@ -279,6 +280,25 @@ def small_blocks(monkeypatch):
 def write_lines(file: Path, rows: list) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.mark.parametrize("size", [100, 4000], ids=["from the start", "in the middle"])
+def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, tokenizer, size):
+    file = write_lines(tmp_path / "rows.jsonl", example_rows(50))
+    message = rf"encoded rows could not be written into {tmp_path / 'cache'}: .*File too large.*--data_cache_dir"
+    with pytest.raises(InputError, match=message), full_disk(size):
+        load(file, tokenizer, tmp_path)
+    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert len(load(file, tokenizer, tmp_path)[0]) == 50
+
+
+def test_a_cache_that_may_not_be_written_is_one_message(tmp_path, tokenizer, data_file, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"encoded rows could not be written into .*: .*Permission denied"):
+        load(data_file, tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there: recognising a torn one, finding the last whole one."""
 
-import errno
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from data import InputError
+from data.errors import UNWRITABLE
 
 # Where a checkpoint lies, inside the run's folder, while it is being written. Hidden, and not named like a checkpoint.
 ASIDE = ".checkpoint-being-written"
@@ -26,7 +26,6 @@ WEIGHTS = {
     "model.safetensors.index.json": "config.json",
 }
 STATE = "trainer_state.json"
-UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS}
 TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container.*unexpected pos|basic_ios::clear")
 
 
