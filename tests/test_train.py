@@ -160,43 +160,28 @@ def test_restart_keeps_the_old_run_under_another_name(run):
 @pytest.mark.parametrize(
     ("save_steps", "last_step"), [(2, 3), (3, 4), (2, 5)], ids=["in epoch 1", "between epochs", "in epoch 2"]
 )
-def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, monkeypatch, save_steps, last_step):
+def test_an_interrupted_run_resumes_and_ends_the_same(run, capsys, save_steps, last_step):
     """Three steps an epoch, dropout on."""
     expected = run(output_dir=run.folder / "undisturbed")
-    interrupt_after(last_step, run, monkeypatch, save_steps=save_steps)
+    interrupt_after(last_step, run, save_steps=save_steps)
     results = run(save_steps=save_steps)
     assert f"resuming from {run.output / f'checkpoint-{last_step - 1}'}" in capsys.readouterr().out
     assert results["eval_lm_loss_before"] == expected["eval_lm_loss_before"]
     assert same_adapter(run.output, run.folder / "undisturbed")
 
 
-def test_an_interrupted_training_leaves_no_handler_behind(run, monkeypatch):
+def test_an_interrupted_training_leaves_no_handler_behind(run):
     """Processes forked later would not end at SIGTERM."""
     before = signal.getsignal(signal.SIGTERM)
-    interrupt_after(1, run, monkeypatch)
+    interrupt_after(1, run)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_run_that_sigterm_has_stopped_ends_the_same(run, capsys, monkeypatch):
+def test_a_run_that_sigterm_has_stopped_ends_the_same(run, capsys):
     """Dropout on; the checkpoint is that of no regular save."""
     run(output_dir=run.folder / "undisturbed", save_steps=5)
-
-    class Terminate(TrainerCallback):
-        def on_step_begin(self, args, state, control, **arguments):
-            if state.global_step == 2:
-                signal.raise_signal(signal.SIGTERM)
-
-    build = train.build_trainer
-
-    def terminated(*arguments):
-        trainer = build(*arguments)
-        trainer.add_callback(Terminate())
-        return trainer
-
-    monkeypatch.setattr(train, "build_trainer", terminated)
-    train.main(run.arguments(save_steps=5))
+    signal_after(2, signal.SIGTERM, run, save_steps=5)
     assert "stopped by SIGTERM; step 3 is saved" in capsys.readouterr().out
-    monkeypatch.setattr(train, "build_trainer", build)
     run(save_steps=5)
     assert f"resuming from {run.output / 'checkpoint-3'}" in capsys.readouterr().out
     assert same_adapter(run.output, run.folder / "undisturbed")
@@ -275,25 +260,30 @@ def test_a_damaged_configuration_of_a_run_is_named(run):
         run(max_steps=1)
 
 
-def interrupt_after(step: int, run, monkeypatch, **flags) -> None:
+def interrupt_after(step: int, run, **flags) -> None:
     """A run that ends without a word after a step."""
+    with pytest.raises(KeyboardInterrupt):
+        signal_after(step, signal.SIGINT, run, **flags)
 
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **arguments):
+
+def signal_after(step: int, number: signal.Signals, run, **flags) -> None:
+    """A run that gets a signal after a step, when the next one begins."""
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **arguments):
             if state.global_step == step:
-                raise KeyboardInterrupt
+                signal.raise_signal(number)
 
     build = train.build_trainer
 
-    def interrupted(*arguments):
+    def signalled(*arguments):
         trainer = build(*arguments)
-        trainer.add_callback(Interrupt())
+        trainer.add_callback(Signal())
         return trainer
 
-    monkeypatch.setattr(train, "build_trainer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(**flags)
-    monkeypatch.setattr(train, "build_trainer", build)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_trainer", signalled)
+        train.main(run.arguments(**flags))
 
 
 def same_adapter(first: Path, second: Path) -> bool:
@@ -301,10 +291,10 @@ def same_adapter(first: Path, second: Path) -> bool:
     return all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[1])
 
 
-def test_a_full_disk_harms_no_earlier_checkpoint(run, monkeypatch):
+def test_a_full_disk_harms_no_earlier_checkpoint(run):
     """The disk is full for files of more than 36 kB: the adapter still fits, the optimizer's state does not."""
     run(output_dir=run.folder / "undisturbed")
-    interrupt_after(3, run, monkeypatch)
+    interrupt_after(3, run)
     command = ["bash", "-c", 'ulimit -f 36; exec "$@"', "-", sys.executable, "train.py", *run.arguments()]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 1
