@@ -298,7 +298,7 @@ def test_a_full_disk_harms_no_earlier_checkpoint(run):
     command = ["bash", "-c", 'ulimit -f 36; exec "$@"', "-", sys.executable, "train.py", *run.arguments()]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 1
-    (said,) = re.findall(r"error: [^\r\n]*", outcome.stderr)
+    (said,) = re.findall(r"(?m)^error: .*", outcome.stderr)  # at the beginning of a line, not behind the progress bar
     assert re.match(rf"error: {run.output}/checkpoint-4 could not be written: .*MB are free on this disk", said)
     assert f"The last good checkpoint is {run.output / 'checkpoint-2'}" in said
     assert "Traceback" not in outcome.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import rotate_checkpoints
@@ -59,6 +59,15 @@ class LoRAMoETrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.stop_signals.release()
+            self._end_progress_bars()
+
+    def _end_progress_bars(self) -> None:
+        """Give what is said after a training that was cut off a line of its own."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                for bar in (callback.prediction_bar, callback.training_bar):
+                    if bar is not None:
+                        bar.close()
 
     def train_sampler(self) -> GlobalBatchSampler:
         """The micro-batches of this process."""
