@@ -5,6 +5,7 @@ that none of the training facts tells a probe fact by another way (a city's coun
 """
 
 import json
+import random
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,10 +78,11 @@ class Fact(NamedTuple):
     split: str = ""
 
 
-def load_facts(split: str | None = None, file: Path = FACTS_FILE) -> list[Fact]:
-    """The facts of one part (`probe`, `training`), or all."""
+def load_facts(split: str | None = None, count: int | None = None, file: Path = FACTS_FILE) -> list[Fact]:
+    """The facts of one part (`probe`, `training`), or all; with a count, so many of them, always the same ones."""
     facts = [Fact(**item) for item in json.loads(file.read_text())]
-    return [fact for fact in facts if split in (None, fact.split)]
+    facts = [fact for fact in facts if split in (None, fact.split)]
+    return facts if count is None else random.Random(0).sample(facts, count)
 
 
 def write_facts(file: Path, facts: list[Fact]) -> None:

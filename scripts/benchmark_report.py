@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from scripts.markdown import table
 from scripts.provenance import ROOT, provenance_line
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -16,15 +17,10 @@ MIB = 2**20
 def markdown(results: dict) -> str:
     """All tables of the sections that were measured, each under its heading."""
     parts = [f"Measured in {results['seconds'] / 60:.0f} minutes: {provenance_line(results)}."]
-    for name, table in TABLES.items():
+    for name, section in TABLES.items():
         if name in results:
-            parts.append(table(results))
+            parts.append(section(results))
     return "\n\n".join(parts)
-
-
-def _table(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _ratio(row: dict, name: str = "step_ratio") -> str:
@@ -48,14 +44,14 @@ def _steps(results: dict) -> str:
         ]
         for row in results["rows"]
     ]
-    return f"Batch {results['batch']} x {results['length']}, 8 experts of rank 4:\n\n{_table(header, rows)}"
+    return f"Batch {results['batch']} x {results['length']}, 8 experts of rank 4:\n\n{table(header, rows)}"
 
 
 def _comparisons(results: dict) -> str:
     rows = [
         [f"`{row['variant']}` / `{row['to']}`", row["dropout"], _ratio(row, "ratio")] for row in results["comparisons"]
     ]
-    return _table(["step time", "dropout", "ratio"], rows)
+    return table(["step time", "dropout", "ratio"], rows)
 
 
 def _scaling(results: dict, name: str) -> str:
@@ -76,7 +72,7 @@ def _scaling(results: dict, name: str) -> str:
         ]
         for row in results[name]
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _decode(results: dict) -> str:
@@ -85,7 +81,7 @@ def _decode(results: dict) -> str:
         [f"`{row['variant']}`", row["batch"], f"{row['tokens_per_second']:.1f}", f"{row['speed_ratio']:.2f}"]
         for row in results["decode"]
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _training(results: dict) -> str:
@@ -96,7 +92,7 @@ def _training(results: dict) -> str:
         ["random batches, all logits, plain autograd", f"{row['plain_samples_per_second']:.2f}"],
         ["ratio", _ratio(row, "ratio")],
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 TABLES = {

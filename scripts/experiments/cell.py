@@ -1,0 +1,214 @@
+"""One cell of an experiment: train by `train.py`, measure along the checkpoints, and what came of it as JSON."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+
+from data import InputError
+from peft import PeftModel
+from scripts.experiments.mixture import mixture, probe_rows, task_rows, write_rows
+from scripts.experiments.parameters import equal_flags, num_trainable, parameter_change
+from scripts.experiments.plan import BASE, EQUAL, MIXTURE, Cell, Experiment
+from scripts.plot_routing import route
+from scripts.provenance import ROOT, provenance
+from transformers_patch.evaluation import Plan, run_model
+from transformers_patch.generation import DecodingArguments
+from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
+from transformers_patch.metrics import normalized
+from transformers_patch.rows import load_rows
+from transformers_patch.training.checkpoint import STATE
+from transformers_patch.training.routing import group_shares
+
+LONGEST_ANSWER = 24  # tokens
+ROUTED_FACTS = 300
+CURVES = ("step", "loss", "lm_loss", "balance_loss", "routing_cv")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every cell is measured on, encoded: probe facts, and rows of the other tasks."""
+
+    facts: Dataset
+    tasks: Dataset
+
+
+def run_cell(experiment: Experiment, cell: Cell, argv: list[str]) -> dict:
+    """Train and measure one cell. Whatever an interrupted attempt has left is thrown away.
+
+    Args:
+        argv: the command line that runs this cell.
+
+    Raises:
+        InputError: the training ended with an error; its log says which.
+    """
+    start = time.monotonic()
+    folder = Path(experiment.work) / cell.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    record = provenance("scripts.experiment", argv)
+    record |= {"cell": cell.name, "stage": cell.stage, "arm": cell.arm, "model": experiment.model}
+    record |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed}
+    record |= {"settings": cell.settings()}
+    if cell.arm == BASE:
+        record |= _measure_base(experiment, cell, folder)
+    else:
+        record |= _measure_run(experiment, cell, folder)
+    shutil.rmtree(folder)
+    return record | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
+    trained = load(experiment, experiment.model)
+    recalled, scores = measure(trained, held_out(experiment, cell, trained, folder), experiment.batch_size)
+    point = {"step": 0, "rows": 0, "knowledge": _mean(recalled), "knowledge_known": 1.0 if any(recalled) else None}
+    answer = {"checkpoints": [point | scores], "recalled": "".join(str(int(each)) for each in recalled)}
+    nothing = {"learning_rate": None, "trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
+    return answer | nothing | ({"lm_eval": harness(experiment, trained)} if experiment.lm_eval else {})
+
+
+def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
+    base = experiment.finished(experiment.cells()[0])
+    if base is None:
+        raise InputError(f"{cell.name} is compared with the cell {BASE}, which is still to be run")
+    rate = experiment.rate(cell)
+    run = train(experiment, cell, rate, folder)
+    state = json.loads((run / STATE).read_text())
+    is_trial = cell.stage == "tuning"  # judged by its end, on rows of its own
+    points = [] if is_trial else base["checkpoints"][:1]
+    for path, step in _checkpoints(run, state["global_step"])[-1 if is_trial else 0 :]:
+        trained = load(experiment, path)
+        rows = held_out(experiment, cell, trained, folder)
+        recalled, scores = measure(trained, rows, experiment.batch_size)
+        known = [now for now, before in zip(recalled, base["recalled"], strict=True) if before == "1"]
+        done = round(step / state["global_step"] * cell.size)
+        points.append(
+            {"step": step, "rows": done, "knowledge": _mean(recalled), "knowledge_known": _mean(known)} | scores
+        )
+    log = [{name: entry[name] for name in CURVES if name in entry} for entry in state["log_history"] if "loss" in entry]
+    return {
+        "learning_rate": rate,
+        "trainable_parameters": num_trainable(trained.model),
+        "checkpoints": points,
+        "parameter_change": parameter_change(trained.model, experiment.model),
+        "routing": routing(trained, rows, experiment.batch_size),
+        "log": log,
+        **({"lm_eval": harness(experiment, trained)} if experiment.lm_eval else {}),
+    }
+
+
+def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> Path:
+    """Run `train.py` in a process of its own. Returns the run's folder.
+
+    Raises:
+        InputError: it failed.
+    """
+    write_rows(folder / "rows.jsonl", mixture(cell, experiment.rows))
+    flags = {
+        "model_name_or_path": experiment.model,
+        "dataset_dir": folder / "rows.jsonl",
+        "data_cache_dir": folder / "data",
+        "output_dir": folder / "run",
+        "learning_rate": learning_rate,
+        "seed": cell.seed,
+        "save_strategy": "steps",
+        "save_steps": 1 / experiment.checkpoints,
+        "save_total_limit": experiment.checkpoints,
+        "save_only_model": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **cell.flags,
+    }
+    if flags.get("lora_rank") == EQUAL:
+        flags = equal_flags(experiment.model, flags, experiment.flags(MIXTURE))
+    command = [*(experiment.launcher or [sys.executable]), str(ROOT / "train.py")]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    log = folder / "train.log"
+    with log.open("w") as stream:
+        code = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise InputError(f"the training of {cell.name} ended with code {code}; {log} says why")
+    return folder / "run"
+
+
+def load(experiment: Experiment, folder: str | Path) -> TrainedModel:
+    is_adapter = Path(folder, "adapter_config.json").is_file()
+    base = experiment.model if is_adapter else None
+    return load_trained(InferenceArguments(str(folder), base_model=base, batch_size=experiment.batch_size))
+
+
+def held_out(experiment: Experiment, cell: Cell, trained: TrainedModel, folder: Path) -> HeldOut:
+    """The held-out rows as this model's tokenizer encodes them."""
+    encoded = []
+    for name, rows in (("facts", probe_rows(experiment)), ("tasks", task_rows(experiment, cell.stage))):
+        write_rows(folder / f"{name}.jsonl", rows)
+        encoded.append(load_rows(trained, str(folder / f"{name}.jsonl"), "validation_file", str(folder / "data"))[1])
+    return HeldOut(*encoded)
+
+
+def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> tuple[list[bool], dict]:
+    """Which probe facts the model recalls, and how well it does each other task.
+
+    A fact is recalled where the greedy answer holds the expected one, or an alias of it, as whole words: a base model
+    may answer in sentences. A task is done where greedy decoding gives exactly the expected tokens.
+    """
+    template = trained.template()
+    settings = DecodingArguments(max_new_tokens=LONGEST_ANSWER).settings(
+        trained.tokenizer.pad_token_id, trained.end_tokens(template)
+    )
+    plan = Plan(("exact_match",), template, settings, {}, batch_size, seed=0)
+    answers = run_model(trained.model, trained.tokenizer, rows.facts, plan, "facts").answers
+    references = [[row["output"], *row["aliases"]] for row in rows.facts.select_columns(["output", "aliases"])]
+    recalled = [recalls(answer, expected) for answer, expected in zip(answers, references, strict=True)]
+    plan = Plan(("token_exact_match",), template, settings, {}, batch_size, seed=0)
+    scores = run_model(trained.model, trained.tokenizer, rows.tasks, plan, "tasks").scores
+    by_task: dict[str, list] = {}
+    for task, score in zip(rows.tasks["task"], scores, strict=True):
+        by_task.setdefault(task, []).append(score)
+    tasks = {task: _mean([score.matches for score in each]) for task, each in by_task.items()}
+    losses = [sum(score.nll for score in each) / sum(score.tokens for score in each) for each in by_task.values()]
+    return recalled, {"tasks": tasks, "task_score": _mean(tasks.values()), "task_loss": _mean(losses)}
+
+
+def recalls(answer: str, expected: list[str]) -> bool:
+    """Whether an answer holds one of the expected ones as whole words."""
+    return any(f" {normalized(each)} " in f" {normalized(answer)} " for each in expected)
+
+
+def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:
+    """Mean expert weights by task, and of each group by task type; None without a router."""
+    model = trained.model
+    if not isinstance(model, PeftModel) or model.active_peft_config.lora_nums == 1:
+        return None
+    facts = rows.facts.select(range(min(ROUTED_FACTS, len(rows.facts))))
+    found = route(trained, concatenate_datasets([rows.tasks, facts]), batch_size)
+    by_task = {task: shares_LE.mean(axis=0).tolist() for task, shares_LE in found.by_task().items()}
+    by_type = group_shares(found, model.active_peft_config.group_sizes)
+    return {"experts_by_task": by_task, "group_shares": [by_type[kind].tolist() for kind in sorted(by_type)]}
+
+
+def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:
+    """The numbers of lm-evaluation-harness by task."""
+    from transformers_patch.harness import TemplateLM, find_tasks, run_tasks
+
+    manager = find_tasks(experiment.lm_eval)
+    lm = TemplateLM(trained, trained.template(), experiment.batch_size)
+    return run_tasks(lm, experiment.lm_eval, manager, num_fewshot=None, limit=None, seed=0)
+
+
+def _checkpoints(run: Path, last_step: int) -> list[tuple[Path, int]]:
+    """The checkpoints of a run with their steps; the last is the run itself."""
+    steps = sorted(int(folder.name.rpartition("-")[2]) for folder in run.glob("checkpoint-*"))
+    return [*((run / f"checkpoint-{step}", step) for step in steps if step < last_step), (run, last_step)]
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """None of nothing: a model that knows no fact cannot forget one."""
+    values = list(values)
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,237 @@
+"""What an experiment consists of: a YAML file as a list of cells, each one training run and its measurements."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from data import InputError
+
+BASE = "base"
+MIXTURE = "loramoe"
+EQUAL = "equal"  # as lora_rank: the rank with as many trainable parameters as the arm MIXTURE
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run (or, for the arm `base`, none) and what is measured of it.
+
+    Args:
+        stage: `grid`, `tuning` (learning rates, judged on rows of their own) or `ablation`.
+        arm: name of the method.
+        size: instruction rows.
+        knowledge_share: share of closed-book questions (task type 1) among them.
+        seed: of the mixture, its order and the initial weights.
+        flags: of `train.py`, besides the learning rate.
+        learning_rate: None where it is still to be tuned.
+    """
+
+    stage: str
+    arm: str
+    size: int
+    knowledge_share: float
+    seed: int
+    flags: dict = field(default_factory=dict, hash=False)
+    learning_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the name of its file, so without slashes."""
+        if self.arm == BASE:
+            return BASE
+        parts = [self.arm, self.size, self.knowledge_share, self.seed]
+        if self.stage == "tuning":
+            parts = ["tuning", self.arm, self.learning_rate]
+        return "-".join(map(str, parts))
+
+    def settings(self) -> dict:
+        """What has to be the same for its result to be this cell's."""
+        return {"size": self.size, "knowledge_share": self.knowledge_share, "seed": self.seed, "flags": self.flags}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Each arm's learning rate is the one, out of its list, with the lowest validation loss over the other tasks.
+
+    Args:
+        size: instruction rows of a trial.
+        knowledge_share: as in `Cell`.
+        seed: of the trials, none of the grid's.
+        learning_rates: what is tried, by arm.
+    """
+
+    size: int
+    knowledge_share: float
+    seed: int
+    learning_rates: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """Changes of one arm, at one size; they take its learning rate.
+
+    Args:
+        of: the arm that is changed.
+        size: as in `Cell`, as are the others.
+        changes: flags of `train.py` by name of the change.
+    """
+
+    of: str
+    size: int
+    knowledge_share: float
+    seeds: list[int]
+    changes: dict[str, dict]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A configuration file.
+
+    Args:
+        model: base model, a folder or a hub id.
+        results: folder that is committed: cells, table, figures.
+        work: folder for what is not: rows and weights.
+        arms: flags of `train.py` by arm; `lora_rank: equal` is the rank whose LoRA has as many trainable parameters
+            as the arm `loramoe`, as nearly as can be.
+        train: flags of every arm.
+        sizes: seeds by number of instruction rows.
+        knowledge_shares: shares of closed-book questions.
+        tuning: how learning rates are found.
+        ablations: changes of one arm.
+        checkpoints: points along each run, its end included, at which it is measured.
+        facts: probe facts that are asked; None is all.
+        rows_per_task: held-out rows of each other task.
+        batch_size: rows that are measured at once.
+        rows: folder of `scripts.prepare_data` to draw the mixture from; None generates it.
+        lm_eval: tasks of lm-evaluation-harness, measured at the end of each run.
+        launcher: command that starts `train.py`; None is this Python alone.
+    """
+
+    model: str
+    results: str
+    work: str
+    arms: dict[str, dict]
+    train: dict
+    sizes: dict[int, list[int]]
+    knowledge_shares: list[float]
+    tuning: Tuning
+    ablations: Ablations | None = None
+    checkpoints: int = 4
+    facts: int | None = None
+    rows_per_task: int = 100
+    batch_size: int = 64
+    rows: str | None = None
+    lm_eval: list[str] = field(default_factory=list)
+    launcher: list[str] | None = None
+
+    def cells(self) -> list[Cell]:
+        """All cells in the order in which they are run: a run that is cut short has finished the smallest sizes."""
+        return [Cell("grid", BASE, 0, 0.0, 0), *self.trials(), *self._grid(), *self._ablations()]
+
+    def trials(self) -> list[Cell]:
+        """The cells that find the learning rates."""
+        tuning = self.tuning
+        return [
+            Cell("tuning", arm, tuning.size, tuning.knowledge_share, tuning.seed, self.flags(arm), rate)
+            for arm, rates in tuning.learning_rates.items()
+            for rate in rates
+        ]
+
+    def _grid(self) -> Iterator[Cell]:
+        for size, seeds in sorted(self.sizes.items()):
+            for seed in seeds:
+                for share in self.knowledge_shares:
+                    for arm in self.arms:
+                        yield Cell("grid", arm, size, share, seed, self.flags(arm))
+
+    def _ablations(self) -> Iterator[Cell]:
+        if not self.ablations:
+            return
+        changed = self.ablations
+        for seed in changed.seeds:
+            for name, flags in changed.changes.items():
+                yield Cell(
+                    "ablation", name, changed.size, changed.knowledge_share, seed, self.flags(changed.of) | flags
+                )
+
+    def flags(self, arm: str) -> dict:
+        """Flags of `train.py` for an arm."""
+        return self.train | self.arms[arm]
+
+    def results_file(self, cell: Cell) -> Path:
+        return Path(self.results) / "cells" / f"{cell.name}.json"
+
+    def finished(self, cell: Cell) -> dict | None:
+        """What a cell's file says; None where it has not been run.
+
+        Raises:
+            InputError: the file is damaged, or is that of another configuration.
+        """
+        file = self.results_file(cell)
+        if not file.is_file():
+            return None
+        try:
+            record = json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}); delete it, and the cell is run again") from None
+        wanted = json.loads(json.dumps(cell.settings()))
+        if record.get("settings") != wanted:
+            raise InputError(
+                f"{file} was made with other settings: {record.get('settings')} instead of {wanted}. Name another "
+                "results folder in the configuration, or delete the file"
+            )
+        return record
+
+    def rate(self, cell: Cell) -> float:
+        """The learning rate of a cell: its own, or the best one of its arm's trials.
+
+        Raises:
+            InputError: a trial has not been run yet.
+        """
+        if cell.learning_rate is not None:
+            return cell.learning_rate
+        arm = self.ablations.of if cell.stage == "ablation" else cell.arm
+        trials = {trial: self.finished(trial) for trial in self.trials() if trial.arm == arm}
+        if missing := [trial.name for trial, record in trials.items() if record is None]:
+            raise InputError(f"{cell.name} takes the best learning rate of cells that are still to be run: {missing}")
+        return min(trials, key=lambda trial: trials[trial]["checkpoints"][-1]["task_loss"]).learning_rate
+
+
+def read_experiment(file: str | Path) -> Experiment:
+    """Read a configuration.
+
+    Raises:
+        InputError: the file is no YAML, or its fields are not those of `Experiment`.
+    """
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {file} cannot be read: {error}") from None
+    values = _checked(file, values, Experiment)
+    values["tuning"] = Tuning(**_checked(file, values["tuning"], Tuning))
+    if values.get("ablations"):
+        values["ablations"] = Ablations(**_checked(file, values["ablations"], Ablations))
+    experiment = Experiment(**values)
+    problems = [
+        f"no learning rates for the arm {arm}" for arm in experiment.arms.keys() - experiment.tuning.learning_rates
+    ]
+    problems += [f"there is no arm {arm}" for arm in experiment.tuning.learning_rates.keys() - experiment.arms]
+    names = [cell.name for cell in experiment.cells()]
+    problems += [f"two cells would be named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    if problems:
+        raise InputError(f"{file}: {'; '.join(problems)}")
+    return experiment
+
+
+def _checked(file: str | Path, values: object, kind: type) -> dict:
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: {kind.__name__.lower()} has to be a mapping of fields")
+    known = {each.name: each for each in fields(kind)}
+    needed = {name for name, each in known.items() if each.default is each.default_factory is MISSING}
+    problems = [f"there is no field {name}" for name in values.keys() - known]
+    problems += [f"the field {name} is missing" for name in sorted(needed - values.keys())]
+    if problems:
+        raise InputError(f"{file}: {'; '.join(problems)}")
+    return dict(values)

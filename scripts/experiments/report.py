@@ -1,0 +1,230 @@
+"""What an experiment has found so far: `table.md` and figures, from the cells that are finished."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from scripts.experiments.figures import draw
+from scripts.experiments.results import (
+    by_arm,
+    by_place,
+    estimate,
+    largest_common,
+    main_metric,
+    outcome,
+    paired_differences,
+    read_cells,
+    target_score,
+)
+from scripts.markdown import table
+
+PAIRS = (("loramoe", "loramoe_beta0"), ("loramoe", "lora"), ("loramoe", "full"), ("lora", "full"))
+NOTHING = "-"
+
+CONVENTIONS = """\
+Numbers are means over seeds ± half of the 95 % t-interval; one run alone has no interval. Where some of the runs lack a
+value, the number of those that have it follows."""
+SCORES = """\
+*Knowledge* is the share of the probe facts that the model recalls after the training, *of the known* that of the facts
+which the base model recalls. *Task score* is exact match on held-out rows, mean over the tasks.
+
+*Knowledge at matched task score*: for one share of type 1 rows and one number of rows, the *target score* is the
+lowest, over the runs of all arms and seeds, of the highest task score that a run reaches along its checkpoints. The
+knowledge of each run is interpolated linearly between the checkpoints around the first crossing of the target. A run
+that never reaches it is left out."""
+DIFFERENCES = """\
+First arm minus second, for each seed that both have. Bold: the interval does not hold 0; where there is no difference,
+one in twenty is bold by chance."""
+TASKS = """\
+Exact match of each task at the largest size that all arms have: of the base model, at the first checkpoint of the
+training (*few steps*, without an interval), and at its end (*trained*)."""
+HARNESS = """\
+The main metric of each task, which its column names: exact_match, else acc_norm, acc or f1, else the first that the
+task has."""
+ABLATIONS = """\
+Columns as in the first table, with all arms of the grid that were trained on as many rows. The target score is that of
+the runs in this table."""
+GROUPS = """\
+Mean weight of the second group of experts, which the constraint draws to rows of type 1, by the type of held-out rows;
+the first group has the rest."""
+TUNING = """\
+Validation loss per answer token at the end of a trial, mean over the tasks. The lowest one's learning rate is that of
+the arm."""
+
+
+def report(folder: Path) -> list[Path]:
+    """Write `table.md` and the figures into a results folder. Returns their files.
+
+    Raises:
+        InputError: see `read_cells`.
+    """
+    cells = read_cells(folder)
+    file = folder / "table.md"
+    file.write_text(markdown(cells) + "\n")
+    return [file, *draw(cells, folder)]
+
+
+def markdown(cells: list[dict]) -> str:
+    """All sections that have cells, each under its heading."""
+    parts = [f"# Results on {cells[0]['model']}", CONVENTIONS]
+    for heading, (text, make) in SECTIONS.items():
+        if section := make(cells):
+            parts += [f"## {heading}", text, section]
+    return "\n\n".join([*parts, "## Origin", _origin(cells)])
+
+
+def _grid(cells: list[dict]) -> str:
+    grid = _of_stage(cells, "grid")
+    return _scores(grid) if grid else ""
+
+
+def _scores(cells: list[dict]) -> str:
+    header = ["type 1 rows", "rows", "arm", "seeds", "learning rate", "trained parameters", "knowledge", "of the known",
+              "task score", "target score", "knowledge at target", "parameter change"]  # fmt: skip
+    rows = []
+    for place, here in by_place(cells).items():
+        target = target_score(here)
+        rows += [[*_place(place), arm, *_score_row(runs, target)] for arm, runs in by_arm(here).items()]
+    return table(header, rows)
+
+
+def _score_row(runs: list[dict], target: float) -> list[str]:
+    outcomes = [outcome(run, target) for run in runs]
+    texts = {field: _text([each[field] for each in outcomes]) for field in outcomes[0]}
+    return [
+        str(len(runs)),
+        _all(f"{run['learning_rate']:g}" for run in runs if run["learning_rate"] is not None),
+        _all(f"{run['trainable_parameters']:,}" for run in runs),
+        texts["knowledge"],
+        texts["knowledge_known"],
+        texts["task_score"],
+        f"{target:.3f}",
+        texts["matched"],
+        texts["parameter_change"],
+    ]
+
+
+def _differences(cells: list[dict]) -> str:
+    fields = {"knowledge": "knowledge", "matched": "knowledge at target", "task_score": "task score"}
+    rows = []
+    for place, runs in by_place(_of_stage(cells, "grid")).items():
+        target = target_score(runs)
+        for arms in PAIRS:
+            values = [paired_differences(runs, arms, field, target) for field in fields]
+            if values[0]:
+                rows.append([*_place(place), " - ".join(arms), len(values[0]), *map(_difference, values)])
+    return table(["type 1 rows", "rows", "arms", "seeds", *fields.values()], rows) if rows else ""
+
+
+def _tasks(cells: list[dict]) -> str:
+    trained = [cell for cell in _of_stage(cells, "grid") if cell["arm"] != "base"]
+    arms = by_arm(trained)
+    rows = []
+    for place, runs in largest_common(trained, arms).items():
+        for task, base in runs[0]["checkpoints"][0]["tasks"].items():
+            progress = [text for same in by_arm(runs).values() for text in _progress(same, task)]
+            rows.append([*_place(place), task, f"{base:.3f}", *progress])
+    stages = [f"{arm}, {stage}" for arm in arms for stage in ("few steps", "trained")]
+    return table(["type 1 rows", "rows", "task", "base", *stages], rows) if rows else ""
+
+
+def _progress(runs: list[dict], task: str) -> list[str]:
+    """Exact match at the first checkpoint after the base model's, and at the last one."""
+    few, trained = ([run["checkpoints"][index]["tasks"].get(task) for run in runs] for index in (1, -1))
+    return [_text(few, with_interval=False), _text(trained)]
+
+
+def _harness(cells: list[dict]) -> str:
+    measured = [cell for cell in cells if cell["stage"] != "tuning" and cell.get("lm_eval")]
+    metrics = {task: main_metric(numbers) for cell in measured for task, numbers in cell["lm_eval"].items()}
+    metrics = {task: metric for task, metric in metrics.items() if metric}
+    rows = []
+    for place, here in by_place(measured).items():
+        for arm, runs in by_arm(here).items():
+            found = [[run["lm_eval"].get(task, {}).get(metric) for run in runs] for task, metric in metrics.items()]
+            rows.append([*_place(place), arm, len(runs), *map(_text, found)])
+    names = [f"{task} ({metric.removesuffix(',none')})" for task, metric in metrics.items()]
+    return table(["type 1 rows", "rows", "arm", "seeds", *names], rows) if rows else ""
+
+
+def _groups(cells: list[dict]) -> str:
+    rows = []
+    for place, here in by_place(cell for cell in _of_stage(cells, "grid") if cell["routing"]).items():
+        for arm, runs in by_arm(here).items():
+            by_type = [[shares[1] for shares in run["routing"]["group_shares"]] for run in runs]
+            shares = [_text([on_1 for _, on_1 in by_type]), _text([on_0 for on_0, _ in by_type])]
+            difference = _difference([on_1 - on_0 for on_0, on_1 in by_type])
+            rows.append([*_place(place), arm, len(runs), *shares, difference])
+    header = ["type 1 rows", "rows", "arm", "seeds", "on rows of type 1", "on rows of type 0", "difference"]
+    return table(header, rows) if rows else ""
+
+
+def _tuning(cells: list[dict]) -> str:
+    rows = []
+    for arm, trials in by_arm(_of_stage(cells, "tuning")).items():
+        losses = {trial["learning_rate"]: trial["checkpoints"][-1]["task_loss"] for trial in trials}
+        # A training that has diverged has no loss.
+        best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+        rows += [
+            [arm, f"{rate:g}", f"{loss:.3f}", "chosen" if rate == best else ""] for rate, loss in sorted(losses.items())
+        ]
+    return table(["arm", "learning rate", "validation loss", ""], rows) if rows else ""
+
+
+def _ablations(cells: list[dict]) -> str:
+    changed = _of_stage(cells, "ablation")
+    places = by_place(changed)
+    same = [cell for cell in _of_stage(cells, "grid") if (cell["knowledge_share"], cell["size"]) in places]
+    return _scores([*same, *changed]) if changed else ""
+
+
+def _origin(cells: list[dict]) -> str:
+    hours = sum(cell["seconds"] for cell in cells) / 3600
+    lines = [f"{len(cells)} cells took {hours:.1f} hours."]
+    for field, name in (("commit", "Commits"), ("machine", "Machines")):
+        counts = Counter(cell[field] for cell in cells)
+        lines.append(f"{name}: {'; '.join(f'{value} ({count} cells)' for value, count in counts.items())}.")
+    return "\n\n".join(lines)
+
+
+SECTIONS = {
+    "World knowledge and task scores": (SCORES, _grid),
+    "Differences between arms": (DIFFERENCES, _differences),
+    "The tasks one by one": (TASKS, _tasks),
+    "lm-evaluation-harness": (HARNESS, _harness),
+    "Expert groups": (GROUPS, _groups),
+    "Ablations": (ABLATIONS, _ablations),
+    "Learning rates": (TUNING, _tuning),
+}
+
+
+def _of_stage(cells: list[dict], stage: str) -> list[dict]:
+    return [cell for cell in cells if cell["stage"] == stage]
+
+
+def _place(place: tuple[float, int]) -> list[str]:
+    share, size = place
+    return [f"{100 * share:g} %", f"{size:,}"]
+
+
+def _all(texts: Iterable[str]) -> str:
+    """The different ones of the texts: usually one, since the runs of an arm share their settings."""
+    return ", ".join(dict.fromkeys(texts)) or NOTHING
+
+
+def _text(values: list[float | None], sign: str = "", with_interval: bool = True) -> str:
+    """Mean and interval over runs."""
+    found = estimate(values)
+    if found is None:
+        return NOTHING
+    interval = f" ± {found.half:.3f}" if with_interval and found.half is not None else ""
+    count = "" if found.count == len(values) else f" ({found.count} of {len(values)} runs)"
+    return f"{found.mean:{sign}z.3f}{interval}{count}"
+
+
+def _difference(values: list[float | None]) -> str:
+    """Mean and interval with a sign, in bold where the interval does not hold 0."""
+    found = estimate(values)
+    is_clear = found and found.half is not None and abs(found.mean) > found.half
+    return f"**{_text(values, '+')}**" if is_clear else _text(values, "+")

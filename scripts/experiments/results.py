@@ -1,0 +1,218 @@
+"""The finished cells of an experiment: read, checked, grouped, and summed up over seeds."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+
+from scipy.stats import t
+
+from data import InputError
+
+ARMS = ("base", "full", "lora", "loramoe_beta0", "loramoe")
+STAGES = ("grid", "tuning", "ablation")
+CONFIDENCE = 0.95
+HARNESS_METRICS = ("exact_match", "acc_norm", "acc", "f1")  # the first one that a task has stands for it
+
+NUMBER = (int, float)
+NUMBER_OR_NULL = (int, float, type(None))
+CELL_FIELDS = {
+    "stage": str, "arm": str, "size": int, "knowledge_share": NUMBER, "seed": int, "learning_rate": NUMBER_OR_NULL,
+    "model": str, "trainable_parameters": int, "commit": str, "machine": str, "seconds": NUMBER, "checkpoints": list,
+    "parameter_change": NUMBER_OR_NULL, "routing": (dict, type(None)), "log": list,
+}  # fmt: skip
+CHECKPOINT_FIELDS = {
+    "knowledge": NUMBER, "knowledge_known": NUMBER_OR_NULL, "tasks": dict, "task_score": NUMBER, "task_loss": NUMBER,
+}  # fmt: skip
+ROUTING_FIELDS = {"experts_by_task": dict, "group_shares": list}
+IDENTITY = ("stage", "arm", "size", "knowledge_share", "seed", "learning_rate")
+
+Place = tuple[float, int]  # share of type 1 rows, instruction rows
+
+
+def read_cells(folder: Path) -> list[dict]:
+    """All cells of a results folder, in the order of their files' names.
+
+    Raises:
+        InputError: there is none, a file is damaged or no cell, two files hold the same cell, or the cells are of
+            several models.
+    """
+    cells: list[dict] = []
+    files: dict[tuple, Path] = {}
+    for file in sorted((folder / "cells").glob("*.json")):
+        cell = _read_cell(file)
+        twin = files.setdefault(tuple(cell[name] for name in IDENTITY), file)
+        if twin != file:
+            raise InputError(f"{file} and {twin} hold the same cell, which would count twice; delete one of them")
+        cells.append(cell)
+        if cell["model"] != cells[0]["model"]:
+            raise InputError(
+                f"{file} is of the model {cell['model']}, but the files before it are of {cells[0]['model']}; a "
+                "results folder holds the cells of one model"
+            )
+    if not cells:
+        raise InputError(f"{folder / 'cells'} holds no JSON file, so there is no finished cell to report")
+    return cells
+
+
+def _read_cell(file: Path) -> dict:
+    try:
+        cell = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); delete it, and run its cell again") from None
+    try:
+        _check_cell(cell)
+    except InputError as error:
+        raise InputError(f"{file} is no cell of an experiment: {error}") from None
+    return cell
+
+
+def _check_cell(cell: object) -> None:
+    _check_fields(cell, CELL_FIELDS, "the file")
+    _check_choice(cell, "stage", STAGES)
+    if cell["stage"] != "ablation":
+        _check_choice(cell, "arm", ARMS)
+    if not cell["checkpoints"]:
+        raise InputError("checkpoints is empty")
+    for number, checkpoint in enumerate(cell["checkpoints"]):
+        _check_fields(checkpoint, CHECKPOINT_FIELDS, f"checkpoints[{number}]")
+    if cell["stage"] == "grid" and cell["arm"] != "base" and len(cell["checkpoints"]) == 1:
+        raise InputError("checkpoints holds the start of the training alone")
+    if cell["routing"]:
+        _check_fields(cell["routing"], ROUTING_FIELDS, "routing")
+        if [len(shares) for shares in cell["routing"]["group_shares"]] != [2, 2]:
+            raise InputError("group_shares has to hold the shares of two groups on two types of rows")
+    if "lm_eval" in cell:
+        _check_fields(cell, {"lm_eval": dict}, "the file")
+        for task, numbers in cell["lm_eval"].items():
+            _check_fields(numbers, {}, f"lm_eval of {task}")
+
+
+def _check_fields(record: object, fields: dict, name: str) -> None:
+    if not isinstance(record, dict):
+        raise InputError(f"{name} holds a {type(record).__name__}, but has to hold a JSON object")
+    for field, kinds in fields.items():
+        if field not in record:
+            raise InputError(f"{name} has no {field}")
+        if not isinstance(record[field], kinds):
+            raise InputError(f"{field} in {name} is a {type(record[field]).__name__}")
+
+
+def _check_choice(cell: dict, field: str, choices: tuple[str, ...]) -> None:
+    if cell[field] not in choices:
+        raise InputError(f"{field} is {cell[field]!r}, but has to be one of {', '.join(choices)}")
+
+
+def by_place(cells: Iterable[dict]) -> dict[Place, list[dict]]:
+    """Cells by the mixture that they were trained on, smaller shares and sizes first."""
+    places: dict[Place, list[dict]] = {}
+    for cell in cells:
+        places.setdefault((cell["knowledge_share"], cell["size"]), []).append(cell)
+    return dict(sorted(places.items()))
+
+
+def by_arm(cells: Iterable[dict]) -> dict[str, list[dict]]:
+    """Cells by arm: those of the grid in the order of `ARMS`, then those of ablations by name, numbers by value."""
+    arms: dict[str, list[dict]] = {}
+    for cell in cells:
+        arms.setdefault(cell["arm"], []).append(cell)
+    return {arm: arms[arm] for arm in [*ARMS, *sorted(arms.keys() - set(ARMS), key=_by_value)] if arm in arms}
+
+
+def _by_value(name: str) -> list[str | float]:
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [float(part) if index % 2 else part for index, part in enumerate(parts)]
+
+
+def largest_common(cells: list[dict], arms: Iterable[str]) -> dict[Place, list[dict]]:
+    """For each share of type 1 rows, the cells of these arms at the largest size that all of the arms have.
+
+    Shares at which they have no size in common are left out.
+    """
+    cells_of = [[cell for cell in cells if cell["arm"] == arm] for arm in arms]
+    common = set.intersection(*(set(by_place(each)) for each in cells_of)) if cells_of else set()
+    largest = dict(sorted(common))
+    return by_place(cell for each in cells_of for cell in each if largest.get(cell["knowledge_share"]) == cell["size"])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Args:
+        mean: of the values.
+        half: half the width of the 95 % t-interval; None of one value.
+        count: number of values.
+    """
+
+    mean: float
+    half: float | None
+    count: int
+
+
+def estimate(values: Iterable[float | None]) -> Estimate | None:
+    """Mean and interval of the values that are there; None where none is."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    count, half = len(found), None
+    if count > 1:
+        half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * stdev(found) / math.sqrt(count)
+    return Estimate(fmean(found), half, count)
+
+
+def main_metric(numbers: dict) -> str | None:
+    """Which of the numbers of lm-evaluation-harness stands for a task.
+
+    Args:
+        numbers: by the harness's names, a metric and its filter, as `acc,none`.
+
+    Returns:
+        The name of the first of `HARNESS_METRICS` that is there, else of the first number; None where there is none.
+    """
+    names = [
+        name
+        for name, value in numbers.items()
+        if isinstance(value, NUMBER) and "_stderr" not in name and name != "sample_len"
+    ]
+    ranks = {metric: rank for rank, metric in enumerate(HARNESS_METRICS)}
+    return min(names, key=lambda name: ranks.get(name.split(",")[0], len(ranks)), default=None)
+
+
+def target_score(runs: list[dict]) -> float:
+    """The task score at which runs are compared: the lowest, over the runs, of the highest that each one reaches."""
+    return min(max(point["task_score"] for point in run["checkpoints"]) for run in runs)
+
+
+def matched_knowledge(checkpoints: list[dict], target: float) -> float | None:
+    """Knowledge where the task score first reaches the target, linear between checkpoints; None where it never does."""
+    if checkpoints[0]["task_score"] >= target:
+        return checkpoints[0]["knowledge"]
+    for before, after in pairwise(checkpoints):
+        if after["task_score"] >= target:
+            part = (target - before["task_score"]) / (after["task_score"] - before["task_score"])
+            return before["knowledge"] + part * (after["knowledge"] - before["knowledge"])
+    return None
+
+
+def outcome(run: dict, target: float) -> dict[str, float | None]:
+    """What a run ends with, and under `matched` its knowledge at the target score."""
+    last = run["checkpoints"][-1]
+    return {
+        "knowledge": last["knowledge"],
+        "knowledge_known": last["knowledge_known"],
+        "task_score": last["task_score"],
+        "matched": matched_knowledge(run["checkpoints"], target),
+        "parameter_change": run["parameter_change"],
+    }
+
+
+def paired_differences(runs: list[dict], arms: tuple[str, str], field: str, target: float) -> list[float | None]:
+    """`field` of `outcome`, first arm minus second, for every seed that both have; None where a run lacks it."""
+    first, second = ({run["seed"]: outcome(run, target)[field] for run in runs if run["arm"] == arm} for arm in arms)
+    pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+    return [None if None in pair else pair[0] - pair[1] for pair in pairs]

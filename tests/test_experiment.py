@@ -1,0 +1,251 @@
+"""The experiments: which cells there are, what they train on, and that an interrupted one goes on at its cell."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, filled_model, tiny_model
+from transformers import LlamaConfig
+
+from data import InputError
+from data.facts import fact_row, load_facts
+from data.rows import row_problem
+from data.tasks import TASKS
+from scripts import experiment as verb
+from scripts.experiments import mixture as mixture_module
+from scripts.experiments.cell import recalls
+from scripts.experiments.mixture import mixture, probe_rows, task_rows
+from scripts.experiments.parameters import adapter_size, equal_flags, parameter_change
+from scripts.experiments.plan import Cell, Experiment, read_experiment
+from scripts.pretrain_small import SHAPE
+from transformers_patch import AutoModelForCausalLM
+from transformers_patch.training.arguments import ModelArguments
+
+CONFIGS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The smoke experiment, with its folders under a temporary one."""
+    text = (ROOT / "scripts" / "experiments" / "smoke.yaml").read_text().replace("outputs/smoke", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "smoke.yaml").write_text(text)
+    return tmp_path / "smoke.yaml"
+
+
+def result(cell: Cell, loss: float = 1.0) -> dict:
+    """What a cell's file holds, as far as running other cells needs it."""
+    point = {"step": 0, "rows": 0, "knowledge": 1.0, "knowledge_known": 1.0, "tasks": {}, "task_score": 0.5}
+    return {
+        "settings": cell.settings(),
+        "seconds": 1.0,
+        "checkpoints": [point | {"task_loss": loss}],
+        "cell": cell.name,
+    }
+
+
+def write(experiment: Experiment, cell: Cell, record: dict) -> Path:
+    file = experiment.results_file(cell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record))
+    return file
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_each_configuration_can_be_read(file):
+    experiment = read_experiment(file)
+    cells = experiment.cells()
+    assert cells[0].name == "base"
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells[1:]:
+        known = ModelArguments.__dataclass_fields__.keys() | {"deepspeed", "bf16", "gradient_checkpointing"}
+        assert (
+            cell.flags.keys() - {"per_device_train_batch_size", "logging_steps", "gradient_accumulation_steps"} <= known
+        )
+
+
+def test_small_sizes_come_first(config):
+    sizes = [cell.size for cell in read_experiment(config).cells() if cell.stage == "grid"]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("tuning:", "tunign:"), "there is no field tunign; the field tuning is missing"),
+        (("    lora: [0.002]\n", ""), "no learning rates for the arm lora"),
+        (("model:", "model: ["), "cannot be read"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(config, change, message):
+    config.write_text(config.read_text().replace(*change))
+    with pytest.raises(InputError, match=message):
+        read_experiment(config)
+
+
+@pytest.mark.parametrize("share", [0, 0.05, 0.2])
+def test_no_training_row_holds_a_probe_fact(share):
+    questions = {fact_row(fact, n)["instruction"] for fact in load_facts("probe") for n in range(3)}
+    for size, seed in ((1000, 0), (16000, 1)):
+        rows = mixture(Cell("grid", "lora", size, share, seed))
+        assert not questions & {row["instruction"] for row in rows}
+        assert len(rows) == size
+        assert sum(row["task_type"] == 1 for row in rows) == size * share
+        assert all(row_problem(row, 2) is None for row in rows[:100])
+
+
+def test_the_mixture_is_the_same_for_all_arms_and_differs_by_seed():
+    first = mixture(Cell("grid", "lora", 500, 0.2, 0))
+    assert first == mixture(Cell("grid", "full", 500, 0.2, 0))
+    assert first != mixture(Cell("grid", "lora", 500, 0.2, 1))
+    assert {row["task"] for row in first} == {*TASKS, "closed_book_qa"}
+
+
+def test_rates_are_tuned_on_other_rows_than_the_rest_is_measured_on(config):
+    experiment = read_experiment(config)
+    tuning, test = ({row["input"] for row in task_rows(experiment, stage)} for stage in ("tuning", "grid"))
+    trained = {row["input"] for row in mixture(Cell("grid", "lora", 3000, 0, 0))}
+    assert not tuning & test
+    assert not trained & (tuning | test)
+    assert len(probe_rows(experiment)) == 60
+
+
+def test_a_mixture_from_prepared_files_is_drawn_by_kind(tmp_path):
+    for task in ("closed_book_qa", "translation", "summarization"):
+        lines = [json.dumps({"instruction": f"{task} {number}", "output": "x"}) for number in range(50)]
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(lines))
+    rows = mixture(Cell("grid", "lora", 40, 0.25, 3), str(tmp_path))
+    assert rows == mixture(Cell("grid", "full", 40, 0.25, 3), str(tmp_path))
+    assert len({row["instruction"] for row in rows}) == 40
+    assert sum(row["instruction"].startswith("closed") for row in rows) == 10
+    with pytest.raises(InputError, match=r"jsonl has 50 rows, not 75"):
+        mixture(Cell("grid", "lora", 200, 0.25, 3), str(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [SHAPE | {"vocab_size": 3000}, {"hidden_size": 576, "intermediate_size": 1536}])
+@pytest.mark.parametrize("experts", [4, 6, 8])
+def test_the_lora_of_equal_size_has_as_many_parameters(tmp_path, shape, experts):
+    LlamaConfig(**{"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100} | shape).save_pretrained(
+        tmp_path
+    )
+    mixture_flags = {"lora_nums": experts, "lora_rank": 4, "lora_alpha": 32}
+    flags = equal_flags(str(tmp_path), {"lora_nums": 1, "lora_rank": "equal", "blc_weight": 0}, mixture_flags)
+    sizes = [adapter_size(ModelArguments(model_name_or_path=str(tmp_path), **each)) for each in (flags, mixture_flags)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.025
+    assert flags["lora_alpha"] / flags["lora_rank"] == 8
+
+
+def test_parameter_change_of_an_adapter_is_that_of_the_full_weights(tmp_path):
+    peft_model = filled_model()
+    tiny_model().save_pretrained(tmp_path)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path)
+    wrapped = dict(peft_model.get_base_model().named_modules())
+    for name, linear in tuned.named_modules():
+        if name.rsplit(".", 1)[-1] in tuned.default_target_modules:
+            experts = wrapped[name].experts["default"]
+            with torch.no_grad():
+                linear.weight += experts.scaling / experts.num_experts * experts.lora_B @ experts.lora_A
+    assert parameter_change(peft_model, str(tmp_path)) == pytest.approx(
+        parameter_change(tuned, str(tmp_path)), rel=1e-4
+    )
+    assert parameter_change(peft_model, str(tmp_path)) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_right"),
+    [("Paris", True), ("The capital of France is Paris.", True), ("paris!", True), ("Parisian", False), ("", False)],
+)
+def test_a_fact_is_recalled_where_the_answer_holds_it_as_a_word(answer, is_right):
+    assert recalls(answer, ["Paris", "City of Light"]) is is_right
+
+
+def test_an_interrupted_experiment_goes_on_at_its_cell(config, monkeypatch, capsys):
+    started, interrupted = [], []
+
+    def run_in_process(experiment, config, threads, cell):
+        started.append(cell.name)
+        if len(started) == 4 and not interrupted:
+            interrupted.append(cell.name)
+            raise KeyboardInterrupt
+        write(experiment, cell, result(cell))
+        return result(cell)
+
+    monkeypatch.setattr(verb, "run_in_process", run_in_process)
+    monkeypatch.setattr(verb, "report", lambda folder: [folder / "table.md"])
+    with pytest.raises(KeyboardInterrupt):
+        verb.main(["--config", str(config)])
+    verb.main(["--config", str(config)])
+    cells = [cell.name for cell in read_experiment(config).cells()]
+    assert started == [*cells[:4], *cells[3:]]
+    assert f"{len(cells)} of {len(cells)} cells" in capsys.readouterr().out
+    started.clear()
+    verb.main(["--config", str(config)])
+    assert not started
+
+
+def test_no_cell_is_started_after_the_last_hour(config, monkeypatch, capsys):
+    monkeypatch.setattr(verb, "run_in_process", lambda experiment, config, threads, cell: result(cell))
+    monkeypatch.setattr(verb, "report", lambda folder: [])
+    verb.main(["--config", str(config), "--max_hours", "1e-9"])
+    assert "have passed; the same command goes on" in capsys.readouterr().out
+
+
+def test_a_cell_is_trained_and_measured_along_its_checkpoints(config, model_dir, monkeypatch):
+    """The base and one LoRAMoE cell, as one command each runs them, on the tiny model."""
+    text = config.read_text().replace(str(config.parent / "model"), str(model_dir)).replace("facts: 60", "facts: 8")
+    config.write_text(
+        text.replace("rows_per_task: 10", "rows_per_task: 2").replace("logging_steps: 1", "use_cpu: true")
+    )
+    monkeypatch.setattr(mixture_module, "VALIDATION_ROWS", 1)
+    for name in ("base", "tuning-loramoe-0.002", "loramoe-96-0.2-0"):
+        verb.main(["--config", str(config), "--cells", name])
+    experiment = read_experiment(config)
+    record = json.loads((Path(experiment.results) / "cells" / "loramoe-96-0.2-0.json").read_text())
+    assert record["command"].endswith("--cells loramoe-96-0.2-0")
+    assert record["learning_rate"] == 0.002
+    assert [point["step"] for point in record["checkpoints"]] == [0, 2, 3]
+    assert [point["rows"] for point in record["checkpoints"]] == [0, 64, 96]
+    for point in record["checkpoints"]:
+        assert point["tasks"].keys() == TASKS.keys()
+        assert 0 <= point["knowledge"] <= 1
+    assert record["checkpoints"][-1]["task_loss"] < record["checkpoints"][0]["task_loss"]
+    assert record["parameter_change"] > 0
+    assert np.sum(record["routing"]["group_shares"], axis=1) == pytest.approx([1, 1])
+    assert record["routing"]["experts_by_task"].keys() == {*TASKS, "closed_book_qa"}
+    assert {"loss", "lm_loss", "balance_loss", "routing_cv"} <= record["log"][0].keys()
+    assert not list(Path(experiment.work).iterdir())
+
+
+def test_each_arm_takes_its_best_rate(config):
+    experiment = read_experiment(config)
+    arm = next(cell for cell in experiment.cells() if cell.stage == "grid" and cell.arm == "loramoe_beta0")
+    with pytest.raises(InputError, match="takes the best learning rate of cells that are still to be run"):
+        experiment.rate(arm)
+    for trial in experiment.trials():
+        write(experiment, trial, result(trial, loss=1 if trial.learning_rate == 0.002 else 2))
+    assert experiment.rate(arm) == 0.002
+    assert experiment.rate(replace(arm, arm="full")) == 0.001
+    ablation = next(cell for cell in experiment.cells() if cell.stage == "ablation")
+    assert experiment.rate(ablation) == 0.002
+
+
+def test_a_cell_of_other_settings_is_never_taken_for_this_one(config):
+    experiment = read_experiment(config)
+    cell = experiment.cells()[-1]
+    file = write(experiment, cell, result(cell) | {"settings": cell.settings() | {"size": 1}})
+    with pytest.raises(InputError, match="was made with other settings"):
+        experiment.finished(cell)
+    file.write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        experiment.finished(cell)
+
+
+def test_unknown_cells_and_a_missing_model_are_refused(config):
+    with pytest.raises(InputError, match="there is no nothing; there are base, "):
+        verb.main(["--config", str(config), "--cells", "nothing"])
+    (config.parent / "model").rmdir()
+    with pytest.raises(InputError, match="model: no such folder"):
+        verb.main(["--config", str(config)])
