@@ -1,0 +1,351 @@
+"""Make the paper's mixture from public data sets on the hub: `python -m scripts.prepare_data --output data/paper`.
+
+Sets are streamed and sampled with a seed, so what is not used is hardly downloaded, and memory does not grow with them.
+Training rows with the question of an evaluation set are left out, and so are repeated ones. The folder has
+
+    train/                       JSON Lines, a file for each kind of task
+    evaluation/                  a file for each evaluation set
+    evaluation_without_overlap/  of the closed-book ones, the rows with no answer that occurs in training
+    counts.json                  what was wanted, found and left out of each set
+
+It appears whole, when all is done. Before that it is NAME.incomplete, and the same command goes on there with the kinds
+of task that are not finished.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import httpx2
+from tqdm import tqdm
+
+from data import InputError
+from data.facts import TASK as CLOSED_BOOK
+from data.recipes import RECIPES, Source, evaluation_parts
+from transformers_patch.command_line import flag, parse_flags, run_verb
+from transformers_patch.metrics import normalized
+
+COMMAND = "python -m scripts.prepare_data"
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
+SHUFFLE_BUFFER = 10_000
+# What reading from the hub raises; pyarrow's errors of damaged files are ValueErrors.
+UNREADABLE = (OSError, ValueError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError)
+
+
+@dataclass
+class PrepareArguments:
+    """What is mixed, how much of it, and where to."""
+
+    output: str | None = flag(None, "folder to make")
+    recipe: str = flag("paper", f"which sets: {', '.join(RECIPES)}")
+    size: str = flag("100K", "training rows in all; K and M are thousands and millions")
+    knowledge_share: float = flag(0.2, "share of closed-book questions (task type 1); the other kinds share the rest")
+    max_words: int = flag(600, "training rows whose prompt has more words are left out: about 900 tokens of Llama 2")
+    evaluation_rows: int = flag(1000, "rows kept of each evaluation set; training rows avoid all that it has")
+    without: list[str] = field(
+        default_factory=list, metadata={"help": "hub ids of sets to leave out, such as one that cannot be read"}
+    )
+    seed: int = flag(41, "of the sampling")
+
+    def problems(self) -> list[str]:
+        problems = [] if self.output else ["--output is missing: the folder to make"]
+        if self.output and Path(self.output).exists():
+            problems.append(f"--output {self.output} exists already; choose another folder, or delete it")
+        if self.recipe not in RECIPES:
+            return [*problems, f"--recipe {self.recipe} is unknown; there is {', '.join(RECIPES)}"]
+        if not re.fullmatch(r"[1-9]\d*[kKmM]?", self.size):
+            problems.append(f"--size is {self.size!r}, but has to be a number such as 20000, 100K or 3M")
+        if not 0 <= self.knowledge_share < 1:
+            problems.append(f"--knowledge_share is {self.knowledge_share}, but has to be at least 0 and below 1")
+        problems += [
+            f"--{name} is {getattr(self, name)}, but has to be at least 1"
+            for name in ("max_words", "evaluation_rows")
+            if getattr(self, name) < 1
+        ]
+        known = {source.hub_id for source in RECIPES[self.recipe]}
+        return problems + [
+            f"--without {name}: no such set; there are {', '.join(sorted(known))}"
+            for name in self.without
+            if name not in known
+        ]
+
+    @property
+    def rows(self) -> int:
+        number, unit = re.fullmatch(r"(\d+)(\D?)", self.size).groups()
+        return int(number) * UNITS[unit.lower()]
+
+    @property
+    def sources(self) -> list[Source]:
+        return [source for source in RECIPES[self.recipe] if source.hub_id not in self.without]
+
+    def settings(self) -> dict:
+        """Everything that the rows of a kind of task depend on, apart from which sets there are."""
+        names = ("recipe", "rows", "knowledge_share", "max_words", "evaluation_rows", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+KINDS = (PrepareArguments,)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, write the folder, print what each set gave.
+
+    Raises:
+        InputError: flags are not as they have to be, a set cannot be read, or the folder cannot be written.
+    """
+    (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # Errors are told once, by ours.
+    folder = Path(args.output)
+    with writing(folder):
+        aside, counts = begin(folder, args)
+        parts = evaluation_parts(args.sources)
+        opened = {part: open_part(part, args.seed) for part in tqdm([*args.sources, *parts], "finding sets", leave=False)}
+        asked = write_evaluation(aside, {part: opened[part] for part in parts}, args, counts)
+        write_training(aside, {source: opened[source] for source in args.sources}, asked, args, counts)
+        write_without_overlap(aside, counts)
+        aside.rename(folder)
+    print(*table_lines(counts), sep="\n")
+    print(f"{rows_so_far(counts):,} of {args.rows:,} training rows are in {folder}/train")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A context in which what cannot be written is one message."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; the same command goes on") from error
+
+
+def begin(folder: Path, args: PrepareArguments) -> tuple[Path, dict]:
+    """The unfinished folder and its counts, new or as an interrupted program has left them.
+
+    Raises:
+        InputError: the unfinished folder belongs to other settings.
+    """
+    aside = folder.with_name(f"{folder.name}.incomplete")
+    aside.mkdir(parents=True, exist_ok=True)
+    file = aside / "counts.json"
+    settings = args.settings()
+    if not file.exists():
+        return aside, {"settings": settings, "versions": {}, "train": {}, "evaluation": {}}
+    counts = json.loads(file.read_text())
+    differing = [
+        f"  {name}: {counts['settings'].get(name)!r} there, {value!r} now"
+        for name, value in settings.items()
+        if counts["settings"].get(name) != value
+    ]
+    if differing:
+        found = "\n".join(differing)
+        raise InputError(
+            f"{aside} holds part of another mixture:\n{found}\ndelete it to start over, or choose another --output"
+        )
+    return aside, counts
+
+
+def open_part(source: Source, seed: int) -> datasets.IterableDataset:
+    """The part of a set, in an order that depends on the seed; its rows are read when they are asked for.
+
+    Raises:
+        InputError: it cannot be read, or lacks columns.
+    """
+    try:
+        records = datasets.load_dataset(
+            "parquet", data_files=source.files, split="train", streaming=True, columns=list(source.columns)
+        )
+        # By groups of rows, so that the sample comes from everywhere in the files.
+        shuffled = records.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    except UNREADABLE as error:
+        raise unreadable(source, error) from error
+    if missing := set(source.columns) - set(records.column_names):
+        raise unreadable(source, f"it has no column {', '.join(sorted(missing))}")
+    return shuffled
+
+
+def read(source: Source, records: datasets.IterableDataset) -> Iterator[dict]:
+    """The records of a set.
+
+    Raises:
+        InputError: it cannot be read any more.
+    """
+    try:
+        yield from records
+    except UNREADABLE as error:
+        raise unreadable(source, error) from error
+
+
+def unreadable(source: Source, reason: object) -> InputError:
+    reason = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
+    return InputError(
+        f"{source.name} could not be read from the hub ({source.files}): {reason}\n"
+        f"once it can, the same command goes on; --without {source.hub_id} does without it"
+    )
+
+
+def write_evaluation(aside: Path, opened: dict[Source, Iterable], args: PrepareArguments, counts: dict) -> set[int]:
+    """Write a sample of every evaluation set. Returns the keys of all of their questions, in the sample or not."""
+    asked: set[int] = set()
+    for source, records in tqdm(opened.items(), "evaluation sets", unit="set"):
+        kept: dict[int, dict] = {}
+        for row in filter(None, map(source.row, read(source, records))):
+            key = question_key(row)
+            asked.add(key)
+            if len(kept) < args.evaluation_rows:
+                kept.setdefault(key, row)
+        if not kept:
+            raise unreadable(source, "none of its records can be used")
+        write_rows(aside / "evaluation" / f"{file_name(source)}.jsonl", kept.values())
+        counts["evaluation"][file_name(source)] = {"rows": len(kept)}
+    return asked
+
+
+def write_training(
+    aside: Path, opened: dict[Source, Iterable], asked: set[int], args: PrepareArguments, counts: dict
+) -> None:
+    """Write the kinds of task that are not finished, one after the other, and count what each set gives."""
+    tasks = list(dict.fromkeys(source.task for source in opened))
+    with tqdm(total=args.rows, initial=rows_so_far(counts), unit="row") as bar:
+        for place, task in enumerate(tasks):
+            if task in counts["train"]:
+                continue
+            bar.set_description(task)
+            wanted = args.rows - rows_so_far(counts)
+            wanted = round(args.rows * args.knowledge_share) if task == CLOSED_BOOK else wanted // (len(tasks) - place)
+            found = {source: Counter() for source in opened if source.task == task}
+            seen: set[int] = set()
+            streams = [new_rows(source, opened[source], asked, seen, args.max_words, found[source]) for source in found]
+            write_rows(aside / "train" / f"{task}.jsonl", counting(bar, islice(in_turn(streams), wanted)))
+            counts["train"][task] = task_counts(wanted, found)
+            save(aside, counts)
+
+
+def new_rows(
+    source: Source, records: Iterable, asked: set[int], seen: set[int], max_words: int, found: Counter
+) -> Iterator[dict]:
+    """The rows of a set that are neither asked in evaluation nor in `seen`, to which they are added.
+
+    Args:
+        found: counts the rows that are given, as `got`, and those that are not, by the reason.
+    """
+    for record in read(source, records):
+        row = source.row(record)
+        if row is None:
+            found["unusable"] += 1
+        elif len(row["instruction"].split()) + len(row["input"].split()) > max_words:
+            found["too_long"] += 1
+        elif (key := question_key(row)) in asked:
+            found["in_evaluation"] += 1
+        elif key in seen:
+            found["repeated"] += 1
+        else:
+            seen.add(key)
+            found["got"] += 1
+            yield row
+    found["ran_out"] = 1
+
+
+def in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
+    """A row of each in turn; those that end leave the rest to the others."""
+    while streams:
+        for stream in list(streams):
+            row = next(stream, None)
+            if row is None:
+                streams.remove(stream)
+            else:
+                yield row
+
+
+def task_counts(wanted: int, found: dict[Source, Counter]) -> dict:
+    """What a kind of task and its sets were to give, and gave. Says which sets gave less."""
+    each, left = divmod(wanted, len(found))
+    sets = {}
+    for place, (source, counter) in enumerate(found.items()):
+        reasons = ("got", "unusable", "too_long", "in_evaluation", "repeated")
+        sets[source.name] = {"wanted": each + (place < left)} | {reason: counter[reason] for reason in reasons}
+        if counter["ran_out"] and counter["got"] < sets[source.name]["wanted"]:
+            tqdm.write(f"{source.name} ran out: {counter['got']:,} rows of {sets[source.name]['wanted']:,}")
+    return {"wanted": wanted, "got": sum(counter["got"] for counter in found.values()), "sets": sets}
+
+
+def write_without_overlap(aside: Path, counts: dict) -> None:
+    """Write the rows of closed-book evaluation sets none of whose right answers is one of a training row."""
+    training = aside / "train" / f"{CLOSED_BOOK}.jsonl"
+    taught = {text_key(answer) for row in read_rows(training) for answer in (row["output"], *row["aliases"])}
+    for name, count in counts["evaluation"].items():
+        rows = list(read_rows(aside / "evaluation" / f"{name}.jsonl"))
+        if rows[0]["task"] != CLOSED_BOOK:
+            continue
+        new = [row for row in rows if taught.isdisjoint(map(text_key, (row["output"], *row["aliases"])))]
+        write_rows(aside / "evaluation_without_overlap" / f"{name}.jsonl", new)
+        count["without_overlap"] = len(new)
+    save(aside, counts)
+
+
+def question_key(row: dict) -> int:
+    return text_key(f"{row['instruction']} {row['input']}")
+
+
+def text_key(text: str) -> int:
+    """64 bits of a hash of the words, whatever their case, punctuation and articles."""
+    return int.from_bytes(hashlib.blake2b(normalized(text).encode(), digest_size=8).digest())
+
+
+def file_name(source: Source) -> str:
+    return f"{source.hub_id.split('/')[1]}_{source.config}"
+
+
+def rows_so_far(counts: dict) -> int:
+    return sum(count["got"] for count in counts["train"].values())
+
+
+def counting(bar: tqdm, rows: Iterable[dict]) -> Iterator[dict]:
+    for row in rows:
+        bar.update()
+        yield row
+
+
+def write_rows(file: Path, rows: Iterable[dict]) -> None:
+    """JSON Lines; no file where there is no row, since a data file may not be empty."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        is_empty = not stream.tell()
+    if is_empty:
+        file.unlink()
+
+
+def read_rows(file: Path) -> Iterator[dict]:
+    if file.exists():
+        with file.open() as stream:
+            yield from map(json.loads, stream)
+
+
+def save(aside: Path, counts: dict) -> None:
+    counts["versions"] = {name: importlib.metadata.version(name) for name in ("datasets", "pyarrow")}
+    whole = aside / "counts.json.tmp"
+    whole.write_text(json.dumps(counts, indent=2) + "\n")
+    whole.replace(aside / "counts.json")
+
+
+def table_lines(counts: dict) -> list[str]:
+    """A line for every set, then one for every kind of task."""
+    lines = [f"{'wanted':>10}{'got':>10}  set"]
+    for task, count in counts["train"].items():
+        lines += [f"{each['wanted']:10,}{each['got']:10,}  {name}" for name, each in count["sets"].items()]
+        lines.append(f"{count['wanted']:10,}{count['got']:10,}  all of {task}")
+    return lines
+
+
+if __name__ == "__main__":
+    run_verb(main)
