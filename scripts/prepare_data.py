@@ -13,10 +13,10 @@ of task that are not finished.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,20 +25,22 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
-import httpx2
+import pyarrow
+from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 from data import InputError
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import RECIPES, Source, evaluation_parts
+from scripts.provenance import provenance
 from transformers_patch.command_line import flag, parse_flags, run_verb
 from transformers_patch.metrics import normalized
 
 COMMAND = "python -m scripts.prepare_data"
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 SHUFFLE_BUFFER = 10_000
-# What reading from the hub raises; pyarrow's errors of damaged files are ValueErrors.
-UNREADABLE = (OSError, ValueError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError)
+# What reading from the hub raises.
+UNREADABLE = (OSError, ValueError, HTTPError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
 
 
 @dataclass
@@ -58,8 +60,6 @@ class PrepareArguments:
 
     def problems(self) -> list[str]:
         problems = [] if self.output else ["--output is missing: the folder to make"]
-        if self.output and Path(self.output).exists():
-            problems.append(f"--output {self.output} exists already; choose another folder, or delete it")
         if self.recipe not in RECIPES:
             return [*problems, f"--recipe {self.recipe} is unknown; there is {', '.join(RECIPES)}"]
         if not re.fullmatch(r"[1-9]\d*[kKmM]?", self.size):
@@ -102,12 +102,13 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         InputError: flags are not as they have to be, a set cannot be read, or the folder cannot be written.
     """
+    argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # Errors are told once, by ours.
     folder = Path(args.output)
     with writing(folder):
-        aside, counts = begin(folder, args)
+        aside, counts = begin(folder, args, argv)
         parts = evaluation_parts(args.sources)
         opened = {part: open_part(part, args.seed) for part in tqdm([*args.sources, *parts], "finding sets", leave=False)}
         asked = write_evaluation(aside, {part: opened[part] for part in parts}, args, counts)
@@ -124,21 +125,25 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; the same command goes on") from error
+        raise InputError(f"{folder} cannot be written: {error.strerror}; once it can, the same command goes on") from error
 
 
-def begin(folder: Path, args: PrepareArguments) -> tuple[Path, dict]:
+def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, dict]:
     """The unfinished folder and its counts, new or as an interrupted program has left them.
 
     Raises:
-        InputError: the unfinished folder belongs to other settings.
+        InputError: the folder is there, or the unfinished one belongs to other settings.
     """
+    if folder.exists():
+        raise InputError(f"--output {folder} exists already; choose another folder, or delete it")
     aside = folder.with_name(f"{folder.name}.incomplete")
     aside.mkdir(parents=True, exist_ok=True)
     file = aside / "counts.json"
     settings = args.settings()
     if not file.exists():
-        return aside, {"settings": settings, "versions": {}, "train": {}, "evaluation": {}}
+        made_by = provenance("scripts.prepare_data", argv)
+        made_by["versions"]["datasets"] = datasets.__version__
+        return aside, {"settings": settings, **made_by, "train": {}, "evaluation": {}}
     counts = json.loads(file.read_text())
     differing = [
         f"  {name}: {counts['settings'].get(name)!r} there, {value!r} now"
@@ -332,7 +337,6 @@ def read_rows(file: Path) -> Iterator[dict]:
 
 
 def save(aside: Path, counts: dict) -> None:
-    counts["versions"] = {name: importlib.metadata.version(name) for name in ("datasets", "pyarrow")}
     whole = aside / "counts.json.tmp"
     whole.write_text(json.dumps(counts, indent=2) + "\n")
     whole.replace(aside / "counts.json")
