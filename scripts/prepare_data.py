@@ -256,7 +256,6 @@ def new_rows(
             seen.add(key)
             found["got"] += 1
             yield row
-    found["ran_out"] = 1
 
 
 def in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
@@ -271,14 +270,13 @@ def in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
 
 
 def task_counts(wanted: int, found: dict[Source, Counter]) -> dict:
-    """What a kind of task and its sets were to give, and gave. Says which sets gave less."""
+    """What a kind of task and its sets were to give, and gave. A set that gave less has no more."""
     each, left = divmod(wanted, len(found))
-    sets = {}
-    for place, (source, counter) in enumerate(found.items()):
-        reasons = ("got", "unusable", "too_long", "in_evaluation", "repeated")
-        sets[source.name] = {"wanted": each + (place < left)} | {reason: counter[reason] for reason in reasons}
-        if counter["ran_out"] and counter["got"] < sets[source.name]["wanted"]:
-            tqdm.write(f"{source.name} ran out: {counter['got']:,} rows of {sets[source.name]['wanted']:,}")
+    reasons = ("got", "unusable", "too_long", "in_evaluation", "repeated")
+    sets = {
+        source.name: {"wanted": each + (place < left)} | {reason: counter[reason] for reason in reasons}
+        for place, (source, counter) in enumerate(found.items())
+    }
     return {"wanted": wanted, "got": sum(counter["got"] for counter in found.values()), "sets": sets}
 
 
@@ -344,10 +342,15 @@ def save(aside: Path, counts: dict) -> None:
 
 def table_lines(counts: dict) -> list[str]:
     """A line for every set, then one for every kind of task."""
+
+    def line(count: dict, name: str) -> str:
+        return f"{count['wanted']:10,}{count['got']:10,}  {name}"
+
     lines = [f"{'wanted':>10}{'got':>10}  set"]
     for task, count in counts["train"].items():
-        lines += [f"{each['wanted']:10,}{each['got']:10,}  {name}" for name, each in count["sets"].items()]
-        lines.append(f"{count['wanted']:10,}{count['got']:10,}  all of {task}")
+        for name, each in count["sets"].items():
+            lines.append(line(each, name + (" (has no more)" if each["got"] < each["wanted"] else "")))
+        lines.append(line(count, f"all of {task}"))
     return lines
 
 

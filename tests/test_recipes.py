@@ -494,7 +494,7 @@ def test_what_a_set_lacks_is_said_and_taken_from_the_others(hub, tmp_path, capsy
     assert got == {TRIVIA.name: (10, 3), NQ.name: (10, 2), HOTPOT.name: (10, 12)}
     assert counts["train"][CLOSED_BOOK]["sets"][TRIVIA.name]["unusable"] == 1
     assert (counts["train"][CLOSED_BOOK]["wanted"], counts["train"][CLOSED_BOOK]["got"]) == (30, 17)
-    assert f"{NQ.name} ran out: 2 rows of 10" in shown
+    assert f"        10         2  {NQ.name} (has no more)\n        10        12  {HOTPOT.name}\n" in shown
     assert "100 of 100 training rows" in shown
 
 
