@@ -1,8 +1,8 @@
 """The paper's mixture from public data sets: which sets each kind of task comes from, and how their rows become ours.
 
 The paper does not say which sets it mixed in which numbers. These are public sets of its seven kinds, its benchmarks'
-own training parts among them. Each is read from the Parquet files that the hub keeps of it, so that no program of a data
-set is ever run.
+own training parts among them. Each is read from the Parquet files that the hub keeps of it, so that no program of a
+data set is ever run.
 """
 
 from collections.abc import Callable, Sequence
@@ -236,7 +236,7 @@ PAPER = (
         "sst2",
         CLASSIFICATION,
         ("sentence", "label"),
-        _classes("What does this review think?", ("negative", "positive")),
+        _classes("What is the opinion of this review?", ("negative", "positive")),
         "validation",
     ),
     Source("nyu-mll/glue", "qqp", CLASSIFICATION, ("question1", "question2", "label"), _same_question),

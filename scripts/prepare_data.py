@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     with writing(folder):
         aside, counts = begin(folder, args, argv)
         parts = evaluation_parts(args.sources)
-        opened = {part: open_part(part, args.seed) for part in tqdm([*args.sources, *parts], "finding sets", leave=False)}
+        every = tqdm([*args.sources, *parts], "finding sets", leave=False)
+        opened = {part: open_part(part, args.seed) for part in every}
         asked = write_evaluation(aside, {part: opened[part] for part in parts}, args, counts)
         write_training(aside, {source: opened[source] for source in args.sources}, asked, args, counts)
         write_without_overlap(aside, counts)
@@ -125,7 +126,8 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; once it can, the same command goes on") from error
+        reason = f"{folder} cannot be written: {error.strerror}"
+        raise InputError(f"{reason}; once it can, the same command goes on") from error
 
 
 def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, dict]:
@@ -168,8 +170,9 @@ def open_part(source: Source, seed: int) -> datasets.IterableDataset:
         records = datasets.load_dataset(
             "parquet", data_files=source.files, split="train", streaming=True, columns=list(source.columns)
         )
-        # By groups of rows, so that the sample comes from everywhere in the files.
-        shuffled = records.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        # By groups of rows, so that the sample comes from everywhere in the files. One group at a time: reading several
+        # takes threads, and five seconds at the end of each set to stop them.
+        shuffled = records.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
     except UNREADABLE as error:
         raise unreadable(source, error) from error
     if missing := set(source.columns) - set(records.column_names):

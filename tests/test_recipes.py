@@ -1,4 +1,4 @@
-"""The paper's mixture: each set's real columns become rows, and the verb that mixes them, on local stand-ins of the sets."""
+"""The paper's mixture: how records of each set become rows, and the verb that mixes them, on stand-ins of the sets."""
 
 import json
 from collections import Counter
@@ -80,7 +80,12 @@ EXAMPLES = {
             "idx": 0,
             "label": 0,
         },
-        ('Does "he" refer to "Mark" in this text? Answer no or yes.', "Mark told Pete lies and he was angry.", "no", []),
+        (
+            'Does "he" refer to "Mark" in this text? Answer no or yes.',
+            "Mark told Pete lies and he was angry.",
+            "no",
+            [],
+        ),
     ),
     "ehovy/race middle": (
         {
@@ -244,7 +249,12 @@ EXAMPLES = {
             "idx": 0,
             "label": 0,
         },
-        ('Does "bank" mean the same in both sentences? Answer no or yes.', "1. By the bank.\n2. A rich bank.", "no", []),
+        (
+            'Does "bank" mean the same in both sentences? Answer no or yes.',
+            "1. By the bank.\n2. A rich bank.",
+            "no",
+            [],
+        ),
     ),
     "facebook/anli plain_text": (
         {"uid": "u", "premise": "It is wet.", "hypothesis": "It is dry.", "label": 2, "reason": ""},
@@ -275,7 +285,12 @@ EXAMPLES = {
     ),
     "aps/super_glue rte": (
         {"premise": "Oil rose.", "hypothesis": "Oil fell.", "idx": 0, "label": 1},
-        ("Label this pair as entailment or not entailment.", "Premise: Oil rose.\nHypothesis: Oil fell.", "not entailment", []),
+        (
+            "Label this pair as entailment or not entailment.",
+            "Premise: Oil rose.\nHypothesis: Oil fell.",
+            "not entailment",
+            [],
+        ),
     ),
     "Helsinki-NLP/opus-100 de-en": (
         {"translation": {"de": "Guten Tag.", "en": "Good day."}},
@@ -293,7 +308,7 @@ EXAMPLES = {
         {"translation": {"en": "Good day!", "zh": "你好！"}},
         ("Translate from English into Chinese.", "Good day!", "你好！", []),
     ),
-}  # fmt: skip
+}
 ROWS_OF_A_PART = 12
 
 
@@ -414,7 +429,8 @@ def prepare(folder: Path, *flags: str) -> dict:
 
 
 TRIVIA, NQ, HOTPOT = PAPER[:3]
-FEW = ["--without", *sorted({source.hub_id for source in PAPER} - {NQ.hub_id, "allenai/winogrande", "stanfordnlp/snli"})]
+KEPT = {NQ.hub_id, "allenai/winogrande", "stanfordnlp/snli"}
+FEW = ["--without", *sorted({source.hub_id for source in PAPER} - KEPT)]
 
 
 def test_the_verb_gives_every_kind_its_share_and_counts_every_set(hub, tmp_path, capsys):
@@ -524,9 +540,10 @@ def test_an_interrupted_program_is_gone_on_with(hub, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return instruction, text, [labels[label]]
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("data.recipes._labelled", interrupted)
-        prepare(tmp_path / "mix", *flags)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "mix", *flags)
     unfinished = json.loads((tmp_path / "mix.incomplete" / "counts.json").read_text())
     assert list(unfinished["train"]) == [CLOSED_BOOK, "coreference"]
     assert not (tmp_path / "mix").exists()
@@ -553,7 +570,7 @@ def test_a_set_that_cannot_be_read_is_named(hub, tmp_path):
 
 
 def test_a_hub_out_of_reach_is_one_message(tmp_path):
-    with pytest.raises(InputError, match="mandarjoshi/trivia_qa rc.nocontext train could not be read from the hub"):
+    with pytest.raises(InputError, match=r"mandarjoshi/trivia_qa rc\.nocontext train could not be read from the hub"):
         prepare(tmp_path / "mix")
 
 
