@@ -139,7 +139,6 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
     if folder.exists():
         raise InputError(f"--output {folder} exists already; choose another folder, or delete it")
     aside = folder.with_name(f"{folder.name}.incomplete")
-    aside.mkdir(parents=True, exist_ok=True)
     file = aside / "counts.json"
     settings = args.settings()
     if not file.exists():
@@ -322,7 +321,7 @@ def counting(bar: tqdm, rows: Iterable[dict]) -> Iterator[dict]:
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
     """JSON Lines; no file where there is no row, since a data file may not be empty."""
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -15,6 +15,7 @@ from transformers_patch.training.arguments import DataArguments, ModelArguments,
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAGS = {name for part in (ModelArguments, DataArguments, RunArguments) for name in part.__dataclass_fields__}
+VERBS = "generate|evaluate|plot_routing|export_lora|prepare_data"
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"}
 
 
@@ -46,7 +47,7 @@ def test_every_command_names_a_program_variables_and_flags_that_exist():
 
 @pytest.mark.parametrize(
     "command",
-    [line for line in commands() if re.search(r"-m scripts\.(generate|evaluate|plot_routing|export_lora) ", line)],
+    [line for line in commands() if re.search(rf"-m scripts\.({VERBS}) ", line)],
 )
 def test_the_verbs_take_the_flags_that_the_pages_give_them(command):
     verb, flags = re.search(r"-m scripts\.(\w+) (.*)", command).groups()

@@ -8,7 +8,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import tiny_tokenizer
+from conftest import full_disk, tiny_tokenizer
 
 from data import Encoding, InputError, load_data
 from data.facts import TASK as CLOSED_BOOK
@@ -552,6 +552,12 @@ def test_an_interrupted_program_is_gone_on_with(hub, tmp_path, monkeypatch):
     hub.write(NQ, records(NQ, 1))  # Its kind is finished: what it has now does not matter.
     prepare(tmp_path / "mix", *flags)
     assert files_in(tmp_path / "mix") == files_in(tmp_path / "undisturbed")
+
+
+def test_a_full_disk_is_one_message(hub, tmp_path):
+    with full_disk(1000), pytest.raises(InputError, match="mix cannot be written: File too large; once it can"):
+        prepare(tmp_path / "mix", *FEW)
+    prepare(tmp_path / "mix", *FEW, "--size", "10")
 
 
 def test_a_set_that_cannot_be_read_is_named(hub, tmp_path):
