@@ -51,7 +51,7 @@ class PrepareArguments:
     recipe: str = flag("paper", f"which sets: {', '.join(RECIPES)}")
     size: str = flag("100K", "training rows in all; K and M are thousands and millions")
     knowledge_share: float = flag(0.2, "share of closed-book questions (task type 1); the other kinds share the rest")
-    max_words: int = flag(600, "training rows whose prompt has more words are left out: about 900 tokens of Llama 2")
+    max_words: int = flag(600, "words of the longest prompt; training rows with more are left out")
     evaluation_rows: int = flag(1000, "rows kept of each evaluation set; training rows avoid all that it has")
     without: list[str] = field(
         default_factory=list, metadata={"help": "hub ids of sets to leave out, such as one that cannot be read"}
