@@ -138,21 +138,25 @@ class Progress:
         self._records[cell] = record
         self._seconds_run += record["seconds"]
         done = sum(each is not None for each in self._records.values())
-        passed = time.monotonic() - self._start
-        # Cells that run at once take less time than the sum of theirs.
-        left = self._seconds_left() * passed / self._seconds_run
+        passed, left = time.monotonic() - self._start, "an unknown time"
+        if (seconds := self._seconds_left()) is not None:
+            # Cells that run at once take less time than the sum of theirs.
+            left = f"about {_clock(seconds * passed / self._seconds_run)}"
         last = record["checkpoints"][-1]
         print(
-            f"[experiment] {done} of {len(self._records)} cells, {_clock(passed)} so far, about {_clock(left)} left; "
+            f"[experiment] {done} of {len(self._records)} cells, {_clock(passed)} so far, {left} left; "
             f"{cell.name}: knowledge {last['knowledge']:.3f}, tasks {last['task_score']:.3f}, "
             f"{record['seconds']:.0f} s",
             flush=True,
         )
 
-    def _seconds_left(self) -> float:
-        """Of the missing cells: as long as those of their size took, or else in proportion to the rows."""
-        finished = [(cell.size, record["seconds"]) for cell, record in self._records.items() if record]
-        by_row = sum(seconds for _, seconds in finished) / max(1, sum(size for size, _ in finished))
+    def _seconds_left(self) -> float | None:
+        """Of the missing cells: as long as those of their size took, or else in proportion to the rows; None before
+        any training has been seen."""
+        finished = [(cell.size, record["seconds"]) for cell, record in self._records.items() if record and cell.size]
+        if not finished:
+            return None
+        by_row = sum(seconds for _, seconds in finished) / sum(size for size, _ in finished)
         left = 0.0
         for cell in (cell for cell, record in self._records.items() if record is None):
             same = [seconds for size, seconds in finished if size == cell.size]
