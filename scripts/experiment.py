@@ -118,7 +118,9 @@ def run_in_process(experiment: Experiment, config: str, threads: int, cell: Cell
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"{shlex.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+        last_line = done.stderr.strip().rpartition("\n")[2]
+        kind = InputError if last_line.startswith("error:") else RuntimeError
+        raise kind(f"{shlex.join(command)}: {last_line if kind is InputError else done.stderr}")
     return experiment.finished(cell)
 
 

@@ -200,10 +200,14 @@ def test_a_cell_is_trained_and_measured_along_its_checkpoints(config, model_dir,
         text.replace("rows_per_task: 10", "rows_per_task: 2").replace("logging_steps: 1", "use_cpu: true")
     )
     monkeypatch.setattr(mixture_module, "VALIDATION_ROWS", 1)
-    for name in ("base", "tuning-loramoe-0.002", "loramoe-96-0.2-0"):
+    for name in ("base", "tuning-lora-0.002", "tuning-loramoe-0.002", "loramoe-96-0.2-0"):
         verb.main(["--config", str(config), "--cells", name])
     experiment = read_experiment(config)
-    record = json.loads((Path(experiment.results) / "cells" / "loramoe-96-0.2-0.json").read_text())
+    folder = Path(experiment.results) / "cells"
+    trials = [json.loads((folder / f"tuning-{arm}-0.002.json").read_text()) for arm in ("lora", "loramoe")]
+    assert trials[0]["trainable_parameters"] == pytest.approx(trials[1]["trainable_parameters"], rel=0.025)
+    assert [len(trial["checkpoints"]) for trial in trials] == [1, 1]
+    record = json.loads((folder / "loramoe-96-0.2-0.json").read_text())
     assert record["command"].endswith("--cells loramoe-96-0.2-0")
     assert record["learning_rate"] == 0.002
     assert [point["step"] for point in record["checkpoints"]] == [0, 2, 3]

@@ -110,6 +110,9 @@ def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path
         InputError: it failed.
     """
     write_rows(folder / "rows.jsonl", mixture(cell, experiment.rows))
+    own_flags = cell.flags
+    if own_flags.get("lora_rank") == EQUAL:
+        own_flags = equal_flags(experiment.model, own_flags, experiment.flags(MIXTURE))
     flags = {
         "model_name_or_path": experiment.model,
         "dataset_dir": folder / "rows.jsonl",
@@ -123,10 +126,8 @@ def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path
         "save_only_model": True,
         "report_to": "none",
         "disable_tqdm": True,
-        **cell.flags,
+        **own_flags,
     }
-    if flags.get("lora_rank") == EQUAL:
-        flags = equal_flags(experiment.model, flags, experiment.flags(MIXTURE))
     command = [*(experiment.launcher or [sys.executable]), str(ROOT / "train.py")]
     command += [f"--{name}={value}" for name, value in flags.items()]
     log = folder / "train.log"
