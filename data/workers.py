@@ -70,7 +70,7 @@ def _start_worker(function: Callable) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process whose parent was killed would wait for blocks for ever, and hold the locks that the parent held."""
+    """A process whose parent was killed would wait for blocks for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
