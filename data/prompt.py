@@ -8,7 +8,6 @@ from data.errors import InputError
 
 TEMPLATES = ("auto", "plain", "chat")
 PLACEHOLDER = "PLACE-OF-THE-CONTENT"
-PLACEHOLDER = "PLACE-OF-THE-CONTENT"
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -52,7 +52,8 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise InputError(
-            "a process that works on the rows was ended from outside, perhaps for lack of memory; use fewer of them"
+            "a process that works on the rows was ended from outside, perhaps for lack of memory; use fewer of "
+            "them (--preprocessing_num_workers)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

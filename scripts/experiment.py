@@ -6,6 +6,7 @@ A cell that is finished has a file, and is not run again. docs/RESULTS.md shows 
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from data import InputError
 from scripts.experiments.cell import run_cell
+from scripts.experiments.mixture import check_rows
 from scripts.experiments.plan import Cell, Experiment, read_experiment
 from scripts.experiments.report import report
 from transformers_patch.command_line import flag, parse_flags, run_verb
@@ -43,13 +45,16 @@ class ExperimentArguments:
         return problems
 
 
+KINDS = (ExperimentArguments,)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then report.
 
     Raises:
         InputError: flags, configuration or cell files are not as they have to be, or a training failed.
     """
-    (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], (ExperimentArguments,), argv)
+    (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     experiment = read_experiment(args.config)
     if not args.report_only:
         run(experiment, args, chosen_cells(experiment, args.cells))
@@ -69,6 +74,11 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
     """Run the cells that have no file yet; those that others need come first and are waited for."""
     if not Path(experiment.model).is_dir() and experiment.model.startswith(("models/", ".", "/")):
         raise InputError(f"the configuration's model {experiment.model}: no such folder")
+    check_rows(experiment)
+    if experiment.lm_eval:
+        from transformers_patch.harness import find_tasks
+
+        find_tasks(experiment.lm_eval)
     records = {cell: experiment.finished(cell) for cell in cells}
     progress = Progress(records)
     deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else float("inf")
@@ -118,9 +128,9 @@ def run_in_process(experiment: Experiment, config: str, threads: int, cell: Cell
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        last_line = done.stderr.strip().rpartition("\n")[2]
-        kind = InputError if last_line.startswith("error:") else RuntimeError
-        raise kind(f"{shlex.join(command)}: {last_line if kind is InputError else done.stderr}")
+        if message := re.search(r"^error: .*", done.stderr, re.MULTILINE | re.DOTALL):
+            raise InputError(f"{shlex.join(command)}: {message[0].strip()}")
+        raise RuntimeError(f"{shlex.join(command)}:\n{done.stderr}")
     return experiment.finished(cell)
 
 

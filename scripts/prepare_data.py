@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -201,6 +202,8 @@ def unreadable(source: Source, reason: object) -> InputError:
 
 def write_evaluation(aside: Path, opened: dict[Source, Iterable], args: PrepareArguments, counts: dict) -> set[int]:
     """Write a sample of every evaluation set. Returns the keys of all of their questions, in the sample or not."""
+    shutil.rmtree(aside / "evaluation", ignore_errors=True)  # perhaps with sets that are left out now
+    counts["evaluation"] = {}
     asked: set[int] = set()
     for source, records in tqdm(opened.items(), "evaluation sets", unit="set"):
         kept: dict[int, dict] = {}

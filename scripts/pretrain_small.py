@@ -23,6 +23,7 @@ from transformers_patch.command_line import flag, parse_flags, run_verb
 
 TEXTS_OF_A_TASK = 250
 VOCABULARY = 3000
+COMMAND = "python -m scripts.pretrain_small"
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -51,19 +52,24 @@ class PretrainArguments:
         return problems
 
 
+KINDS = (PretrainArguments,)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write a Llama with random weights and its texts beside the output folder, and train it.
 
     Raises:
         InputError: flags are not as they have to be.
     """
-    (args,) = parse_flags("python -m scripts.pretrain_small", __doc__.splitlines()[0], (PretrainArguments,), argv)
+    (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     untrained = Path(f"{args.output.rstrip('/')}-untrained")
-    texts = untrained / "texts.json"
-    if not texts.is_file():
-        rows = pretraining_rows(args.facts)
+    texts, made_for = untrained / "texts.json", untrained / "made_for.json"
+    wanted = json.dumps({"seed": args.seed, "rows": pretraining_rows(args.facts)}, ensure_ascii=False)
+    if not made_for.is_file() or made_for.read_text() != wanted:
+        rows = json.loads(wanted)["rows"]
         make_untrained(untrained, rows, args.seed)
         texts.write_text(json.dumps(rows, ensure_ascii=False))
+        made_for.write_text(wanted)
     flags = {
         "model_name_or_path": untrained,
         "dataset_dir": texts,

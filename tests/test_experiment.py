@@ -1,6 +1,7 @@
 """The experiments: which cells there are, what they train on, and that an interrupted one goes on at its cell."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, filled_model, tiny_model
+from filelock import FileLock
 from transformers import LlamaConfig
 
 from data import InputError
@@ -16,13 +18,13 @@ from data.rows import row_problem
 from data.tasks import TASKS
 from scripts import experiment as verb
 from scripts.experiments import mixture as mixture_module
-from scripts.experiments.cell import recalls
+from scripts.experiments.cell import recalls, run_cell, train_flags
 from scripts.experiments.mixture import mixture, probe_rows, task_rows
 from scripts.experiments.parameters import adapter_size, equal_flags, parameter_change
 from scripts.experiments.plan import Cell, Experiment, read_experiment
 from scripts.pretrain_small import SHAPE
 from transformers_patch import AutoModelForCausalLM
-from transformers_patch.training.arguments import ModelArguments
+from transformers_patch.training.arguments import ModelArguments, parse_arguments
 
 CONFIGS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
 
@@ -36,11 +38,11 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "smoke.yaml"
 
 
-def result(cell: Cell, loss: float = 1.0) -> dict:
+def result(experiment: Experiment, cell: Cell, loss: float = 1.0) -> dict:
     """What a cell's file holds, as far as running other cells needs it."""
     point = {"step": 0, "rows": 0, "knowledge": 1.0, "knowledge_known": 1.0, "tasks": {}, "task_score": 0.5}
     return {
-        "settings": cell.settings(),
+        "settings": experiment.settings(cell),
         "seconds": 1.0,
         "checkpoints": [point | {"task_loss": loss}],
         "cell": cell.name,
@@ -55,16 +57,16 @@ def write(experiment: Experiment, cell: Cell, record: dict) -> Path:
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_each_configuration_can_be_read(file):
+def test_every_cell_of_each_configuration_is_a_training_that_can_be_started(file, tmp_path, monkeypatch):
     experiment = read_experiment(file)
     cells = experiment.cells()
     assert cells[0].name == "base"
     assert len({cell.name for cell in cells}) == len(cells)
-    for cell in cells[1:]:
-        known = ModelArguments.__dataclass_fields__.keys() | {"deepspeed", "bf16", "gradient_checkpointing"}
-        assert (
-            cell.flags.keys() - {"per_device_train_batch_size", "logging_steps", "gradient_accumulation_steps"} <= known
-        )
+    LlamaConfig(num_hidden_layers=1, vocab_size=100).save_pretrained(tmp_path)
+    monkeypatch.chdir(ROOT)
+    for cell in {cell.arm: cell for cell in cells[1:]}.values():
+        flags = train_flags(replace(experiment, model=str(tmp_path)), cell, 1e-3, tmp_path)
+        parse_arguments([*flags, "--prepare_only", "--use_cpu"])
 
 
 def test_small_sizes_come_first(config):
@@ -121,7 +123,9 @@ def test_a_mixture_from_prepared_files_is_drawn_by_kind(tmp_path):
     assert rows == mixture(Cell("grid", "full", 40, 0.25, 3), str(tmp_path))
     assert len({row["instruction"] for row in rows}) == 40
     assert sum(row["instruction"].startswith("closed") for row in rows) == 10
-    with pytest.raises(InputError, match=r"jsonl has 50 rows, not 75"):
+    repeated = mixture(Cell("grid", "lora", 200, 0.5, 3), str(tmp_path))
+    assert sum(row["instruction"].startswith("closed") for row in repeated) == 100
+    with pytest.raises(InputError, match="has 100 rows of the kinds of task besides closed_book_qa, but 150 are asked"):
         mixture(Cell("grid", "lora", 200, 0.25, 3), str(tmp_path))
 
 
@@ -156,7 +160,14 @@ def test_parameter_change_of_an_adapter_is_that_of_the_full_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("answer", "is_right"),
-    [("Paris", True), ("The capital of France is Paris.", True), ("paris!", True), ("Parisian", False), ("", False)],
+    [
+        ("Paris", True),
+        ("Rome\nParis", False),
+        ("The capital of France is Paris.", True),
+        ("paris!", True),
+        ("Parisian", False),
+        ("", False),
+    ],
 )
 def test_a_fact_is_recalled_where_the_answer_holds_it_as_a_word(answer, is_right):
     assert recalls(answer, ["Paris", "City of Light"]) is is_right
@@ -170,8 +181,8 @@ def test_an_interrupted_experiment_goes_on_at_its_cell(config, monkeypatch, caps
         if len(started) == 4 and not interrupted:
             interrupted.append(cell.name)
             raise KeyboardInterrupt
-        write(experiment, cell, result(cell))
-        return result(cell)
+        write(experiment, cell, result(experiment, cell))
+        return result(experiment, cell)
 
     monkeypatch.setattr(verb, "run_in_process", run_in_process)
     monkeypatch.setattr(verb, "report", lambda folder: [folder / "table.md"])
@@ -187,7 +198,7 @@ def test_an_interrupted_experiment_goes_on_at_its_cell(config, monkeypatch, caps
 
 
 def test_no_cell_is_started_after_the_last_hour(config, monkeypatch, capsys):
-    monkeypatch.setattr(verb, "run_in_process", lambda experiment, config, threads, cell: result(cell))
+    monkeypatch.setattr(verb, "run_in_process", lambda experiment, config, threads, cell: result(experiment, cell))
     monkeypatch.setattr(verb, "report", lambda folder: [])
     verb.main(["--config", str(config), "--max_hours", "1e-9"])
     assert "have passed; the same command goes on" in capsys.readouterr().out
@@ -220,7 +231,7 @@ def test_a_cell_is_trained_and_measured_along_its_checkpoints(config, model_dir,
     assert np.sum(record["routing"]["group_shares"], axis=1) == pytest.approx([1, 1])
     assert record["routing"]["experts_by_task"].keys() == {*TASKS, "closed_book_qa"}
     assert {"loss", "lm_loss", "balance_loss", "routing_cv"} <= record["log"][0].keys()
-    assert not list(Path(experiment.work).iterdir())
+    assert not [path for path in Path(experiment.work).iterdir() if path.is_dir()]
 
 
 def test_each_arm_takes_its_best_rate(config):
@@ -229,7 +240,7 @@ def test_each_arm_takes_its_best_rate(config):
     with pytest.raises(InputError, match="takes the best learning rate of cells that are still to be run"):
         experiment.rate(arm)
     for trial in experiment.trials():
-        write(experiment, trial, result(trial, loss=1 if trial.learning_rate == 0.002 else 2))
+        write(experiment, trial, result(experiment, trial, loss=1 if trial.learning_rate == 0.002 else 2))
     assert experiment.rate(arm) == 0.002
     assert experiment.rate(replace(arm, arm="full")) == 0.001
     ablation = next(cell for cell in experiment.cells() if cell.stage == "ablation")
@@ -239,7 +250,7 @@ def test_each_arm_takes_its_best_rate(config):
 def test_a_cell_of_other_settings_is_never_taken_for_this_one(config):
     experiment = read_experiment(config)
     cell = experiment.cells()[-1]
-    file = write(experiment, cell, result(cell) | {"settings": cell.settings() | {"size": 1}})
+    file = write(experiment, cell, result(experiment, cell) | {"settings": experiment.settings(cell) | {"size": 1}})
     with pytest.raises(InputError, match="was made with other settings"):
         experiment.finished(cell)
     file.write_text("{")
@@ -253,3 +264,31 @@ def test_unknown_cells_and_a_missing_model_are_refused(config):
     (config.parent / "model").rmdir()
     with pytest.raises(InputError, match="model: no such folder"):
         verb.main(["--config", str(config)])
+
+
+def test_public_rows_that_tell_a_probe_fact_are_left_out(tmp_path):
+    fact = load_facts("probe")[0]
+    rows = [
+        {"instruction": f"Question: what about {fact.subject}?", "output": fact.answer},
+        {"instruction": f"Question: what about {fact.subject}?", "output": "something else"},
+    ]
+    (tmp_path / "closed_book_qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "translation.jsonl").write_text(json.dumps({"instruction": "x", "output": "y"}))
+    drawn = mixture(Cell("grid", "lora", 4, 0.75, 0), str(tmp_path))
+    assert [row["output"] for row in drawn] == ["something else"] * 3 + ["y"]
+
+
+def test_a_trial_that_diverges_is_not_chosen_and_stops_nothing(config):
+    experiment = read_experiment(config)
+    rates = {0.001: math.inf, 0.002: 3.0}
+    for trial in experiment.trials():
+        write(experiment, trial, result(experiment, trial, loss=rates[trial.learning_rate]))
+    arm = next(cell for cell in experiment.cells() if cell.stage == "grid" and cell.arm == "loramoe_beta0")
+    assert experiment.rate(arm) == 0.002
+
+
+def test_a_cell_that_another_process_runs_is_left_alone(config):
+    experiment = read_experiment(config)
+    Path(experiment.work).mkdir()
+    with FileLock(Path(experiment.work) / "base.lock"), pytest.raises(InputError, match="run by another process"):
+        run_cell(experiment, experiment.cells()[0], [])

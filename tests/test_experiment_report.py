@@ -106,8 +106,14 @@ def test_knowledge_is_taken_at_the_first_crossing_of_the_target(target, expected
 
 
 def test_the_target_is_what_every_run_reaches_at_its_best():
-    runs = [{"checkpoints": path_of((0.0, 1), (0.6, 1), (0.5, 1))}, {"checkpoints": path_of((0.0, 1), (0.9, 1))}]
+    runs = [
+        {"arm": "base", "checkpoints": path_of((0.0, 1))},
+        {"arm": "lora", "checkpoints": path_of((0.0, 1), (0.6, 1), (0.5, 1))},
+        {"arm": "full", "checkpoints": path_of((0.0, 1), (0.9, 1))},
+    ]
     assert target_score(runs) == 0.6
+    learned_nothing = {"arm": "lora", "checkpoints": path_of((0.0, 1), (0.0, 0.5))}
+    assert target_score([*runs, learned_nothing]) is None
 
 
 def test_intervals_are_those_of_the_t_distribution():

@@ -15,7 +15,7 @@ from transformers_patch.training.arguments import DataArguments, ModelArguments,
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAGS = {name for part in (ModelArguments, DataArguments, RunArguments) for name in part.__dataclass_fields__}
-VERBS = "generate|evaluate|plot_routing|export_lora|prepare_data"
+VERBS = "generate|evaluate|plot_routing|export_lora|prepare_data|experiment|pretrain_small"
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"}
 
 

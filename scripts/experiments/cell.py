@@ -1,6 +1,8 @@
 """One cell of an experiment: train by `train.py`, measure along the checkpoints, and what came of it as JSON."""
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
 
 from data import InputError
 from peft import PeftModel
@@ -25,9 +29,12 @@ from transformers_patch.metrics import normalized
 from transformers_patch.rows import load_rows
 from transformers_patch.training.checkpoint import STATE
 from transformers_patch.training.routing import group_shares
+from transformers_patch.training.run_folder import RESULTS_NAME
 
 LONGEST_ANSWER = 24  # tokens
 ROUTED_FACTS = 300
+# What a cell without a trained model has.
+UNTRAINED = {"trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
 CURVES = ("step", "loss", "lm_loss", "balance_loss", "routing_cv")
 
 
@@ -46,16 +53,25 @@ def run_cell(experiment: Experiment, cell: Cell, argv: list[str]) -> dict:
         argv: the command line that runs this cell.
 
     Raises:
-        InputError: the training ended with an error; its log says which.
+        InputError: the training ended with an error, which its log has; or another process runs this cell.
     """
-    start = time.monotonic()
     folder = Path(experiment.work) / cell.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{folder}.lock", timeout=0):
+            return _run_cell(experiment, cell, argv, folder)
+    except Timeout:
+        raise InputError(f"{cell.name} is being run by another process; wait for it, or end it") from None
+
+
+def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path) -> dict:
+    start = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     record = provenance("scripts.experiment", argv)
     record |= {"cell": cell.name, "stage": cell.stage, "arm": cell.arm, "model": experiment.model}
     record |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed}
-    record |= {"settings": cell.settings()}
+    record |= {"settings": experiment.settings(cell)}
     if cell.arm == BASE:
         record |= _measure_base(experiment, cell, folder)
     else:
@@ -69,8 +85,12 @@ def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     recalled, scores = measure(trained, held_out(experiment, cell, trained, folder), experiment.batch_size)
     point = {"step": 0, "rows": 0, "knowledge": _mean(recalled), "knowledge_known": 1.0 if any(recalled) else None}
     answer = {"checkpoints": [point | scores], "recalled": "".join(str(int(each)) for each in recalled)}
-    nothing = {"learning_rate": None, "trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
-    return answer | nothing | ({"lm_eval": harness(experiment, trained)} if experiment.lm_eval else {})
+    return (
+        UNTRAINED
+        | answer
+        | {"learning_rate": None}
+        | ({"lm_eval": harness(experiment, trained)} if experiment.lm_eval else {})
+    )
 
 
 def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
@@ -78,9 +98,11 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     if base is None:
         raise InputError(f"{cell.name} is compared with the cell {BASE}, which is still to be run")
     rate = experiment.rate(cell)
-    run = train(experiment, cell, rate, folder)
-    state = json.loads((run / STATE).read_text())
     is_trial = cell.stage == "tuning"  # judged by its end, on rows of its own
+    run = train(experiment, cell, rate, folder)
+    if run is None:
+        return UNTRAINED | {"learning_rate": rate, "checkpoints": [base["checkpoints"][0] | {"task_loss": math.inf}]}
+    state = json.loads((run / STATE).read_text())
     points = [] if is_trial else base["checkpoints"][:1]
     for path, step in _checkpoints(run, state["global_step"])[-1 if is_trial else 0 :]:
         trained = load(experiment, path)
@@ -97,19 +119,36 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
         "trainable_parameters": num_trainable(trained.model),
         "checkpoints": points,
         "parameter_change": parameter_change(trained.model, experiment.model),
-        "routing": routing(trained, rows, experiment.batch_size),
+        "routing": None if is_trial else routing(trained, rows, experiment.batch_size),
         "log": log,
-        **({"lm_eval": harness(experiment, trained)} if experiment.lm_eval else {}),
+        **({"lm_eval": harness(experiment, trained)} if experiment.lm_eval and not is_trial else {}),
     }
 
 
-def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> Path:
-    """Run `train.py` in a process of its own. Returns the run's folder.
+def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> Path | None:
+    """Run `train.py` in a process of its own. Returns the run's folder; None where a trial has diverged.
 
     Raises:
         InputError: it failed.
     """
     write_rows(folder / "rows.jsonl", mixture(cell, experiment.rows))
+    command = [sys.executable, *experiment.launcher, str(ROOT / "train.py")]
+    command += train_flags(experiment, cell, learning_rate, folder)
+    environment = dict(os.environ)
+    if experiment.launcher:
+        environment.pop("OMP_NUM_THREADS", None)  # that of this process, not of each that the launcher starts
+    log, run = folder / "train.log", folder / "run"
+    with log.open("w") as stream:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)
+    if done.returncode == 0 and (run / RESULTS_NAME).is_file():
+        return run
+    if cell.stage == "tuning" and "is not finite" in log.read_text():
+        return None
+    raise InputError(f"the training of {cell.name} ended with code {done.returncode} before its end; {log} says why")
+
+
+def train_flags(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> list[str]:
+    """The flags of a cell's training, whose rows are in `folder`."""
     own_flags = cell.flags
     if own_flags.get("lora_rank") == EQUAL:
         own_flags = equal_flags(experiment.model, own_flags, experiment.flags(MIXTURE))
@@ -128,17 +167,12 @@ def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path
         "disable_tqdm": True,
         **own_flags,
     }
-    command = [*(experiment.launcher or [sys.executable]), str(ROOT / "train.py")]
-    command += [f"--{name}={value}" for name, value in flags.items()]
-    log = folder / "train.log"
-    with log.open("w") as stream:
-        code = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        raise InputError(f"the training of {cell.name} ended with code {code}; {log} says why")
-    return folder / "run"
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def load(experiment: Experiment, folder: str | Path) -> TrainedModel:
+def load(experiment: Experiment, place: str | Path) -> TrainedModel:
+    """The model of a folder or, where there is no such folder, of a hub id."""
+    folder = place if Path(place).is_dir() else snapshot_download(str(place))
     is_adapter = Path(folder, "adapter_config.json").is_file()
     base = experiment.model if is_adapter else None
     return load_trained(InferenceArguments(str(folder), base_model=base, batch_size=experiment.batch_size))
@@ -178,8 +212,9 @@ def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> tuple[list
 
 
 def recalls(answer: str, expected: list[str]) -> bool:
-    """Whether an answer holds one of the expected ones as whole words."""
-    return any(f" {normalized(each)} " in f" {normalized(answer)} " for each in expected)
+    """Whether the first line of an answer holds one of the expected ones as whole words."""
+    first_line = normalized(answer.strip().partition("\n")[0])
+    return any(f" {normalized(each)} " in f" {first_line} " for each in expected)
 
 
 def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:

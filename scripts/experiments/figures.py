@@ -103,7 +103,8 @@ def _trade_off(grid: list[dict]) -> Figure | None:
         return None
     figure, panels = _panels(len(places))
     for axes, (place, runs) in zip(panels, places.items(), strict=True):
-        axes.axvline(target_score(runs), color="grey", linewidth=1, label="matched task score")
+        if (target := target_score(runs)) is not None:
+            axes.axvline(target, color="grey", linewidth=1, label="matched task score")
         for arm, same in by_arm(runs).items():
             for run in same:
                 points = [(point["task_score"], point["knowledge"]) for point in run["checkpoints"]]

@@ -1,7 +1,9 @@
 """The rows of an experiment: the mixture that a cell trains on, and what is held out from all of them."""
 
 import json
+import math
 import random
+from collections import defaultdict
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from data import InputError
 from data.facts import QUESTIONS, TASK, fact_row, load_facts
 from data.tasks import TASKS, make_rows
 from scripts.experiments.plan import Cell, Experiment
+from transformers_patch.metrics import normalized
 
 HELD_OUT_SEED = 0
 VALIDATION_ROWS = 50
@@ -17,22 +20,26 @@ VALIDATION_ROWS = 50
 def mixture(cell: Cell, folder: str | None = None) -> list[dict]:
     """The training rows of a cell; the same for all arms.
 
+    Where there are fewer closed-book questions than the share asks for, they come again, in the same order.
+
     Args:
-        folder: training rows by `scripts.prepare_data`; None generates them. Where there are fewer closed-book
-            questions than the share asks for, they come again, in the same order.
+        folder: training rows by `scripts.prepare_data`; None generates them.
 
     Raises:
-        InputError: the folder's files have too few rows.
+        InputError: the folder has too few rows of the other kinds.
     """
     knowledge = round(cell.size * cell.knowledge_share)
-    tasks = _files(folder) if folder else dict.fromkeys(TASKS)
-    counts = _split_evenly(cell.size - knowledge, [task for task in tasks if task != TASK])
     if folder:
-        return [row for task, count in {TASK: knowledge, **counts}.items() for row in _sample(tasks[task], count, cell)]
-    questions = [fact_row(fact, n) for fact in load_facts("training") for n in range(len(QUESTIONS[fact.relation]))]
+        files = _files(folder)
+        questions = _without_probe_facts(_read(files.pop(TASK)))
+        counts = _split_evenly(cell.size - knowledge, {task: _count(file) for task, file in files.items()}, folder)
+        others = [row for task, file in files.items() for row in _sample(file, counts[task], cell.seed)]
+    else:
+        questions = [fact_row(fact, n) for fact in load_facts("training") for n in range(len(QUESTIONS[fact.relation]))]
+        counts = _split_evenly(cell.size - knowledge, dict.fromkeys(TASKS, cell.size), "the generator")
+        others = [row for task, count in counts.items() for row in make_rows(task, count, seed=1 + cell.seed)]
     random.Random(cell.seed).shuffle(questions)
-    rows = list(islice(cycle(questions), knowledge))
-    return rows + [row for task, count in counts.items() for row in make_rows(task, count, seed=1 + cell.seed)]
+    return [*islice(cycle(questions), knowledge), *others]
 
 
 def probe_rows(experiment: Experiment) -> list[dict]:
@@ -43,30 +50,102 @@ def probe_rows(experiment: Experiment) -> list[dict]:
 def task_rows(experiment: Experiment, stage: str) -> list[dict]:
     """Held-out rows of the other tasks; learning rates are tuned on other ones than the rest is measured on."""
     count = experiment.rows_per_task
-    rows = {task: make_rows(task, count + VALIDATION_ROWS, HELD_OUT_SEED, "test") for task in TASKS}
+    if experiment.rows:
+        by_task = defaultdict(list)
+        for file in sorted((Path(experiment.rows).parent / "evaluation").glob("*.jsonl")):
+            for row in _read(file):
+                by_task[row["task"]].append(row)
+        del by_task[TASK]
+        rows = {
+            task: random.Random(HELD_OUT_SEED).sample(found, min(len(found), count + VALIDATION_ROWS))
+            for task, found in by_task.items()
+        }
+    else:
+        rows = {task: make_rows(task, count + VALIDATION_ROWS, HELD_OUT_SEED, "test") for task in TASKS}
     picked = slice(count, None) if stage == "tuning" else slice(count)
-    return [row for task in TASKS for row in rows[task][picked]]
+    return [row for found in rows.values() for row in found[picked]]
+
+
+def check_rows(experiment: Experiment) -> None:
+    """Find out, before anything is trained, whether the largest mixture can be drawn.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if experiment.rows:
+        files = _files(experiment.rows)
+        del files[TASK]
+        most = {task: _count(file) for task, file in files.items()}
+        wanted = max(experiment.sizes) * (1 - min(experiment.knowledge_shares))
+        _split_evenly(round(wanted), most, experiment.rows)
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _split_evenly(count: int, names: list[str]) -> dict[str, int]:
-    each, left = divmod(count, len(names))
-    return {name: each + (index < left) for index, name in enumerate(names)}
+def _split_evenly(count: int, most: dict[str, int], source: str) -> dict[str, int]:
+    """Rows of each kind of task; what a kind lacks goes to those that have more.
+
+    Args:
+        most: rows that there are of each.
+        source: where they are, for the message.
+
+    Raises:
+        InputError: there are fewer than `count` in all.
+    """
+    counts: dict[str, int] = {}
+    for place, task in enumerate(sorted(most, key=most.get)):
+        wanted = math.ceil((count - sum(counts.values())) / (len(most) - place))
+        counts[task] = min(most[task], wanted)
+    if sum(counts.values()) < count:
+        raise InputError(
+            f"{source} has {sum(most.values()):,} rows of the kinds of task besides {TASK}, but {count:,} are asked "
+            "for: prepare more, or take smaller sizes"
+        )
+    return counts
 
 
 def _files(folder: str) -> dict[str, Path]:
-    """The file of each kind of task."""
-    return {file.stem: file for file in sorted(Path(folder).glob("*.jsonl"))}
+    """The file of each kind of task.
+
+    Raises:
+        InputError: it is no folder of training rows.
+    """
+    files = {file.stem: file for file in sorted(Path(folder).glob("*.jsonl"))}
+    if TASK not in files or len(files) < 2:
+        raise InputError(
+            f"{folder} has no {TASK}.jsonl beside other kinds of task; python -m scripts.prepare_data makes it"
+        )
+    return files
 
 
-def _sample(file: Path, count: int, cell: Cell) -> list[dict]:
+def _without_probe_facts(rows: list[dict]) -> list[dict]:
+    """The rows that do not name the subject of a probe fact in the question and its answer in theirs."""
+    subjects = defaultdict(list)
+    for fact in load_facts("probe"):
+        for answer in (fact.answer, *fact.aliases):
+            subjects[normalized(answer)].append(normalized(fact.subject))
+
+    def tells_one(row: dict) -> bool:
+        question = f" {normalized(row['instruction'])} "
+        answers = {normalized(answer) for answer in (row["output"], *row.get("aliases", ()))}
+        return any(f" {subject} " in question for answer in answers for subject in subjects.get(answer, ()))
+
+    return [row for row in rows if not tells_one(row)]
+
+
+def _read(file: Path) -> list[dict]:
     with file.open() as lines:
-        total = sum(1 for _ in lines)
-    if count > total:
-        raise InputError(f"{file} has {total} rows, not {count}; prepare more, or ask for fewer")
-    picked = set(random.Random(cell.seed).sample(range(total), count))
+        return [json.loads(line) for line in lines]
+
+
+def _count(file: Path) -> int:
+    with file.open() as lines:
+        return sum(1 for _ in lines)
+
+
+def _sample(file: Path, count: int, seed: int) -> list[dict]:
+    picked = set(random.Random(seed).sample(range(_count(file)), count))
     with file.open() as lines:
         return [json.loads(line) for number, line in enumerate(lines) if number in picked]

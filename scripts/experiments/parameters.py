@@ -66,14 +66,17 @@ def _adapter_changes(tuned: PeftModel) -> list[tuple[float, float]]:
 
 
 def _weight_changes(tuned: nn.Module, base_model: str) -> list[tuple[float, float]]:
-    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    # In the dtype of the tuned weights, so that rounding is no change; those may be on another device.
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=tuned.dtype)
     modules = dict(tuned.named_modules())
     adapted = {
         name: linear.weight
         for name, linear in base.named_modules()
         if isinstance(linear, nn.Linear) and name.rsplit(".", 1)[-1] in base.default_target_modules
     }
-    return [(_norm(modules[name].weight.float() - weight), _norm(weight)) for name, weight in adapted.items()]
+    return [
+        (_norm(modules[name].weight.cpu().float() - weight.float()), _norm(weight)) for name, weight in adapted.items()
+    ]
 
 
 def _norm(matrix: torch.Tensor) -> float:

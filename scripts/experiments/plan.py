@@ -1,6 +1,7 @@
 """What an experiment consists of: a YAML file as a list of cells, each one training run and its measurements."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -45,10 +46,6 @@ class Cell:
         if self.stage == "tuning":
             parts = ["tuning", self.arm, self.learning_rate]
         return "-".join(map(str, parts))
-
-    def settings(self) -> dict:
-        """What has to be the same for its result to be this cell's."""
-        return {"size": self.size, "knowledge_share": self.knowledge_share, "seed": self.seed, "flags": self.flags}
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Experiment:
         batch_size: rows that are measured at once.
         rows: folder of `scripts.prepare_data` to draw the mixture from; None generates it.
         lm_eval: tasks of lm-evaluation-harness, measured at the end of each run.
-        launcher: command that starts `train.py`; None is this Python alone.
+        launcher: what stands between `python` and `train.py`, such as `-m torch.distributed.run` and its flags.
     """
 
     model: str
@@ -124,7 +121,7 @@ class Experiment:
     batch_size: int = 64
     rows: str | None = None
     lm_eval: list[str] = field(default_factory=list)
-    launcher: list[str] | None = None
+    launcher: list[str] = field(default_factory=list)
 
     def cells(self) -> list[Cell]:
         """All cells in the order in which they are run: a run that is cut short has finished the smallest sizes."""
@@ -160,6 +157,20 @@ class Experiment:
         """Flags of `train.py` for an arm."""
         return self.train | self.arms[arm]
 
+    def settings(self, cell: Cell) -> dict:
+        """What has to be the same for a result to be this cell's, as JSON values."""
+        settings = {name: getattr(self, name) for name in ("model", "rows", "facts", "rows_per_task", "checkpoints")}
+        settings |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed, "flags": cell.flags}
+        return json.loads(json.dumps(settings | {"learning_rates": self._rates(cell)}))
+
+    def _rates(self, cell: Cell) -> list[float]:
+        if cell.learning_rate is not None:
+            return [cell.learning_rate]
+        return self.tuning.learning_rates.get(self._tuned_arm(cell), [])
+
+    def _tuned_arm(self, cell: Cell) -> str:
+        return self.ablations.of if cell.stage == "ablation" else cell.arm
+
     def results_file(self, cell: Cell) -> Path:
         return Path(self.results) / "cells" / f"{cell.name}.json"
 
@@ -176,7 +187,7 @@ class Experiment:
             record = json.loads(file.read_text())
         except ValueError as error:
             raise InputError(f"{file} is damaged ({error}); delete it, and the cell is run again") from None
-        wanted = json.loads(json.dumps(cell.settings()))
+        wanted = self.settings(cell)
         if record.get("settings") != wanted:
             raise InputError(
                 f"{file} was made with other settings: {record.get('settings')} instead of {wanted}. Name another "
@@ -192,11 +203,20 @@ class Experiment:
         """
         if cell.learning_rate is not None:
             return cell.learning_rate
-        arm = self.ablations.of if cell.stage == "ablation" else cell.arm
-        trials = {trial: self.finished(trial) for trial in self.trials() if trial.arm == arm}
+        trials = {trial: self.finished(trial) for trial in self.trials() if trial.arm == self._tuned_arm(cell)}
         if missing := [trial.name for trial, record in trials.items() if record is None]:
             raise InputError(f"{cell.name} takes the best learning rate of cells that are still to be run: {missing}")
-        return min(trials, key=lambda trial: trials[trial]["checkpoints"][-1]["task_loss"]).learning_rate
+        return best_rate({trial.learning_rate: record for trial, record in trials.items()})
+
+
+def best_rate(trials: dict[float, dict]) -> float:
+    """The learning rate of the trial with the lowest validation loss; one that has diverged has none.
+
+    Args:
+        trials: what the trials' files say, by learning rate.
+    """
+    losses = {rate: trial["checkpoints"][-1]["task_loss"] for rate, trial in trials.items()}
+    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
 
 
 def read_experiment(file: str | Path) -> Experiment:
@@ -218,6 +238,8 @@ def read_experiment(file: str | Path) -> Experiment:
         f"no learning rates for the arm {arm}" for arm in experiment.arms.keys() - experiment.tuning.learning_rates
     ]
     problems += [f"there is no arm {arm}" for arm in experiment.tuning.learning_rates.keys() - experiment.arms]
+    if experiment.checkpoints < 2:
+        problems.append("checkpoints has to be at least 2")
     names = [cell.name for cell in experiment.cells()]
     problems += [f"two cells would be named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
     if problems:

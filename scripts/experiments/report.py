@@ -1,11 +1,12 @@
 """What an experiment has found so far: `table.md` and figures, from the cells that are finished."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 
 from scripts.experiments.figures import draw
+from scripts.experiments.plan import best_rate
 from scripts.experiments.results import (
     by_arm,
     by_place,
@@ -31,8 +32,8 @@ which the base model recalls. *Task score* is exact match on held-out rows, mean
 
 *Knowledge at matched task score*: for one share of type 1 rows and one number of rows, the *target score* is the
 lowest, over the runs of all arms and seeds, of the highest task score that a run reaches along its checkpoints. The
-knowledge of each run is interpolated linearly between the checkpoints around the first crossing of the target. A run
-that never reaches it is left out."""
+knowledge of each run is interpolated linearly between the checkpoints around the first crossing of the target. Where
+some run has learned nothing there is no such score."""
 DIFFERENCES = """\
 First arm minus second, for each seed that both have. Bold: the interval does not hold 0; where there is no difference,
 one in twenty is bold by chance."""
@@ -89,7 +90,7 @@ def _scores(cells: list[dict]) -> str:
     return table(header, rows)
 
 
-def _score_row(runs: list[dict], target: float) -> list[str]:
+def _score_row(runs: list[dict], target: float | None) -> list[str]:
     outcomes = [outcome(run, target) for run in runs]
     texts = {field: _text([each[field] for each in outcomes]) for field in outcomes[0]}
     return [
@@ -99,7 +100,7 @@ def _score_row(runs: list[dict], target: float) -> list[str]:
         texts["knowledge"],
         texts["knowledge_known"],
         texts["task_score"],
-        f"{target:.3f}",
+        NOTHING if target is None else f"{target:.3f}",
         texts["matched"],
         texts["parameter_change"],
     ]
@@ -163,11 +164,11 @@ def _groups(cells: list[dict]) -> str:
 def _tuning(cells: list[dict]) -> str:
     rows = []
     for arm, trials in by_arm(_of_stage(cells, "tuning")).items():
-        losses = {trial["learning_rate"]: trial["checkpoints"][-1]["task_loss"] for trial in trials}
-        # A training that has diverged has no loss.
-        best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+        by_rate = {trial["learning_rate"]: trial for trial in sorted(trials, key=itemgetter("learning_rate"))}
+        best = best_rate(by_rate)
         rows += [
-            [arm, f"{rate:g}", f"{loss:.3f}", "chosen" if rate == best else ""] for rate, loss in sorted(losses.items())
+            [arm, f"{rate:g}", f"{trial['checkpoints'][-1]['task_loss']:.3f}", "chosen" if rate == best else ""]
+            for rate, trial in by_rate.items()
         ]
     return table(["arm", "learning rate", "validation loss", ""], rows) if rows else ""
 

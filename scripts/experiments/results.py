@@ -12,8 +12,9 @@ from statistics import fmean, stdev
 from scipy.stats import t
 
 from data import InputError
+from scripts.experiments.plan import BASE
 
-ARMS = ("base", "full", "lora", "loramoe_beta0", "loramoe")
+ARMS = (BASE, "full", "lora", "loramoe_beta0", "loramoe")
 STAGES = ("grid", "tuning", "ablation")
 CONFIDENCE = 0.95
 HARNESS_METRICS = ("exact_match", "acc_norm", "acc", "f1")  # the first one that a task has stands for it
@@ -183,15 +184,22 @@ def main_metric(numbers: dict) -> str | None:
     return min(names, key=lambda name: ranks.get(name.split(",")[0], len(ranks)), default=None)
 
 
-def target_score(runs: list[dict]) -> float:
-    """The task score at which runs are compared: the lowest, over the runs, of the highest that each one reaches."""
-    return min(max(point["task_score"] for point in run["checkpoints"]) for run in runs)
+def target_score(runs: list[dict]) -> float | None:
+    """The task score at which runs are compared: the lowest, over the runs, of the highest that each one reaches.
+
+    None where some run is nowhere above the base model, so that the base model itself would be compared.
+    """
+    trained = [run["checkpoints"] for run in runs if run["arm"] != BASE]
+    if not trained:
+        return None
+    target = min(max(point["task_score"] for point in points) for points in trained)
+    return target if target > max(points[0]["task_score"] for points in trained) else None
 
 
-def matched_knowledge(checkpoints: list[dict], target: float) -> float | None:
-    """Knowledge where the task score first reaches the target, linear between checkpoints; None where it never does."""
-    if checkpoints[0]["task_score"] >= target:
-        return checkpoints[0]["knowledge"]
+def matched_knowledge(checkpoints: list[dict], target: float | None) -> float | None:
+    """Knowledge where the task score first crosses the target, linear between checkpoints; None where it never does."""
+    if target is None:
+        return None
     for before, after in pairwise(checkpoints):
         if after["task_score"] >= target:
             part = (target - before["task_score"]) / (after["task_score"] - before["task_score"])
@@ -199,7 +207,7 @@ def matched_knowledge(checkpoints: list[dict], target: float) -> float | None:
     return None
 
 
-def outcome(run: dict, target: float) -> dict[str, float | None]:
+def outcome(run: dict, target: float | None) -> dict[str, float | None]:
     """What a run ends with, and under `matched` its knowledge at the target score."""
     last = run["checkpoints"][-1]
     return {
@@ -211,7 +219,7 @@ def outcome(run: dict, target: float) -> dict[str, float | None]:
     }
 
 
-def paired_differences(runs: list[dict], arms: tuple[str, str], field: str, target: float) -> list[float | None]:
+def paired_differences(runs: list[dict], arms: tuple[str, str], field: str, target: float | None) -> list[float | None]:
     """`field` of `outcome`, first arm minus second, for every seed that both have; None where a run lacks it."""
     first, second = ({run["seed"]: outcome(run, target)[field] for run in runs if run["arm"] == arm} for arm in arms)
     pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
