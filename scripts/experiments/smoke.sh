@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 python=$(bash scripts/setup.sh)
 rm -rf outputs/smoke
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m scripts.pretrain_small --output outputs/smoke/model --facts 60 --epochs 8
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m scripts.pretrain_small --output outputs/smoke/model --facts 60 --epochs 4
 for _ in first second; do
     "$python" -m scripts.experiment --config scripts/experiments/smoke.yaml --jobs 2
 done
