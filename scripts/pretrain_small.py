@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     untrained = Path(f"{args.output.rstrip('/')}-untrained")
     texts, made_for = untrained / "texts.json", untrained / "made_for.json"
-    wanted = json.dumps({"seed": args.seed, "rows": pretraining_rows(args.facts)}, ensure_ascii=False)
+    rows = pretraining_rows(args.facts)
+    wanted = json.dumps({"seed": args.seed, "rows": rows}, ensure_ascii=False)
     if not made_for.is_file() or made_for.read_text() != wanted:
-        rows = json.loads(wanted)["rows"]
         make_untrained(untrained, rows, args.seed)
         texts.write_text(json.dumps(rows, ensure_ascii=False))
         made_for.write_text(wanted)

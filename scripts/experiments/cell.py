@@ -17,10 +17,11 @@ from huggingface_hub import snapshot_download
 
 from data import InputError
 from peft import PeftModel
-from scripts.experiments.mixture import mixture, probe_rows, task_rows, write_rows
+from scripts.experiments.mixture import mixture, probe_rows, task_rows
 from scripts.experiments.parameters import equal_flags, num_trainable, parameter_change
 from scripts.experiments.plan import BASE, EQUAL, MIXTURE, Cell, Experiment
 from scripts.plot_routing import route
+from scripts.prepare_data import write_rows
 from scripts.provenance import ROOT, provenance
 from transformers_patch.evaluation import Plan, run_model
 from transformers_patch.generation import DecodingArguments
@@ -85,12 +86,7 @@ def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     recalled, scores = measure(trained, held_out(experiment, cell, trained, folder), experiment.batch_size)
     point = {"step": 0, "rows": 0, "knowledge": _mean(recalled), "knowledge_known": 1.0 if any(recalled) else None}
     answer = {"checkpoints": [point | scores], "recalled": "".join(str(int(each)) for each in recalled)}
-    return (
-        UNTRAINED
-        | answer
-        | {"learning_rate": None}
-        | ({"lm_eval": harness(experiment, trained)} if experiment.lm_eval else {})
-    )
+    return UNTRAINED | answer | {"learning_rate": None} | harness(experiment, trained)
 
 
 def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
@@ -103,10 +99,10 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     if run is None:
         return UNTRAINED | {"learning_rate": rate, "checkpoints": [base["checkpoints"][0] | {"task_loss": math.inf}]}
     state = json.loads((run / STATE).read_text())
-    points = [] if is_trial else base["checkpoints"][:1]
+    points, rows = [] if is_trial else base["checkpoints"][:1], None
     for path, step in _checkpoints(run, state["global_step"])[-1 if is_trial else 0 :]:
         trained = load(experiment, path)
-        rows = held_out(experiment, cell, trained, folder)
+        rows = rows or held_out(experiment, cell, trained, folder)
         recalled, scores = measure(trained, rows, experiment.batch_size)
         known = [now for now, before in zip(recalled, base["recalled"], strict=True) if before == "1"]
         done = round(step / state["global_step"] * cell.size)
@@ -121,7 +117,7 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
         "parameter_change": parameter_change(trained.model, experiment.model),
         "routing": None if is_trial else routing(trained, rows, experiment.batch_size),
         "log": log,
-        **({"lm_eval": harness(experiment, trained)} if experiment.lm_eval and not is_trial else {}),
+        **({} if is_trial else harness(experiment, trained)),
     }
 
 
@@ -230,12 +226,14 @@ def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | Non
 
 
 def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:
-    """The numbers of lm-evaluation-harness by task."""
+    """The numbers of lm-evaluation-harness by task, as `lm_eval`; nothing where the experiment names no task."""
+    if not experiment.lm_eval:
+        return {}
     from transformers_patch.harness import TemplateLM, find_tasks, run_tasks
 
     manager = find_tasks(experiment.lm_eval)
     lm = TemplateLM(trained, trained.template(), experiment.batch_size)
-    return run_tasks(lm, experiment.lm_eval, manager, num_fewshot=None, limit=None, seed=0)
+    return {"lm_eval": run_tasks(lm, experiment.lm_eval, manager, num_fewshot=None, limit=None, seed=0)}
 
 
 def _checkpoints(run: Path, last_step: int) -> list[tuple[Path, int]]:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from data import InputError
 from data.facts import QUESTIONS, TASK, fact_row, load_facts
 from data.tasks import TASKS, make_rows
 from scripts.experiments.plan import Cell, Experiment
+from scripts.prepare_data import read_rows
 from transformers_patch.metrics import normalized
 
 HELD_OUT_SEED = 0
@@ -31,7 +33,7 @@ def mixture(cell: Cell, folder: str | None = None) -> list[dict]:
     knowledge = round(cell.size * cell.knowledge_share)
     if folder:
         files = _files(folder)
-        questions = _without_probe_facts(_read(files.pop(TASK)))
+        questions = _without_probe_facts(read_rows(files.pop(TASK)))
         counts = _split_evenly(cell.size - knowledge, {task: _count(file) for task, file in files.items()}, folder)
         others = [row for task, file in files.items() for row in _sample(file, counts[task], cell.seed)]
     else:
@@ -53,7 +55,7 @@ def task_rows(experiment: Experiment, stage: str) -> list[dict]:
     if experiment.rows:
         by_task = defaultdict(list)
         for file in sorted((Path(experiment.rows).parent / "evaluation").glob("*.jsonl")):
-            for row in _read(file):
+            for row in read_rows(file):
                 by_task[row["task"]].append(row)
         del by_task[TASK]
         rows = {
@@ -78,10 +80,6 @@ def check_rows(experiment: Experiment) -> None:
         most = {task: _count(file) for task, file in files.items()}
         wanted = max(experiment.sizes) * (1 - min(experiment.knowledge_shares))
         _split_evenly(round(wanted), most, experiment.rows)
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _split_evenly(count: int, most: dict[str, int], source: str) -> dict[str, int]:
@@ -120,7 +118,7 @@ def _files(folder: str) -> dict[str, Path]:
     return files
 
 
-def _without_probe_facts(rows: list[dict]) -> list[dict]:
+def _without_probe_facts(rows: Iterable[dict]) -> list[dict]:
     """The rows that do not name the subject of a probe fact in the question and its answer in theirs."""
     subjects = defaultdict(list)
     for fact in load_facts("probe"):
@@ -133,11 +131,6 @@ def _without_probe_facts(rows: list[dict]) -> list[dict]:
         return any(f" {subject} " in question for answer in answers for subject in subjects.get(answer, ()))
 
     return [row for row in rows if not tells_one(row)]
-
-
-def _read(file: Path) -> list[dict]:
-    with file.open() as lines:
-        return [json.loads(line) for line in lines]
 
 
 def _count(file: Path) -> int:
