@@ -40,7 +40,7 @@ class PretrainArguments:
     """Where to, and how long."""
 
     output: str = flag("models/small-llama", "folder of the model")
-    epochs: float = flag(13, "passes over the texts")
+    epochs: float = flag(24, "passes over the texts")
     facts: int | None = flag(None, "read only so many facts of each part, for a quick trial")
     seed: int = flag(1, "of weights and order")
 
