@@ -16,14 +16,15 @@ from scripts.experiments.results import (
     largest_common,
     main_metric,
     matched_knowledge,
+    matching_targets,
     outcome,
     paired_differences,
-    target_score,
 )
 
 TASKS = ("coreference", "inference", "closed_book_qa")
 NO_TASKS = {"tasks": {"coreference": 0.0, "inference": 0.0}, "task_score": 0.0, "task_loss": 4.0}
 BASE_POINT = {"step": 0, "rows": 0, "knowledge": 0.97, "knowledge_known": 1.0, **NO_TASKS}
+TARGETS = {"task_score": 0.8, "task_loss": 1.0}
 FORGETTING = {"full": 0.3, "lora": 0.5, "loramoe_beta0": 0.2, "loramoe": 0.1}
 
 
@@ -35,9 +36,11 @@ def path_of(*points: tuple[float, float]) -> list[dict]:
 def cell(arm: str, size: int, share: float, seed: int, /, **changes) -> dict:
     """A run that forgets more the more rows it sees, and by 0.01 less with each seed."""
     lost = FORGETTING[arm] * math.log10(size) / 6 - 0.01 * seed
-    last = {"step": 100, "rows": size, "knowledge": 0.97 - lost, "knowledge_known": 1 - lost, "task_score": 0.8}
+    last = {"step": 100, "rows": size, "knowledge": 0.97 - lost, "knowledge_known": 1 - lost}
+    last |= {"task_score": 0.8, "task_loss": 1.0}
     last["tasks"] = {"coreference": 0.7 + 0.02 * seed, "inference": 0.9 - 0.02 * seed}
-    middle = BASE_POINT | {"step": 50, "rows": size // 2, "knowledge": 0.97 - lost / 2, "task_score": 0.4}
+    middle = BASE_POINT | {"step": 50, "rows": size // 2, "knowledge": 0.97 - lost / 2}
+    middle |= {"task_score": 0.4, "task_loss": 2.0}
     middle["tasks"] = {"coreference": 0.2 + 0.02 * seed, "inference": 0.6 - 0.02 * seed}
     shares = [[0.45, 0.55], [0.55, 0.45]] if arm == "loramoe_beta0" else [[0.55, 0.45], [0.45, 0.55 + 0.01 * seed]]
     log = [{"step": step, "loss": 1.0, "routing_cv": step / (100 if arm == "loramoe" else 30)} for step in (10, 50, 90)]
@@ -101,19 +104,23 @@ def write(folder: Path, cells: list[dict]) -> Path:
 def test_knowledge_is_taken_at_the_first_crossing_of_the_target(target, expected):
     """The score falls below 0.2 again and crosses 0.3 twice: only the first crossing counts."""
     checkpoints = path_of((0.0, 0.9), (0.2, 0.8), (0.4, 0.6), (0.1, 0.5), (0.35, 0.1))
-    found = matched_knowledge(checkpoints, target)
-    assert found == (expected if expected is None else pytest.approx(expected))
+    expected = expected if expected is None else pytest.approx(expected)
+    assert matched_knowledge(checkpoints, "task_score", target) == expected
+    losses = [point | {"task_loss": 4 - 2 * point["task_score"]} for point in checkpoints]
+    assert matched_knowledge(losses, "task_loss", 4 - 2 * target) == expected
+    assert matched_knowledge(checkpoints, "task_score", None) is None
 
 
-def test_the_target_is_what_every_run_reaches_at_its_best():
-    runs = [
-        {"arm": "base", "checkpoints": path_of((0.0, 1))},
-        {"arm": "lora", "checkpoints": path_of((0.0, 1), (0.6, 1), (0.5, 1))},
-        {"arm": "full", "checkpoints": path_of((0.0, 1), (0.9, 1))},
-    ]
-    assert target_score(runs) == 0.6
-    learned_nothing = {"arm": "lora", "checkpoints": path_of((0.0, 1), (0.0, 0.5))}
-    assert target_score([*runs, learned_nothing]) is None
+def test_the_targets_are_what_every_run_reaches_at_its_best():
+    def run(arm: str, *points: tuple[float, float]) -> dict:
+        measured = [BASE_POINT | {"task_score": score, "task_loss": loss} for score, loss in points]
+        return {"arm": arm, "checkpoints": [BASE_POINT, *measured]}
+
+    runs = [run("base"), run("lora", (0.6, 3.0), (0.5, 2.5)), run("full", (0.9, 2.6))]
+    assert matching_targets(runs) == {"task_score": 0.6, "task_loss": 2.6}
+    assert matching_targets([*runs, run("lora", (0.0, 3.5))]) == {"task_loss": 3.5}
+    assert matching_targets([*runs, run("lora", (0.1, 4.5))]) == {"task_score": 0.1}
+    assert matching_targets(runs[:1]) == {}
 
 
 def test_intervals_are_those_of_the_t_distribution():
@@ -128,11 +135,11 @@ def test_intervals_are_those_of_the_t_distribution():
 def test_differences_are_taken_by_seed_where_both_arms_have_it():
     runs = [cell("loramoe", 4000, 0.0, seed) for seed in (0, 1, 2)]
     runs += [cell("lora", 4000, 0.0, seed) for seed in (2, 0, 3)]
-    found = paired_differences(runs, ("loramoe", "lora"), "knowledge", target=0.8)
-    knowledge = {(run["arm"], run["seed"]): outcome(run, 0.8)["knowledge"] for run in runs}
+    found = paired_differences(runs, ("loramoe", "lora"), "knowledge", TARGETS)
+    knowledge = {(run["arm"], run["seed"]): outcome(run, TARGETS)["knowledge"] for run in runs}
     assert found == [knowledge["loramoe", seed] - knowledge["lora", seed] for seed in (0, 2)]
-    assert paired_differences(runs, ("loramoe", "lora"), "matched", target=0.9) == [None, None]
-    assert paired_differences(runs, ("loramoe", "full"), "knowledge", target=0.8) == []
+    assert paired_differences(runs, ("loramoe", "lora"), "matched_task_score", {"task_score": 0.9}) == [None, None]
+    assert paired_differences(runs, ("loramoe", "full"), "knowledge", TARGETS) == []
 
 
 def test_runs_are_compared_at_the_largest_size_that_all_arms_have():
@@ -157,10 +164,11 @@ def test_the_table_holds_every_arm_with_its_interval():
     assert rows[0][:3] == ["0 %", "0", "base"]
     assert len(rows) == 1 + 2 * (4 + 3)
     (lora,) = (row for row in rows if row[:3] == ["20 %", "4,000", "lora"])
-    expected = estimate(outcome(cell("lora", 4000, 0.2, seed), 0.8)["knowledge"] for seed in (0, 1))
+    expected = estimate(outcome(cell("lora", 4000, 0.2, seed), TARGETS)["knowledge"] for seed in (0, 1))
     knowledge = f"{expected.mean:.3f} ± {expected.half:.3f}"
     assert lora[3:7] == ["2", "0.001", "123,456", knowledge]
-    assert lora[8:] == ["0.800 ± 0.000", "0.800", knowledge, "0.030 ± 0.000"]
+    assert lora[8:14] == ["0.800 ± 0.000", "0.800", knowledge, "1.000 ± 0.000", "1.000", knowledge]
+    assert lora[14:] == ["0.030 ± 0.000"]
     (alone,) = (row for row in rows if row[:3] == ["20 %", "16,000", "lora"])
     assert alone[3] == "1"
     assert "±" not in "".join(alone)
@@ -171,7 +179,7 @@ def test_differences_that_hold_no_zero_are_bold():
     assert len(rows) == 2 * (4 + 2)
     (row,) = (row for row in rows if row[:3] == ["0 %", "4,000", "loramoe - loramoe_beta0"])
     gain = 0.1 * math.log10(4000) / 6
-    assert row[3:] == ["2", f"**+{gain:.3f} ± 0.000**", f"**+{gain:.3f} ± 0.000**", "+0.000 ± 0.000"]
+    assert row[3:] == ["2", *[f"**+{gain:.3f} ± 0.000**"] * 3, *["+0.000 ± 0.000"] * 2]
 
 
 def test_each_task_is_followed_from_the_base_model_to_the_end():
@@ -254,6 +262,7 @@ def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
         "knowledge.png",
         "tasks.png",
         "trade_off.png",
+        "trade_off_by_loss.png",
         "experts.png",
         "balance.png",
     ]

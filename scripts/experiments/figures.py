@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from scripts.experiments.results import Place, by_arm, by_place, estimate, largest_common, target_score
+from scripts.experiments.results import Place, by_arm, by_place, estimate, largest_common, matching_targets
 
 DPI = 110
 PANEL = 3.3, 3.4  # inches
@@ -96,20 +96,31 @@ def _draw_means(axes: Axes, arm: str, runs: list[dict], field: str) -> None:
 
 
 def _trade_off(grid: list[dict]) -> Figure | None:
-    """Knowledge against task score along the checkpoints of every run."""
+    return _against_learning(grid, "task_score", "exact match, mean over tasks")
+
+
+def _trade_off_by_loss(grid: list[dict]) -> Figure | None:
+    return _against_learning(grid, "task_loss", "loss per answer token, mean over tasks")
+
+
+def _against_learning(grid: list[dict], measure: str, name: str) -> Figure | None:
+    """Knowledge against how well the tasks are done, along the checkpoints of every run; the better, the more right."""
     trained = _trained(grid)
     places = largest_common(trained, by_arm(trained))
     if not places:
         return None
     figure, panels = _panels(len(places))
     for axes, (place, runs) in zip(panels, places.items(), strict=True):
-        if (target := target_score(runs)) is not None:
-            axes.axvline(target, color="grey", linewidth=1, label="matched task score")
+        if (target := matching_targets(runs).get(measure)) is not None:
+            axes.axvline(target, color="grey", linewidth=1, label="where runs are compared")
         for arm, same in by_arm(runs).items():
             for run in same:
-                points = [(point["task_score"], point["knowledge"]) for point in run["checkpoints"]]
+                points = [(point[measure], point["knowledge"]) for point in run["checkpoints"]]
                 axes.plot(*zip(*points, strict=True), markersize=4, linewidth=1, **STYLES[arm])
-        axes.set(title=_place(place), xlabel="exact match, mean over tasks")
+        axes.set(title=_place(place), xlabel=name)
+    if measure == "task_loss":
+        panels[0].set_xscale("log")
+        panels[0].invert_xaxis()
     _keep_within_shares(panels[0])
     panels[0].set_ylabel("probe facts recalled")
     _legend(figure, panels)
@@ -177,6 +188,7 @@ FIGURES = {
     "knowledge": _knowledge,
     "tasks": _tasks,
     "trade_off": _trade_off,
+    "trade_off_by_loss": _trade_off_by_loss,
     "experts": _experts,
     "balance": _balance,
 }

@@ -13,10 +13,10 @@ from scripts.experiments.results import (
     estimate,
     largest_common,
     main_metric,
+    matching_targets,
     outcome,
     paired_differences,
     read_cells,
-    target_score,
 )
 from scripts.markdown import table
 
@@ -28,12 +28,14 @@ Numbers are means over seeds ± half of the 95 % t-interval; one run alone has n
 value, the number of those that have it follows."""
 SCORES = """\
 *Knowledge* is the share of the probe facts that the model recalls after the training, *of the known* that of the facts
-which the base model recalls. *Task score* is exact match on held-out rows, mean over the tasks.
+which the base model recalls. *Task score* is exact match on held-out rows and *task loss* the loss per token of their
+answers, each a mean over the tasks.
 
-*Knowledge at matched task score*: for one share of type 1 rows and one number of rows, the *target score* is the
-lowest, over the runs of all arms and seeds, of the highest task score that a run reaches along its checkpoints. The
-knowledge of each run is interpolated linearly between the checkpoints around the first crossing of the target. Where
-some run has learned nothing there is no such score."""
+*Knowledge at the target score*: for one share of type 1 rows and one number of rows, the target score is the lowest,
+over the runs of all arms and seeds, of the highest task score that a run reaches along its checkpoints. The knowledge of
+each run is interpolated linearly between the checkpoints around the first crossing of the target. Where some run has
+learned nothing there is no such score. *Knowledge at the target loss* is the same with the highest of the lowest losses:
+where scores are still near 0, losses already tell apart who has learned more."""
 DIFFERENCES = """\
 First arm minus second, for each seed that both have. Bold: the interval does not hold 0; where there is no difference,
 one in twenty is bold by chance."""
@@ -44,7 +46,7 @@ HARNESS = """\
 The main metric of each task, which its column names: exact_match, else acc_norm, acc or f1, else the first that the
 task has."""
 ABLATIONS = """\
-Columns as in the first table, with all arms of the grid that were trained on as many rows. The target score is that of
+Columns as in the first table, with all arms of the grid that were trained on as many rows. The targets are those of
 the runs in this table."""
 GROUPS = """\
 Mean weight of the second group of experts, which the constraint draws to rows of type 1, by the type of held-out rows;
@@ -82,16 +84,17 @@ def _grid(cells: list[dict]) -> str:
 
 def _scores(cells: list[dict]) -> str:
     header = ["type 1 rows", "rows", "arm", "seeds", "learning rate", "trained parameters", "knowledge", "of the known",
-              "task score", "target score", "knowledge at target", "parameter change"]  # fmt: skip
+              "task score", "target score", "knowledge at target score", "task loss", "target loss",
+              "knowledge at target loss", "parameter change"]  # fmt: skip
     rows = []
     for place, here in by_place(cells).items():
-        target = target_score(here)
-        rows += [[*_place(place), arm, *_score_row(runs, target)] for arm, runs in by_arm(here).items()]
+        targets = matching_targets(here)
+        rows += [[*_place(place), arm, *_score_row(runs, targets)] for arm, runs in by_arm(here).items()]
     return table(header, rows)
 
 
-def _score_row(runs: list[dict], target: float | None) -> list[str]:
-    outcomes = [outcome(run, target) for run in runs]
+def _score_row(runs: list[dict], targets: dict[str, float]) -> list[str]:
+    outcomes = [outcome(run, targets) for run in runs]
     texts = {field: _text([each[field] for each in outcomes]) for field in outcomes[0]}
     return [
         str(len(runs)),
@@ -100,19 +103,28 @@ def _score_row(runs: list[dict], target: float | None) -> list[str]:
         texts["knowledge"],
         texts["knowledge_known"],
         texts["task_score"],
-        NOTHING if target is None else f"{target:.3f}",
-        texts["matched"],
+        _text([targets.get("task_score")]),
+        texts["matched_task_score"],
+        texts["task_loss"],
+        _text([targets.get("task_loss")]),
+        texts["matched_task_loss"],
         texts["parameter_change"],
     ]
 
 
 def _differences(cells: list[dict]) -> str:
-    fields = {"knowledge": "knowledge", "matched": "knowledge at target", "task_score": "task score"}
+    fields = {
+        "knowledge": "knowledge",
+        "matched_task_score": "knowledge at target score",
+        "matched_task_loss": "knowledge at target loss",
+        "task_score": "task score",
+        "task_loss": "task loss",
+    }
     rows = []
     for place, runs in by_place(_of_stage(cells, "grid")).items():
-        target = target_score(runs)
+        targets = matching_targets(runs)
         for arms in PAIRS:
-            values = [paired_differences(runs, arms, field, target) for field in fields]
+            values = [paired_differences(runs, arms, field, targets) for field in fields]
             if values[0]:
                 rows.append([*_place(place), " - ".join(arms), len(values[0]), *map(_difference, values)])
     return table(["type 1 rows", "rows", "arms", "seeds", *fields.values()], rows) if rows else ""

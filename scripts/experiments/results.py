@@ -30,6 +30,8 @@ CHECKPOINT_FIELDS = {
     "knowledge": NUMBER, "knowledge_known": NUMBER_OR_NULL, "tasks": dict, "task_score": NUMBER, "task_loss": NUMBER,
 }  # fmt: skip
 ROUTING_FIELDS = {"experts_by_task": dict, "group_shares": list}
+# How well the tasks are done, with what picks the better and the worse of several values.
+MEASURES = (("task_score", max, min), ("task_loss", min, max))
 IDENTITY = ("stage", "arm", "size", "knowledge_share", "seed", "learning_rate")
 
 Place = tuple[float, int]  # share of type 1 rows, instruction rows
@@ -184,43 +186,52 @@ def main_metric(numbers: dict) -> str | None:
     return min(names, key=lambda name: ranks.get(name.split(",")[0], len(ranks)), default=None)
 
 
-def target_score(runs: list[dict]) -> float | None:
-    """The task score at which runs are compared: the lowest, over the runs, of the highest that each one reaches.
+def matching_targets(runs: list[dict]) -> dict[str, float]:
+    """Where runs are compared, by measure: the worst, over the runs, of the best value that each one reaches.
 
-    None where some run is nowhere above the base model, so that the base model itself would be compared.
+    A measure is left out where some run is nowhere better than the base model, which itself would be compared.
+
+    Args:
+        runs: of all arms and seeds, with the base model or without.
     """
     trained = [run["checkpoints"] for run in runs if run["arm"] != BASE]
     if not trained:
-        return None
-    target = min(max(point["task_score"] for point in points) for points in trained)
-    return target if target > max(points[0]["task_score"] for points in trained) else None
+        return {}
+    targets = {}
+    for measure, best, worst in MEASURES:
+        target = worst(best(point[measure] for point in points) for points in trained)
+        base = best(points[0][measure] for points in trained)
+        if target != base and best(target, base) == target:
+            targets[measure] = target
+    return targets
 
 
-def matched_knowledge(checkpoints: list[dict], target: float | None) -> float | None:
-    """Knowledge where the task score first crosses the target, linear between checkpoints; None where it never does."""
+def matched_knowledge(checkpoints: list[dict], measure: str, target: float | None) -> float | None:
+    """Knowledge where a measure first crosses the target, linear between checkpoints; None where it never does."""
     if target is None:
         return None
     for before, after in pairwise(checkpoints):
-        if after["task_score"] >= target:
-            part = (target - before["task_score"]) / (after["task_score"] - before["task_score"])
-            return before["knowledge"] + part * (after["knowledge"] - before["knowledge"])
+        distance, step = target - before[measure], after[measure] - before[measure]
+        if step and 0 <= distance / step <= 1:
+            return before["knowledge"] + distance / step * (after["knowledge"] - before["knowledge"])
     return None
 
 
-def outcome(run: dict, target: float | None) -> dict[str, float | None]:
-    """What a run ends with, and under `matched` its knowledge at the target score."""
+def outcome(run: dict, targets: dict[str, float]) -> dict[str, float | None]:
+    """What a run ends with, and as `matched_...` its knowledge where each measure is at its target."""
     last = run["checkpoints"][-1]
-    return {
-        "knowledge": last["knowledge"],
-        "knowledge_known": last["knowledge_known"],
-        "task_score": last["task_score"],
-        "matched": matched_knowledge(run["checkpoints"], target),
-        "parameter_change": run["parameter_change"],
+    ends = {name: last[name] for name in ("knowledge", "knowledge_known", "task_score", "task_loss")}
+    matched = {
+        f"matched_{measure}": matched_knowledge(run["checkpoints"], measure, targets.get(measure))
+        for measure, *_ in MEASURES
     }
+    return ends | matched | {"parameter_change": run["parameter_change"]}
 
 
-def paired_differences(runs: list[dict], arms: tuple[str, str], field: str, target: float | None) -> list[float | None]:
+def paired_differences(
+    runs: list[dict], arms: tuple[str, str], field: str, targets: dict[str, float]
+) -> list[float | None]:
     """`field` of `outcome`, first arm minus second, for every seed that both have; None where a run lacks it."""
-    first, second = ({run["seed"]: outcome(run, target)[field] for run in runs if run["arm"] == arm} for arm in arms)
+    first, second = ({run["seed"]: outcome(run, targets)[field] for run in runs if run["arm"] == arm} for arm in arms)
     pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
