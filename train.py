@@ -226,9 +226,12 @@ def close_process_group() -> None:
 if __name__ == "__main__":
     # DeepSpeed calls collectives by names that torch has deprecated; the user can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"error: {error}" if is_main else 1)
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command goes on from the last checkpoint" if is_main else 1)
     finally:
         close_process_group()

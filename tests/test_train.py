@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -305,6 +306,15 @@ def test_a_full_disk_harms_no_earlier_checkpoint(run):
     assert [folder.name for folder in run.output.glob("*checkpoint*")] == ["checkpoint-2"]
     run()
     assert same_adapter(run.output, run.folder / "undisturbed")
+
+
+def test_ctrl_c_is_one_message(monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers_patch.training.arguments.parse_arguments", interrupted)
+    with pytest.raises(SystemExit, match="error: interrupted; the same command goes on from the last checkpoint"):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 # What writes, the largest file that there is room for, and what is named.

@@ -32,10 +32,10 @@ which the base model recalls. *Task score* is exact match on held-out rows and *
 answers, each a mean over the tasks.
 
 *Knowledge at the target score*: for one share of type 1 rows and one number of rows, the target score is the lowest,
-over the runs of all arms and seeds, of the highest task score that a run reaches along its checkpoints. The knowledge of
-each run is interpolated linearly between the checkpoints around the first crossing of the target. Where some run has
-learned nothing there is no such score. *Knowledge at the target loss* is the same with the highest of the lowest losses:
-where scores are still near 0, losses already tell apart who has learned more."""
+over the runs of all arms and seeds, of the highest task score that a run reaches along its checkpoints. The knowledge
+of each run is interpolated linearly between the checkpoints around the first crossing of the target. Where some run has
+learned nothing there is no such score. *Knowledge at the target loss* is the same with the highest of the lowest
+losses: where scores are still near 0, losses already tell apart who has learned more."""
 DIFFERENCES = """\
 First arm minus second, for each seed that both have. Bold: the interval does not hold 0; where there is no difference,
 one in twenty is bold by chance."""
