@@ -1,7 +1,8 @@
 """Real facts as closed-book questions: probe facts measure what a model knows, training facts are type 1 rows.
 
-A probe fact never occurs in a row for instruction tuning. The two parts share no country and no chemical element, so
-that none of the training facts tells a probe fact by another way (a city's country, a country's capital).
+A probe fact never occurs in a row for instruction tuning. The two parts share no country and no chemical element as
+their subject, so that none of the training facts tells a probe fact by another way (a city's country, a country's
+capital). Borders alone go both ways: see `instruction_facts`.
 """
 
 import json
@@ -83,6 +84,17 @@ def load_facts(split: str | None = None, count: int | None = None, file: Path = 
     facts = [Fact(**item) for item in json.loads(file.read_text())]
     facts = [fact for fact in facts if split in (None, fact.split)]
     return facts if count is None else random.Random(0).sample(facts, count)
+
+
+def instruction_facts() -> list[Fact]:
+    """The training facts without those that state a probe fact from its other side.
+
+    That Denmark borders Germany is a training fact, that Germany borders Denmark a probe fact.
+    """
+    probe = {
+        (fact.relation, fact.subject, answer) for fact in load_facts("probe") for answer in (fact.answer, *fact.aliases)
+    }
+    return [fact for fact in load_facts("training") if (fact.relation, fact.answer, fact.subject) not in probe]
 
 
 def write_facts(file: Path, facts: list[Fact]) -> None:

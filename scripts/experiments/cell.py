@@ -84,9 +84,8 @@ def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path)
 def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     trained = load(experiment, experiment.model)
     recalled, scores = measure(trained, held_out(experiment, cell, trained, folder), experiment.batch_size)
-    point = {"step": 0, "rows": 0, "knowledge": _mean(recalled), "knowledge_known": 1.0 if any(recalled) else None}
-    answer = {"checkpoints": [point | scores], "recalled": "".join(str(int(each)) for each in recalled)}
-    return UNTRAINED | answer | {"learning_rate": None} | harness(experiment, trained)
+    point = _point(0, 0, recalled, recalled) | scores
+    return UNTRAINED | {"checkpoints": [point], "learning_rate": None} | harness(experiment, trained)
 
 
 def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
@@ -104,11 +103,8 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
         trained = load(experiment, path)
         rows = rows or held_out(experiment, cell, trained, folder)
         recalled, scores = measure(trained, rows, experiment.batch_size)
-        known = [now for now, before in zip(recalled, base["recalled"], strict=True) if before == "1"]
-        done = round(step / state["global_step"] * cell.size)
-        points.append(
-            {"step": step, "rows": done, "knowledge": _mean(recalled), "knowledge_known": _mean(known)} | scores
-        )
+        before = [fact == "1" for fact in base["checkpoints"][0]["recalled"]]
+        points.append(_point(step, round(step / state["global_step"] * cell.size), recalled, before) | scores)
     log = [{name: entry[name] for name in CURVES if name in entry} for entry in state["log_history"] if "loss" in entry]
     return {
         "learning_rate": rate,
@@ -234,6 +230,19 @@ def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:
     manager = find_tasks(experiment.lm_eval)
     lm = TemplateLM(trained, trained.template(), experiment.batch_size)
     return {"lm_eval": run_tasks(lm, experiment.lm_eval, manager, num_fewshot=None, limit=None, seed=0)}
+
+
+def _point(step: int, rows: int, recalled: list[bool], by_base: list[bool]) -> dict:
+    """What a checkpoint knows, also of each fact: a digit for each of `probe_rows`, 1 where it is recalled."""
+    known = [now for now, before in zip(recalled, by_base, strict=True) if before]
+    digits = "".join(str(int(fact)) for fact in recalled)
+    return {
+        "step": step,
+        "rows": rows,
+        "knowledge": _mean(recalled),
+        "knowledge_known": _mean(known),
+        "recalled": digits,
+    }
 
 
 def _checkpoints(run: Path, last_step: int) -> list[tuple[Path, int]]:

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from data import InputError
-from data.facts import QUESTIONS, TASK, fact_row, load_facts
+from data.facts import QUESTIONS, TASK, fact_row, instruction_facts, load_facts
 from data.tasks import TASKS, make_rows
 from scripts.experiments.plan import Cell, Experiment
 from scripts.prepare_data import read_rows
@@ -37,7 +37,7 @@ def mixture(cell: Cell, folder: str | None = None) -> list[dict]:
         counts = _split_evenly(cell.size - knowledge, {task: _count(file) for task, file in files.items()}, folder)
         others = [row for task, file in files.items() for row in _sample(file, counts[task], cell.seed)]
     else:
-        questions = [fact_row(fact, n) for fact in load_facts("training") for n in range(len(QUESTIONS[fact.relation]))]
+        questions = [fact_row(fact, n) for fact in instruction_facts() for n in range(len(QUESTIONS[fact.relation]))]
         counts = _split_evenly(cell.size - knowledge, dict.fromkeys(TASKS, cell.size), "the generator")
         others = [row for task, count in counts.items() for row in make_rows(task, count, seed=1 + cell.seed)]
     random.Random(cell.seed).shuffle(questions)

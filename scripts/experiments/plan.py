@@ -4,11 +4,14 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 import yaml
 
 from data import InputError
+from data.dataset import file_hash
+from data.facts import FACTS_FILE
 
 BASE = "base"
 MIXTURE = "loramoe"
@@ -160,8 +163,14 @@ class Experiment:
     def settings(self, cell: Cell) -> dict:
         """What has to be the same for a result to be this cell's, as JSON values."""
         settings = {name: getattr(self, name) for name in ("model", "rows", "facts", "rows_per_task", "checkpoints")}
+        settings |= {"model_sha256": weights_sha256(self.model), "facts_sha256": file_hash(FACTS_FILE)}
         settings |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed, "flags": cell.flags}
-        return json.loads(json.dumps(settings | {"learning_rates": self._rates(cell)}))
+        settings |= {"learning_rates": self._rates(cell)}
+        if cell.learning_rate is None and cell.arm != BASE:
+            settings |= {"tuning": {name: getattr(self.tuning, name) for name in ("size", "knowledge_share", "seed")}}
+        if cell.flags.get("lora_rank") == EQUAL:
+            settings |= {"equal_to": self.flags(MIXTURE)}
+        return json.loads(json.dumps(settings))
 
     def _rates(self, cell: Cell) -> list[float]:
         if cell.learning_rate is not None:
@@ -207,6 +216,13 @@ class Experiment:
         if missing := [trial.name for trial, record in trials.items() if record is None]:
             raise InputError(f"{cell.name} takes the best learning rate of cells that are still to be run: {missing}")
         return best_rate({trial.learning_rate: record for trial, record in trials.items()})
+
+
+@cache
+def weights_sha256(model: str) -> list[str]:
+    """SHA-256 of each weight file of a model's folder, which tell one pretrained anew from the one before; none of a
+    hub id."""
+    return [file_hash(file) for file in sorted(Path(model).glob("*.safetensors"))]
 
 
 def best_rate(trials: dict[float, dict]) -> float:
