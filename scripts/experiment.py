@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.report_only:
         run(experiment, args, chosen_cells(experiment, args.cells))
     if not args.cells:
+        refuse_foreign_files(experiment)
         print(*report(Path(experiment.results)), sep="\n")
 
 
@@ -87,11 +88,31 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
     else:
         start_cell = partial(run_in_process, experiment, args.config, max(1, os.cpu_count() // args.jobs))
     for stage in stages(cells):
+        failures = []
         missing = iter([cell for cell in stage if records[cell] is None])
-        for cell, record in run_all(start_cell, missing, args.jobs, deadline):
-            progress.say(cell, record)
+        for cell, done in run_all(start_cell, missing, args.jobs, deadline):
+            try:
+                progress.say(cell, done.result())
+            except InputError as error:
+                failures.append(str(error))
+        if failures:
+            raise InputError("\n".join(failures))
     if time.monotonic() > deadline:
         print(f"[experiment] --max_hours {args.max_hours:g} have passed; the same command goes on")
+
+
+def refuse_foreign_files(experiment: Experiment) -> None:
+    """A file that was left by another configuration would be reported as one of this.
+
+    Raises:
+        InputError: there is such a file.
+    """
+    own = {experiment.results_file(cell) for cell in experiment.cells()}
+    if foreign := sorted(set((Path(experiment.results) / "cells").glob("*.json")) - own):
+        raise InputError(
+            f"{', '.join(map(str, foreign))}: no cell of this configuration; move it away, or name another results "
+            "folder"
+        )
 
 
 def stages(cells: list[Cell]) -> list[list[Cell]]:
@@ -100,8 +121,11 @@ def stages(cells: list[Cell]) -> list[list[Cell]]:
     return [[cell for cell in cells if belongs(cell)] for belongs in kinds]
 
 
-def run_all(start_cell, cells: Iterator[Cell], jobs: int, deadline: float) -> Iterator[tuple[Cell, dict]]:
-    """Run cells, `jobs` at once, each started while the deadline has not passed; yields what ends, as it ends."""
+def run_all(start_cell, cells: Iterator[Cell], jobs: int, deadline: float) -> Iterator[tuple[Cell, Future]]:
+    """Run cells, `jobs` at once, each started while the deadline has not passed; yields what ends, as it ends.
+
+    A cell that fails stops no other one.
+    """
     with ThreadPoolExecutor(jobs) as pool:
         running: dict[Future, Cell] = {}
         while True:
@@ -110,7 +134,7 @@ def run_all(start_cell, cells: Iterator[Cell], jobs: int, deadline: float) -> It
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                yield running.pop(future), future
 
 
 def run_here(experiment: Experiment, config: str, cell: Cell) -> dict:

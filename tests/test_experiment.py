@@ -25,6 +25,7 @@ from scripts.experiments.plan import Cell, Experiment, read_experiment
 from scripts.pretrain_small import SHAPE
 from transformers_patch import AutoModelForCausalLM
 from transformers_patch.training.arguments import ModelArguments, parse_arguments
+from transformers_patch.training.run_folder import RunFolder
 
 CONFIGS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
 
@@ -80,6 +81,9 @@ def test_small_sizes_come_first(config):
         (("tuning:", "tunign:"), "there is no field tunign; the field tuning is missing"),
         (("    lora: [0.002]\n", ""), "no learning rates for the arm lora"),
         (("model:", "model: ["), "cannot be read"),
+        (("loramoe:", "mixture:"), "an arm is named mixture, but has to be one of full, lora, loramoe_beta0, loramoe"),
+        (("  loramoe: {blc_weight: 0.1}\n", ""), "lora_rank is equal, but there is no arm loramoe to be equal to"),
+        (("logging_steps: 1", "prompt_template: plain"), "prompt_template cannot be set"),
     ],
 )
 def test_a_wrong_configuration_is_refused(config, change, message):
@@ -90,10 +94,19 @@ def test_a_wrong_configuration_is_refused(config, change, message):
 
 @pytest.mark.parametrize("share", [0, 0.05, 0.2])
 def test_no_training_row_holds_a_probe_fact(share):
-    questions = {fact_row(fact, n)["instruction"] for fact in load_facts("probe") for n in range(3)}
+    probe = load_facts("probe")
+    questions = {fact_row(fact, n)["instruction"] for fact in probe for n in range(3)}
+    borders = {
+        f"{fact_row(fact._replace(subject=answer), n)['instruction']} {fact.subject}"
+        for fact in probe
+        if fact.relation == "neighbour"
+        for answer in (fact.answer, *fact.aliases)
+        for n in range(3)
+    }
     for size, seed in ((1000, 0), (16000, 1)):
         rows = mixture(Cell("grid", "lora", size, share, seed))
         assert not questions & {row["instruction"] for row in rows}
+        assert not borders & {f"{row['instruction']} {row['output']}" for row in rows}
         assert len(rows) == size
         assert sum(row["task_type"] == 1 for row in rows) == size * share
         assert all(row_problem(row, 2) is None for row in rows[:100])
@@ -197,10 +210,36 @@ def test_an_interrupted_experiment_goes_on_at_its_cell(config, monkeypatch, caps
     assert not started
 
 
+def test_a_cell_that_fails_stops_none_of_its_stage(config, monkeypatch):
+    def run_in_process(experiment, config, threads, cell):
+        if cell.stage == "tuning" and cell.arm == "lora":
+            raise InputError(f"{cell.name} failed")
+        write(experiment, cell, result(experiment, cell))
+        return result(experiment, cell)
+
+    monkeypatch.setattr(verb, "run_in_process", run_in_process)
+    with pytest.raises(InputError, match=r"^tuning-lora-0.002 failed$"):
+        verb.main(["--config", str(config)])
+    experiment = read_experiment(config)
+    finished = {cell.name for cell in experiment.cells() if experiment.finished(cell)}
+    assert finished == {"base"} | {trial.name for trial in experiment.trials() if trial.arm != "lora"}
+
+
+def test_files_of_another_configuration_are_not_reported(config):
+    experiment = read_experiment(config)
+    file = experiment.results_file(experiment.cells()[0]).with_name("loramoe-5-0.2-0.json")
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with pytest.raises(InputError, match=r"loramoe-5-0.2-0.json: no cell of this configuration"):
+        verb.main(["--config", str(config), "--report_only"])
+
+
 def test_no_cell_is_started_after_the_last_hour(config, monkeypatch, capsys):
-    monkeypatch.setattr(verb, "run_in_process", lambda experiment, config, threads, cell: result(experiment, cell))
+    started = []
+    monkeypatch.setattr(verb, "run_in_process", lambda experiment, config, threads, cell: started.append(cell))
     monkeypatch.setattr(verb, "report", lambda folder: [])
     verb.main(["--config", str(config), "--max_hours", "1e-9"])
+    assert not started
     assert "have passed; the same command goes on" in capsys.readouterr().out
 
 
@@ -290,5 +329,10 @@ def test_a_trial_that_diverges_is_not_chosen_and_stops_nothing(config):
 def test_a_cell_that_another_process_runs_is_left_alone(config):
     experiment = read_experiment(config)
     Path(experiment.work).mkdir()
+    base = experiment.cells()[0]
     with FileLock(Path(experiment.work) / "base.lock"), pytest.raises(InputError, match="run by another process"):
-        run_cell(experiment, experiment.cells()[0], [])
+        run_cell(experiment, base, [])
+    orphan = RunFolder(Path(experiment.work) / "base" / "run")
+    with orphan.held(), pytest.raises(InputError, match="in use by another run"):
+        run_cell(experiment, base, [])
+    assert orphan.path.parent.is_dir()

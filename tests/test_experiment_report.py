@@ -19,11 +19,13 @@ from scripts.experiments.results import (
     matching_targets,
     outcome,
     paired_differences,
+    paired_growth,
+    runs_over_sizes,
 )
 
 TASKS = ("coreference", "inference", "closed_book_qa")
 NO_TASKS = {"tasks": {"coreference": 0.0, "inference": 0.0}, "task_score": 0.0, "task_loss": 4.0}
-BASE_POINT = {"step": 0, "rows": 0, "knowledge": 0.97, "knowledge_known": 1.0, **NO_TASKS}
+BASE_POINT = {"step": 0, "rows": 0, "knowledge": 0.97, "knowledge_known": 1.0, "recalled": "1110", **NO_TASKS}
 TARGETS = {"task_score": 0.8, "task_loss": 1.0}
 FORGETTING = {"full": 0.3, "lora": 0.5, "loramoe_beta0": 0.2, "loramoe": 0.1}
 
@@ -37,7 +39,7 @@ def cell(arm: str, size: int, share: float, seed: int, /, **changes) -> dict:
     """A run that forgets more the more rows it sees, and by 0.01 less with each seed."""
     lost = FORGETTING[arm] * math.log10(size) / 6 - 0.01 * seed
     last = {"step": 100, "rows": size, "knowledge": 0.97 - lost, "knowledge_known": 1 - lost}
-    last |= {"task_score": 0.8, "task_loss": 1.0}
+    last |= {"task_score": 0.8, "task_loss": 1.0, "recalled": "0110"}
     last["tasks"] = {"coreference": 0.7 + 0.02 * seed, "inference": 0.9 - 0.02 * seed}
     middle = BASE_POINT | {"step": 50, "rows": size // 2, "knowledge": 0.97 - lost / 2}
     middle |= {"task_score": 0.4, "task_loss": 2.0}
@@ -67,7 +69,8 @@ def cell(arm: str, size: int, share: float, seed: int, /, **changes) -> dict:
 
 def base_cell() -> dict:
     nothing = {"learning_rate": None, "parameter_change": None, "routing": None, "log": []}
-    return cell("full", 1, 0.0, 0) | nothing | {"arm": "base", "size": 0, "checkpoints": [BASE_POINT]}
+    asked = {"relations": ["capital", "city", "city", "city"], "guessed": {"capital": 0.0, "city": 1 / 3}}
+    return cell("full", 1, 0.0, 0) | nothing | asked | {"arm": "base", "size": 0, "checkpoints": [BASE_POINT]}
 
 
 def grid() -> list[dict]:
@@ -98,8 +101,8 @@ def write(folder: Path, cells: list[dict]) -> Path:
 
 @pytest.mark.parametrize(
     ("target", "expected"),
-    [(0.0, 0.9), (0.2, 0.8), (0.3, 0.7), (0.4, 0.6), (0.5, None)],
-    ids=["at the base model", "at a checkpoint", "between checkpoints", "at the last checkpoint", "never"],
+    [(0.1, None), (0.2, 0.8), (0.3, 0.7), (0.4, 0.6), (0.5, None)],
+    ids=["before the first checkpoint", "at a checkpoint", "between checkpoints", "at the best checkpoint", "never"],
 )
 def test_knowledge_is_taken_at_the_first_crossing_of_the_target(target, expected):
     """The score falls below 0.2 again and crosses 0.3 twice: only the first crossing counts."""
@@ -109,6 +112,24 @@ def test_knowledge_is_taken_at_the_first_crossing_of_the_target(target, expected
     losses = [point | {"task_loss": 4 - 2 * point["task_score"]} for point in checkpoints]
     assert matched_knowledge(losses, "task_loss", 4 - 2 * target) == expected
     assert matched_knowledge(checkpoints, "task_score", None) is None
+
+
+def test_the_ends_of_runs_are_one_run_over_sizes():
+    """At the sizes that both arms have with both seeds."""
+    runs = [cell(arm, size, 0.2, seed) for arm in ("lora", "full") for size in (64, 16, 4) for seed in (0, 1)]
+    found = runs_over_sizes([base_cell(), *runs[2:], cell("lora", 4, 0.0, 0)])
+    assert found.keys() == {(0.2, 16)}
+    assert [(run["arm"], run["seed"]) for run in found[0.2, 16]] == [("lora", 0), ("lora", 1), ("full", 0), ("full", 1)]
+    ends = {run["size"]: run["checkpoints"][-1] for run in runs if (run["arm"], run["seed"]) == ("full", 1)}
+    assert found[0.2, 16][-1]["checkpoints"] == [BASE_POINT, ends[4], ends[16]]
+
+
+def test_growth_is_taken_by_seed():
+    runs = [base_cell(), *(cell("lora", size, 0.2, seed) for size in (16, 4) for seed in (0, 1))][:-1]
+    knowledge = {(run["size"], run["seed"]): outcome(run, {})["knowledge"] for run in runs}
+    assert paired_growth(runs, (0, 4), "knowledge") == [knowledge[4, 0] - 0.97]
+    assert paired_growth(runs, (0, 16), "knowledge") == [knowledge[16, seed] - 0.97 for seed in (0, 1)]
+    assert paired_growth(runs, (4, 16), "knowledge") == [knowledge[16, 0] - knowledge[4, 0]]
 
 
 def test_the_targets_are_what_every_run_reaches_at_its_best():
@@ -182,6 +203,26 @@ def test_differences_that_hold_no_zero_are_bold():
     assert row[3:] == ["2", *[f"**+{gain:.3f} ± 0.000**"] * 3, *["+0.000 ± 0.000"] * 2]
 
 
+def test_knowledge_is_told_by_relation_and_beside_what_guessing_gets():
+    rows = rows_of(markdown(grid()), "Knowledge by relation")
+    trained = len(FORGETTING)
+    assert rows[0] == ["0 %", "4,000", "capital", "1", "0.000", "1.000", *["0.000 ± 0.000"] * trained]
+    assert rows[1] == ["0 %", "4,000", "city", "3", "0.333", "0.667", *["0.667 ± 0.000"] * trained]
+    assert rows[2][:6] == ["0 %", "4,000", "all", "4", "0.250", "0.970"]
+
+
+def test_growth_and_matching_over_sizes_are_told():
+    runs = [cell(arm, size, 0.2, seed) for arm in ("lora", "loramoe") for size in (1000, 4000) for seed in (0, 1)]
+    text = markdown([base_cell(), *runs])
+    lost = FORGETTING["lora"] * (math.log10(4000) - 3) / 6
+    growth = rows_of(text, "Growing numbers of rows")
+    assert [row[:4] for row in growth[:2]] == [["20 %", "lora", step, "2"] for step in ("0 to 1,000", "1,000 to 4,000")]
+    assert growth[1][4:] == [f"**-{lost:.3f} ± 0.000**", "+0.000 ± 0.000", "+0.000 ± 0.000"]
+    over = rows_of(text, "Matched over numbers of rows")
+    assert [row[2] for row in over] == ["lora", "loramoe", "loramoe - lora"]
+    assert over[0][:6] == ["20 %", "4,000", "lora", "2", "0.800", "1.000"]
+
+
 def test_each_task_is_followed_from_the_base_model_to_the_end():
     """At 4,000 rows, the largest size with full fine-tuning, and its two seeds."""
     text = markdown([*grid(), *tuning(), *ablations()])
@@ -190,8 +231,8 @@ def test_each_task_is_followed_from_the_base_model_to_the_end():
     ]
     half = estimate([0.70, 0.72]).half
     assert rows_of(text, "The tasks one by one")[0][4:] == ["0.210", f"0.710 ± {half:.3f}"] * len(FORGETTING)
-    header = next(line for line in text.splitlines() if "few steps |" in line)
-    stages = [f"{arm}, {stage}" for arm in by_arm(grid()[1:]) for stage in ("few steps", "trained")]
+    header = next(line for line in text.splitlines() if "trained |" in line)
+    stages = [f"{arm}, {stage}" for arm in by_arm(grid()[1:]) for stage in ("first", "trained")]
     assert header == f"| type 1 rows | rows | task | base | {' | '.join(stages)} |"
 
 

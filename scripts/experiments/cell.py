@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
@@ -30,7 +32,7 @@ from transformers_patch.metrics import normalized
 from transformers_patch.rows import load_rows
 from transformers_patch.training.checkpoint import STATE
 from transformers_patch.training.routing import group_shares
-from transformers_patch.training.run_folder import RESULTS_NAME
+from transformers_patch.training.run_folder import RESULTS_NAME, RunFolder
 
 LONGEST_ANSWER = 24  # tokens
 ROUTED_FACTS = 300
@@ -67,7 +69,8 @@ def run_cell(experiment: Experiment, cell: Cell, argv: list[str]) -> dict:
 
 def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path) -> dict:
     start = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
+    with RunFolder(folder / "run").held():  # by the training of an attempt that was killed, if it lives on
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     record = provenance("scripts.experiment", argv)
     record |= {"cell": cell.name, "stage": cell.stage, "arm": cell.arm, "model": experiment.model}
@@ -83,9 +86,12 @@ def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path)
 
 def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     trained = load(experiment, experiment.model)
-    recalled, scores = measure(trained, held_out(experiment, cell, trained, folder), experiment.batch_size)
-    point = _point(0, 0, recalled, recalled) | scores
-    return UNTRAINED | {"checkpoints": [point], "learning_rate": None} | harness(experiment, trained)
+    rows = held_out(experiment, cell, trained, folder)
+    recalled, scores = measure(trained, rows, experiment.batch_size)
+    record = UNTRAINED | {"checkpoints": [_point(0, 0, recalled, recalled) | scores], "learning_rate": None}
+    facts = probe_rows(experiment)
+    asked = {"relations": [fact["relation"] for fact in facts], "guessed": guessed(facts)}
+    return record | asked | harness(experiment, trained)
 
 
 def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
@@ -207,6 +213,19 @@ def recalls(answer: str, expected: list[str]) -> bool:
     """Whether the first line of an answer holds one of the expected ones as whole words."""
     first_line = normalized(answer.strip().partition("\n")[0])
     return any(f" {normalized(each)} " in f" {first_line} " for each in expected)
+
+
+def guessed(facts: Iterable[dict]) -> dict[str, float]:
+    """By relation, the share of facts that the one best answer to all its questions would get right.
+
+    It takes no knowledge of a fact, and rows about other facts teach which answers are frequent.
+    """
+    accepted: dict[str, list[set[str]]] = {}
+    for fact in facts:
+        answers = {normalized(each) for each in (fact["output"], *fact["aliases"])}
+        accepted.setdefault(fact["relation"], []).append(answers)
+    best = {relation: Counter(chain(*answers)).most_common(1)[0][1] for relation, answers in accepted.items()}
+    return {relation: count / len(accepted[relation]) for relation, count in best.items()}
 
 
 def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:

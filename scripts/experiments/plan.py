@@ -15,6 +15,7 @@ from data.facts import FACTS_FILE
 
 BASE = "base"
 MIXTURE = "loramoe"
+ARMS = (BASE, "full", "lora", "loramoe_beta0", MIXTURE)
 EQUAL = "equal"  # as lora_rank: the rank with as many trainable parameters as the arm MIXTURE
 
 
@@ -196,11 +197,12 @@ class Experiment:
             record = json.loads(file.read_text())
         except ValueError as error:
             raise InputError(f"{file} is damaged ({error}); delete it, and the cell is run again") from None
-        wanted = self.settings(cell)
-        if record.get("settings") != wanted:
+        wanted, found = self.settings(cell), record.get("settings", {})
+        if names := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
+            other = ", ".join(f"{name} {found.get(name)} instead of {wanted.get(name)}" for name in names)
             raise InputError(
-                f"{file} was made with other settings: {record.get('settings')} instead of {wanted}. Name another "
-                "results folder in the configuration, or delete the file"
+                f"{file} was made with other settings: {other}. Name another results folder in the configuration, or "
+                "delete the file"
             )
         return record
 
@@ -254,9 +256,18 @@ def read_experiment(file: str | Path) -> Experiment:
         f"no learning rates for the arm {arm}" for arm in experiment.arms.keys() - experiment.tuning.learning_rates
     ]
     problems += [f"there is no arm {arm}" for arm in experiment.tuning.learning_rates.keys() - experiment.arms]
+    if unknown := sorted(experiment.arms.keys() - set(ARMS[1:])):
+        problems.append(f"an arm is named {', '.join(unknown)}, but has to be one of {', '.join(ARMS[1:])}")
+    every_flag = [experiment.train, *experiment.arms.values()]
+    if MIXTURE not in experiment.arms and any(flags.get("lora_rank") == EQUAL for flags in every_flag):
+        problems.append(f"lora_rank is {EQUAL}, but there is no arm {MIXTURE} to be equal to")
+    if any("prompt_template" in flags for flags in every_flag):
+        problems.append("prompt_template cannot be set: all models are measured with the one of their tokenizer")
     if experiment.checkpoints < 2:
         problems.append("checkpoints has to be at least 2")
-    names = [cell.name for cell in experiment.cells()]
+    if experiment.ablations and experiment.ablations.of not in experiment.arms:
+        problems.append(f"ablations are of {experiment.ablations.of}, which is no arm")
+    names = [] if problems else [cell.name for cell in experiment.cells()]
     problems += [f"two cells would be named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
     if problems:
         raise InputError(f"{file}: {'; '.join(problems)}")

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
 from scripts.experiments.figures import draw
 from scripts.experiments.plan import best_rate
 from scripts.experiments.results import (
+    MEASURES,
     by_arm,
     by_place,
     estimate,
@@ -16,7 +18,9 @@ from scripts.experiments.results import (
     matching_targets,
     outcome,
     paired_differences,
+    paired_growth,
     read_cells,
+    runs_over_sizes,
 )
 from scripts.markdown import table
 
@@ -24,8 +28,9 @@ PAIRS = (("loramoe", "loramoe_beta0"), ("loramoe", "lora"), ("loramoe", "full"),
 NOTHING = "-"
 
 CONVENTIONS = """\
-Numbers are means over seeds ± half of the 95 % t-interval; one run alone has no interval. Where some of the runs lack a
-value, the number of those that have it follows."""
+Numbers are means over seeds ± half of the 95 % t-interval; one run alone has no interval. The seeds are those of rows,
+order and initial weights: base model, facts that are asked, and learning rates are the same in all of them, so no
+interval speaks of other ones. Where some of the runs lack a value, the number of those that have it follows."""
 SCORES = """\
 *Knowledge* is the share of the probe facts that the model recalls after the training, *of the known* that of the facts
 which the base model recalls. *Task score* is exact match on held-out rows and *task loss* the loss per token of their
@@ -35,13 +40,25 @@ answers, each a mean over the tasks.
 over the runs of all arms and seeds, of the highest task score that a run reaches along its checkpoints. The knowledge
 of each run is interpolated linearly between the checkpoints around the first crossing of the target. Where some run has
 learned nothing there is no such score. *Knowledge at the target loss* is the same with the highest of the lowest
-losses: where scores are still near 0, losses already tell apart who has learned more."""
+losses: where scores are still near 0, losses already tell apart who has learned more. A run that is beyond a target by
+its first checkpoint has no value there: between the base model and that checkpoint nothing was measured."""
 DIFFERENCES = """\
 First arm minus second, for each seed that both have. Bold: the interval does not hold 0; where there is no difference,
 one in twenty is bold by chance."""
+GROWTH = """\
+What a run ends with, minus what one with the next smaller number of rows ends with, for each seed that both have; 0
+rows is the base model."""
+OVER_SIZES = """\
+As the comparison at targets above, but along the numbers of rows instead of along one training, in which the learning
+rate falls as well: each run here is the base model and the ends of the runs of one arm and seed, up to that many
+rows."""
+RELATIONS = """\
+Share of the probe facts that the model recalls, by relation, at the largest number of rows that all arms have.
+*Guessed* is what the one best answer to all questions of a relation gets right: rows about other facts teach such
+answers, so only what is above it is knowledge."""
 TASKS = """\
 Exact match of each task at the largest size that all arms have: of the base model, at the first checkpoint of the
-training (*few steps*, without an interval), and at its end (*trained*)."""
+training (*first*, without an interval), and at its end (*trained*)."""
 HARNESS = """\
 The main metric of each task, which its column names: exact_match, else acc_norm, acc or f1, else the first that the
 task has."""
@@ -130,6 +147,61 @@ def _differences(cells: list[dict]) -> str:
     return table(["type 1 rows", "rows", "arms", "seeds", *fields.values()], rows) if rows else ""
 
 
+def _growth(cells: list[dict]) -> str:
+    fields = {"knowledge": "knowledge", "task_score": "task score", "task_loss": "task loss"}
+    grid = _of_stage(cells, "grid")
+    base = [cell for cell in grid if cell["size"] == 0]
+    places = by_place(cell for cell in grid if cell["size"])
+    rows = []
+    for share in sorted({share for share, _ in places}):
+        for arm, runs in by_arm(run for place, here in places.items() if place[0] == share for run in here).items():
+            for sizes in pairwise(sorted({run["size"] for run in [*base, *runs]})):
+                values = [paired_growth([*base, *runs], sizes, field) for field in fields]
+                step = "{:,} to {:,}".format(*sizes)
+                rows.append([_percent(share), arm, step, len(values[0]), *map(_difference, values)])
+    return table(["type 1 rows", "arm", "rows", "seeds", *fields.values()], rows) if rows else ""
+
+
+def _over_sizes(cells: list[dict]) -> str:
+    fields = {f"matched_{measure}": f"knowledge at target {measure.removeprefix('task_')}" for measure, *_ in MEASURES}
+    rows = []
+    for place, runs in runs_over_sizes(_of_stage(cells, "grid")).items():
+        targets = matching_targets(runs)
+        reached = [_text([targets.get(measure)]) for measure, *_ in MEASURES]
+        for arm, same in by_arm(runs).items():
+            found = [_text([outcome(run, targets)[field] for run in same]) for field in fields]
+            rows.append([*_place(place), arm, len(same), *reached, *found])
+        for arms in PAIRS:
+            values = [paired_differences(runs, arms, field, targets) for field in fields]
+            if values[0]:
+                rows.append([*_place(place), " - ".join(arms), len(values[0]), *reached, *map(_difference, values)])
+    header = ["type 1 rows", "rows up to", "arm", "seeds", "target score", "target loss", *fields.values()]
+    return table(header, rows) if rows else ""
+
+
+def _relations(cells: list[dict]) -> str:
+    bases = [cell for cell in cells if cell["arm"] == "base"]
+    trained = [cell for cell in _of_stage(cells, "grid") if cell["arm"] != "base"]
+    if not (bases and trained):
+        return ""
+    asked, guessed = bases[0]["relations"], bases[0]["guessed"]
+    arms, rows = by_arm(trained), []
+    for place, runs in largest_common(trained, arms).items():
+        for relation, chance in guessed.items():
+            facts = [number for number, each in enumerate(asked) if each == relation]
+            shares = [[_recalled(run, facts) for run in same] for same in [bases, *by_arm(runs).values()]]
+            rows.append([*_place(place), relation, len(facts), f"{chance:.3f}", *map(_text, shares)])
+        mean = sum(guessed[relation] for relation in asked) / len(asked)
+        shares = [[run["checkpoints"][-1]["knowledge"] for run in same] for same in [bases, *by_arm(runs).values()]]
+        rows.append([*_place(place), "all", len(asked), f"{mean:.3f}", *map(_text, shares)])
+    return table(["type 1 rows", "rows", "relation", "facts", "guessed", "base", *arms], rows) if rows else ""
+
+
+def _recalled(run: dict, facts: list[int]) -> float:
+    digits = run["checkpoints"][-1]["recalled"]
+    return sum(digits[fact] == "1" for fact in facts) / len(facts)
+
+
 def _tasks(cells: list[dict]) -> str:
     trained = [cell for cell in _of_stage(cells, "grid") if cell["arm"] != "base"]
     arms = by_arm(trained)
@@ -138,7 +210,7 @@ def _tasks(cells: list[dict]) -> str:
         for task, base in runs[0]["checkpoints"][0]["tasks"].items():
             progress = [text for same in by_arm(runs).values() for text in _progress(same, task)]
             rows.append([*_place(place), task, f"{base:.3f}", *progress])
-    stages = [f"{arm}, {stage}" for arm in arms for stage in ("few steps", "trained")]
+    stages = [f"{arm}, {stage}" for arm in arms for stage in ("first", "trained")]
     return table(["type 1 rows", "rows", "task", "base", *stages], rows) if rows else ""
 
 
@@ -204,6 +276,9 @@ def _origin(cells: list[dict]) -> str:
 SECTIONS = {
     "World knowledge and task scores": (SCORES, _grid),
     "Differences between arms": (DIFFERENCES, _differences),
+    "Growing numbers of rows": (GROWTH, _growth),
+    "Matched over numbers of rows": (OVER_SIZES, _over_sizes),
+    "Knowledge by relation": (RELATIONS, _relations),
     "The tasks one by one": (TASKS, _tasks),
     "lm-evaluation-harness": (HARNESS, _harness),
     "Expert groups": (GROUPS, _groups),
@@ -218,7 +293,11 @@ def _of_stage(cells: list[dict], stage: str) -> list[dict]:
 
 def _place(place: tuple[float, int]) -> list[str]:
     share, size = place
-    return [f"{100 * share:g} %", f"{size:,}"]
+    return [_percent(share), f"{size:,}"]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def _all(texts: Iterable[str]) -> str:

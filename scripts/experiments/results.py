@@ -12,9 +12,8 @@ from statistics import fmean, stdev
 from scipy.stats import t
 
 from data import InputError
-from scripts.experiments.plan import BASE
+from scripts.experiments.plan import ARMS, BASE
 
-ARMS = (BASE, "full", "lora", "loramoe_beta0", "loramoe")
 STAGES = ("grid", "tuning", "ablation")
 CONFIDENCE = 0.95
 HARNESS_METRICS = ("exact_match", "acc_norm", "acc", "f1")  # the first one that a task has stands for it
@@ -29,6 +28,7 @@ CELL_FIELDS = {
 CHECKPOINT_FIELDS = {
     "knowledge": NUMBER, "knowledge_known": NUMBER_OR_NULL, "tasks": dict, "task_score": NUMBER, "task_loss": NUMBER,
 }  # fmt: skip
+BASE_FIELDS = {"relations": list, "guessed": dict}
 ROUTING_FIELDS = {"experts_by_task": dict, "group_shares": list}
 # How well the tasks are done, with what picks the better and the worse of several values.
 MEASURES = (("task_score", max, min), ("task_loss", min, max))
@@ -82,7 +82,10 @@ def _check_cell(cell: object) -> None:
     if not cell["checkpoints"]:
         raise InputError("checkpoints is empty")
     for number, checkpoint in enumerate(cell["checkpoints"]):
-        _check_fields(checkpoint, CHECKPOINT_FIELDS, f"checkpoints[{number}]")
+        recalled = {"recalled": str} if cell["stage"] == "grid" else {}
+        _check_fields(checkpoint, CHECKPOINT_FIELDS | recalled, f"checkpoints[{number}]")
+    if cell["arm"] == BASE:
+        _check_fields(cell, BASE_FIELDS, "the file")
     if cell["stage"] == "grid" and cell["arm"] != "base" and len(cell["checkpoints"]) == 1:
         raise InputError("checkpoints holds the start of the training alone")
     if cell["routing"]:
@@ -207,13 +210,23 @@ def matching_targets(runs: list[dict]) -> dict[str, float]:
 
 
 def matched_knowledge(checkpoints: list[dict], measure: str, target: float | None) -> float | None:
-    """Knowledge where a measure first crosses the target, linear between checkpoints; None where it never does."""
+    """Knowledge where a measure first crosses the target, linear between checkpoints.
+
+    None where it never does, and where it has done so by the first checkpoint of the training: between that and the
+    base model nothing was measured, and most is lost there.
+
+    Args:
+        checkpoints: the base model, then those of the training.
+    """
     if target is None:
         return None
-    for before, after in pairwise(checkpoints):
+    for number, (before, after) in enumerate(pairwise(checkpoints)):
         distance, step = target - before[measure], after[measure] - before[measure]
         if step and 0 <= distance / step <= 1:
-            return before["knowledge"] + distance / step * (after["knowledge"] - before["knowledge"])
+            part = distance / step
+            if number == 0 and part < 1:
+                return None
+            return before["knowledge"] + part * (after["knowledge"] - before["knowledge"])
     return None
 
 
@@ -226,6 +239,41 @@ def outcome(run: dict, targets: dict[str, float]) -> dict[str, float | None]:
         for measure, *_ in MEASURES
     }
     return ends | matched | {"parameter_change": run["parameter_change"]}
+
+
+def runs_over_sizes(cells: list[dict]) -> dict[Place, list[dict]]:
+    """The ends of the runs of one arm, share and seed as one run over sizes, for comparisons at a target.
+
+    All of its checkpoints are trained to their end, whereas the learning rate falls along one training. Only sizes
+    count that each arm has with each seed.
+
+    Returns:
+        Runs by share of type 1 rows and largest size; shares with fewer than two sizes are left out.
+    """
+    base = [cell["checkpoints"][-1] for cell in cells if cell["arm"] == BASE]
+    trained = [cell for cell in cells if cell["arm"] != BASE]
+    found = {}
+    for share in sorted({cell["knowledge_share"] for cell in trained}):
+        paths: dict[tuple, dict[int, dict]] = {}
+        for cell in trained:
+            if cell["knowledge_share"] == share:
+                paths.setdefault((cell["arm"], cell["seed"]), {})[cell["size"]] = cell
+        sizes = sorted(set.intersection(*map(set, paths.values())))
+        if len(sizes) > 1:
+            found[share, sizes[-1]] = [
+                path[sizes[-1]] | {"checkpoints": base + [path[size]["checkpoints"][-1] for size in sizes]}
+                for path in paths.values()
+            ]
+    return found
+
+
+def paired_growth(runs: list[dict], sizes: tuple[int, int], field: str) -> list[float | None]:
+    """`field` of `outcome` at the second size minus that at the first, for every seed that both have; size 0 is the
+    base model, which has one run for all seeds."""
+    first, second = ({run["seed"]: outcome(run, {})[field] for run in runs if run["size"] == size} for size in sizes)
+    if sizes[0] == 0:
+        first = dict.fromkeys(second, *first.values())
+    return [second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())]
 
 
 def paired_differences(
