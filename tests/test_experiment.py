@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,12 +248,35 @@ def test_no_cell_is_started_after_the_last_hour(config, monkeypatch, capsys):
     assert "have passed; the same command goes on" in capsys.readouterr().out
 
 
-def test_a_cell_is_trained_and_measured_along_its_checkpoints(config, model_dir, monkeypatch):
-    """The base and one LoRAMoE cell, as one command each runs them, on the tiny model."""
+def make_tiny(config: Path, model_dir: Path) -> None:
+    """Train and measure the tiny model, on less."""
     text = config.read_text().replace(str(config.parent / "model"), str(model_dir)).replace("facts: 60", "facts: 8")
     config.write_text(
         text.replace("rows_per_task: 10", "rows_per_task: 2").replace("logging_steps: 1", "use_cpu: true")
     )
+
+
+@pytest.mark.slow
+def test_a_killed_experiment_goes_on_at_its_cell(config, model_dir):
+    """Killed with all its processes while the first trial is trained."""
+    make_tiny(config, model_dir)
+    command = [sys.executable, "-m", "scripts.experiment", "--config", str(config)]
+    results, work = config.parent / "results" / "cells", config.parent / "work"
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        while not (work / "tuning-full-0.001" / "train.log").is_file():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert [file.name for file in results.iterdir()] == ["base.json"]
+    finished = (results / "base.json").stat().st_mtime_ns
+    subprocess.run([*command, "--cells", "base", "tuning-full-0.001"], cwd=ROOT, check=True)
+    assert sorted(file.name for file in results.iterdir()) == ["base.json", "tuning-full-0.001.json"]
+    assert (results / "base.json").stat().st_mtime_ns == finished
+
+
+def test_a_cell_is_trained_and_measured_along_its_checkpoints(config, model_dir, monkeypatch):
+    """The base and one LoRAMoE cell, as one command each runs them, on the tiny model."""
+    make_tiny(config, model_dir)
     monkeypatch.setattr(mixture_module, "VALIDATION_ROWS", 1)
     for name in ("base", "tuning-lora-0.002", "tuning-loramoe-0.002", "loramoe-96-0.2-0"):
         verb.main(["--config", str(config), "--cells", name])
