@@ -13,6 +13,7 @@ from scripts.experiments.results import (
     by_arm,
     by_place,
     estimate,
+    guessed_share,
     largest_common,
     main_metric,
     matching_targets,
@@ -184,16 +185,16 @@ def _relations(cells: list[dict]) -> str:
     trained = [cell for cell in _of_stage(cells, "grid") if cell["arm"] != "base"]
     if not (bases and trained):
         return ""
-    asked, guessed = bases[0]["relations"], bases[0]["guessed"]
+    guessed = bases[0]["guessed"] | {"all": guessed_share(bases[0])}
+    facts: dict[str, list[int]] = {relation: [] for relation in guessed}
+    for number, relation in enumerate(bases[0]["relations"]):
+        facts[relation].append(number)
+        facts["all"].append(number)
     arms, rows = by_arm(trained), []
     for place, runs in largest_common(trained, arms).items():
         for relation, chance in guessed.items():
-            facts = [number for number, each in enumerate(asked) if each == relation]
-            shares = [[_recalled(run, facts) for run in same] for same in [bases, *by_arm(runs).values()]]
-            rows.append([*_place(place), relation, len(facts), f"{chance:.3f}", *map(_text, shares)])
-        mean = sum(guessed[relation] for relation in asked) / len(asked)
-        shares = [[run["checkpoints"][-1]["knowledge"] for run in same] for same in [bases, *by_arm(runs).values()]]
-        rows.append([*_place(place), "all", len(asked), f"{mean:.3f}", *map(_text, shares)])
+            shares = [[_recalled(run, facts[relation]) for run in same] for same in [bases, *by_arm(runs).values()]]
+            rows.append([*_place(place), relation, len(facts[relation]), f"{chance:.3f}", *map(_text, shares)])
     return table(["type 1 rows", "rows", "relation", "facts", "guessed", "base", *arms], rows) if rows else ""
 
 

@@ -267,6 +267,15 @@ def runs_over_sizes(cells: list[dict]) -> dict[Place, list[dict]]:
     return found
 
 
+def guessed_share(base: dict) -> float:
+    """Share of the probe facts that the one best answer to each relation gets right.
+
+    Args:
+        base: the cell of the base model, with the relation of each fact and by relation what guessing gets.
+    """
+    return fmean(base["guessed"][relation] for relation in base["relations"])
+
+
 def paired_growth(runs: list[dict], sizes: tuple[int, int], field: str) -> list[float | None]:
     """`field` of `outcome` at the second size minus that at the first, for every seed that both have; size 0 is the
     base model, which has one run for all seeds."""
