@@ -312,6 +312,10 @@ def test_each_arm_takes_its_best_rate(config):
     assert experiment.rate(replace(arm, arm="full")) == 0.001
     ablation = next(cell for cell in experiment.cells() if cell.stage == "ablation")
     assert experiment.rate(ablation) == 0.002
+    experiment.ablations.changes["slow"] = {"learning_rate": 1e-4}
+    slow = next(cell for cell in experiment.cells() if cell.arm == "slow")
+    assert experiment.rate(slow) == 1e-4
+    assert "learning_rate" not in slow.flags
 
 
 def test_a_cell_of_other_settings_is_never_taken_for_this_one(config):

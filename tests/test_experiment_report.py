@@ -280,9 +280,9 @@ def test_expert_groups_trials_ablations_and_origin_are_told():
     assert groups["0 %", "16,000", "loramoe_beta0"] == ["1", "0.450", "0.550", "-0.100"]
     trials = rows_of(text, "Learning rates")
     assert trials == [
-        ["lora", "0.0001", "2.000", ""],
-        ["lora", "0.001", "1.500", "chosen"],
-        ["lora", "0.01", "nan", ""],
+        ["lora", "0.0001", "2.000", "0.970", ""],
+        ["lora", "0.001", "1.500", "0.970", "chosen"],
+        ["lora", "0.01", "nan", "0.970", ""],
     ]
     assert [row[2] for row in rows_of(text, "Ablations")] == [*FORGETTING, "experts-4", "experts-16"]
     assert f"{len(grid()) + 5} cells took" in text

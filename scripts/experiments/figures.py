@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from scripts.experiments.results import (
@@ -137,6 +138,9 @@ def _against_learning(grid: list[dict], measure: str, name: str) -> Figure | Non
     if measure == "task_loss":
         panels[0].set_xscale("log")
         panels[0].invert_xaxis()
+        panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].xaxis.set_major_formatter("{x:g}")
+        panels[0].minorticks_off()
     _keep_within_shares(panels[0])
     panels[0].set_ylabel("probe facts recalled")
     _legend(figure, panels)
@@ -230,7 +234,7 @@ def _legend(figure: Figure, panels: Iterable[Axes], title: str | None = None) ->
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, handlelength=4, title=title)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, handlelength=4, title=title)
 
 
 def _keep_within_shares(axes: Axes) -> None:

@@ -71,12 +71,12 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Ablations:
-    """Changes of one arm, at one size; they take its learning rate.
+    """Changes of one arm, at one size; they take its learning rate unless they name one.
 
     Args:
         of: the arm that is changed.
         size: as in `Cell`, as are the others.
-        changes: flags of `train.py` by name of the change.
+        changes: flags of `train.py`, and perhaps a learning rate, by name of the change.
     """
 
     of: str
@@ -152,10 +152,10 @@ class Experiment:
             return
         changed = self.ablations
         for seed in changed.seeds:
-            for name, flags in changed.changes.items():
-                yield Cell(
-                    "ablation", name, changed.size, changed.knowledge_share, seed, self.flags(changed.of) | flags
-                )
+            for name, change in changed.changes.items():
+                flags = self.flags(changed.of) | change
+                rate = flags.pop("learning_rate", None)
+                yield Cell("ablation", name, changed.size, changed.knowledge_share, seed, flags, rate)
 
     def flags(self, arm: str) -> dict:
         """Flags of `train.py` for an arm."""

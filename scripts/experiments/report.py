@@ -71,7 +71,7 @@ Mean weight of the second group of experts, which the constraint draws to rows o
 the first group has the rest."""
 TUNING = """\
 Validation loss per answer token at the end of a trial, mean over the tasks. The lowest one's learning rate is that of
-the arm."""
+the arm; knowledge has no part in the choice, and shows what it costs."""
 
 
 def report(folder: Path) -> list[Path]:
@@ -252,10 +252,10 @@ def _tuning(cells: list[dict]) -> str:
         by_rate = {trial["learning_rate"]: trial for trial in sorted(trials, key=itemgetter("learning_rate"))}
         best = best_rate(by_rate)
         rows += [
-            [arm, f"{rate:g}", f"{trial['checkpoints'][-1]['task_loss']:.3f}", "chosen" if rate == best else ""]
-            for rate, trial in by_rate.items()
+            [arm, f"{rate:g}", f"{end['task_loss']:.3f}", f"{end['knowledge']:.3f}", "chosen" if rate == best else ""]
+            for rate, end in ((rate, trial["checkpoints"][-1]) for rate, trial in by_rate.items())
         ]
-    return table(["arm", "learning rate", "validation loss", ""], rows) if rows else ""
+    return table(["arm", "learning rate", "validation loss", "knowledge", ""], rows) if rows else ""
 
 
 def _ablations(cells: list[dict]) -> str:
