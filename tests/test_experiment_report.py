@@ -297,13 +297,14 @@ def test_a_value_that_some_runs_lack_is_said():
 
 
 def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
-    files = report(write(tmp_path, grid()))
+    files = report(write(tmp_path, [*grid(), *tuning()]))
     assert [file.name for file in files] == [
         "table.md",
         "knowledge.png",
         "tasks.png",
         "trade_off.png",
         "trade_off_by_loss.png",
+        "rates.png",
         "experts.png",
         "balance.png",
     ]
@@ -313,7 +314,7 @@ def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
 
 def test_what_has_no_cells_yet_is_left_out(tmp_path):
     files = report(write(tmp_path, [base_cell(), *tuning()]))
-    assert [file.name for file in files] == ["table.md"]
+    assert [file.name for file in files] == ["table.md", "rates.png"]
     headings = [line for line in files[0].read_text().splitlines() if line.startswith("## ")]
     assert headings == ["## World knowledge and task scores", "## Learning rates", "## Origin"]
 

@@ -39,12 +39,11 @@ MAX_NUMBERED_EXPERTS = 8
 
 
 def draw(cells: list[dict], folder: Path) -> list[Path]:
-    """Draw the figures that the cells of the grid suffice for. Returns their files."""
-    grid = [cell for cell in cells if cell["stage"] == "grid"]
+    """Draw the figures that the cells suffice for. Returns their files."""
     files = []
     with matplotlib.rc_context(FONTS):
-        for name, make in FIGURES.items():
-            if figure := make(grid):
+        for name, (stage, make) in FIGURES.items():
+            if figure := make([cell for cell in cells if cell["stage"] == stage]):
                 files.append(folder / f"{name}.png")
                 _save(figure, files[-1])
     return files
@@ -136,15 +135,39 @@ def _against_learning(grid: list[dict], measure: str, name: str) -> Figure | Non
                 axes.plot(*zip(*points, strict=True), markersize=4, linewidth=1, **STYLES[arm])
         axes.set(title=_place(place), xlabel=name)
     if measure == "task_loss":
-        panels[0].set_xscale("log")
-        panels[0].invert_xaxis()
-        panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panels[0].xaxis.set_major_formatter("{x:g}")
-        panels[0].minorticks_off()
+        _show_losses(panels[0])
     _keep_within_shares(panels[0])
     panels[0].set_ylabel("probe facts recalled")
     _legend(figure, panels)
     return figure
+
+
+def _rates(trials: list[dict]) -> Figure | None:
+    """Knowledge against task loss at the end of trials, along the learning rates of each arm."""
+    if not trials:
+        return None
+    figure, (axes,) = _panels(1)
+    for arm, runs in by_arm(trials).items():
+        ends = {run["learning_rate"]: run["checkpoints"][-1] for run in runs}
+        points = {rate: (ends[rate]["task_loss"], ends[rate]["knowledge"]) for rate in sorted(ends)}
+        axes.plot(*zip(*points.values(), strict=True), markersize=5, linewidth=1, **STYLES[arm])
+        for rate, (loss, knowledge) in points.items():
+            if math.isfinite(loss):
+                axes.annotate(f"{rate:g}", (loss, knowledge), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    place = trials[0]["knowledge_share"], trials[0]["size"]
+    axes.set(title=_place(place), xlabel="validation loss per answer token", ylabel="probe facts recalled")
+    _show_losses(axes)
+    _legend(figure, [axes], "Numbers: learning rates")
+    return figure
+
+
+def _show_losses(axes: Axes) -> None:
+    """Make the lying axis one of losses, the better the more right."""
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
 
 
 def _balance(grid: list[dict]) -> Figure | None:
@@ -205,12 +228,13 @@ def _draw_weights(axes: Axes, by_task: dict[str, list[float]], scale: dict[str, 
 
 
 FIGURES = {
-    "knowledge": _knowledge,
-    "tasks": _tasks,
-    "trade_off": _trade_off,
-    "trade_off_by_loss": _trade_off_by_loss,
-    "experts": _experts,
-    "balance": _balance,
+    "knowledge": ("grid", _knowledge),
+    "tasks": ("grid", _tasks),
+    "trade_off": ("grid", _trade_off),
+    "trade_off_by_loss": ("grid", _trade_off_by_loss),
+    "rates": ("tuning", _rates),
+    "experts": ("grid", _experts),
+    "balance": ("grid", _balance),
 }
 
 
