@@ -16,6 +16,12 @@ ADDED_LATER = {
     "task_type_names",
 }  # fmt: skip
 
+# What gives the tensors of an adapter their shapes and their meaning.
+FIXED_FIELDS = (
+    "r", "lora_alpha", "lora_nums", "lora_top_k", "lora_shared_A", "num_task_types", "task_type_names",
+    "expert_groups", "target_modules", "layers_to_transform", "modules_to_save",
+)  # fmt: skip
+
 
 class PeftType(enum.StrEnum):
     """Kind of adapter. Not called LORA, so that no plain-LoRA loader takes one of ours for its own."""

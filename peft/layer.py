@@ -75,9 +75,10 @@ class LoraLayer(nn.Module):
         self.active_adapter: str | None = None
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Create the experts of adapter `name` on the device of the wrapped layer."""
+        """Create the experts of adapter `name`, on the device of the wrapped layer and in its mode (train or eval)."""
         device = self.base_layer.weight.device
-        self.experts[name] = LoraExperts(self.in_features, self.out_features, config, device=device)
+        experts = LoraExperts(self.in_features, self.out_features, config, device=device)
+        self.experts[name] = experts.train(self.base_layer.training)
 
     @property
     def weight(self) -> Tensor:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from peft.config import LoraConfig
+from peft.config import FIXED_FIELDS, LoraConfig
 from peft.inject import LoraModel
 from peft.saving import (
     adapter_parameters,
@@ -91,10 +91,13 @@ class PeftModel(nn.Module):
         """Load an adapter folder under a name. A name that exists already has its weights replaced.
 
         Raises:
-            ValueError: the folder is incomplete or damaged, or its tensors do not fit the model.
+            ValueError: the folder is incomplete or damaged, its tensors do not fit the model, or its settings are not
+                those of the adapter whose weights it would replace.
         """
-        if adapter_name not in self.peft_config:
-            config = LoraConfig.from_pretrained(directory)
+        config = LoraConfig.from_pretrained(directory)
+        if adapter_name in self.peft_config:
+            _refuse_other_settings(config, directory, self.peft_config[adapter_name], adapter_name)
+        else:
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config)
         set_peft_model_state_dict(self, load_adapter_weights(directory), adapter_name)
@@ -189,6 +192,20 @@ def prepare_model_for_kbit_training(
         kwargs = gradient_checkpointing_kwargs or {"use_reentrant": False}
         model.activation_checkpointing_enable(kwargs)
     return model
+
+
+def _refuse_other_settings(found: LoraConfig, directory: str | os.PathLike, config: LoraConfig, name: str) -> None:
+    """Raises ValueError where weights from a folder would mean something else under an adapter's configuration."""
+    differing = [
+        f"{field} is {getattr(found, field)}, the adapter has {getattr(config, field)}"
+        for field in FIXED_FIELDS
+        if getattr(found, field) != getattr(config, field)
+    ]
+    if differing:
+        raise ValueError(
+            f"{directory} cannot replace the weights of adapter {name!r}, since it was made with other settings: "
+            f"{'; '.join(differing)}. Load it under another name"
+        )
 
 
 def keep_4bit_packing(model: nn.Module) -> None:

@@ -266,6 +266,39 @@ def test_several_adapters_on_one_base(tmp_path):
         model.set_adapter("third")
 
 
+@pytest.mark.parametrize("targets", [["up_proj"], ["q_proj"]], ids=["beside the first", "on other Linears"])
+def test_an_adapter_that_is_loaded_later_drops_nothing_at_inference(tmp_path, targets):
+    batch = make_batch()
+    second = fill_adapter(filled_model(lora_dropout=0.5, target_modules=targets), seed=2).eval()
+    filled_model(target_modules=["up_proj"]).save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "first", adapter_name="first")
+    model.load_adapter(tmp_path / "second", "second", is_trainable=True)
+    model.set_adapter("second")
+    assert torch.equal(model(**batch).logits, second(**batch).logits)
+    assert not torch.equal(model.train()(**batch).logits, second(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": 8}, r"lora_alpha is 8, the adapter has 4\. Load it under another name"),
+        ({"lora_top_k": 2}, "lora_top_k is 2, the adapter has None"),
+    ],
+)
+def test_weights_are_not_replaced_by_those_of_another_configuration(tmp_path, changes, message):
+    batch, model = make_batch(), filled_model().eval()
+    expected = model(**batch).logits
+    fill_adapter(filled_model(**changes), seed=2).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path / "other", "default")
+    assert torch.equal(model(**batch).logits, expected)
+    same = fill_adapter(filled_model(lora_dropout=0.1), seed=2).eval()
+    same.save_pretrained(tmp_path / "same")
+    model.load_adapter(tmp_path / "same", "default")
+    assert torch.equal(model(**batch).logits, same(**batch).logits)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_with_and_without_cache_is_the_same(beams):
     model, batch = filled_model().eval(), make_batch(side="left")

@@ -10,15 +10,11 @@ from transformers.utils import is_flash_attn_2_available
 
 from data import InputError
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft.config import FIXED_FIELDS
 from peft.saving import load_adapter_weights
 from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
 
-# What a continued adapter cannot change: the shapes of its tensors and the meaning of its weights.
-FIXED_FIELDS = (
-    "r", "lora_alpha", "lora_nums", "lora_top_k", "lora_shared_A", "num_task_types", "task_type_names",
-    "expert_groups", "target_modules", "layers_to_transform", "modules_to_save",
-)  # fmt: skip
 MOST_LINES_SHOWN = 12
 
 
