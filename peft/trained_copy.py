@@ -11,7 +11,8 @@ from peft.saving import gathered
 class TrainedCopy(nn.Module):
     """Wraps a module, an embedding say, and lets the active adapter's own copy of it take its place.
 
-    Copies are float32, whatever the dtype of the frozen module; the output has the frozen module's dtype.
+    Copies are made in float32, whatever the dtype of the frozen module (DeepSpeed casts them to half precision and
+    keeps the float32 weights itself); the output has the frozen module's dtype.
 
     Args:
         base_layer: the frozen module; it maps one tensor to one tensor.
@@ -41,5 +42,5 @@ class TrainedCopy(nn.Module):
         if self.active_adapter is None:
             return self.base_layer(x)
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            x = x.float()
+            x = x.to(self.weight.dtype)
         return self.active_layer(x).to(self.base_layer.weight.dtype)

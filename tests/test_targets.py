@@ -10,6 +10,7 @@ from peft import (
     LoraConfig,
     LoraLayer,
     PeftModel,
+    TrainedCopy,
     find_targets,
     get_peft_model,
     get_peft_model_state_dict,
@@ -160,6 +161,22 @@ def test_embeddings_of_a_half_precision_base_are_trained_in_float32():
     output.loss.backward()
     with torch.autocast("cpu", torch.bfloat16):
         assert model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copy_dtype", [torch.float16, torch.bfloat16])
+def test_embeddings_that_were_cast_to_half_precision_are_trained(base_dtype, copy_dtype):
+    """As DeepSpeed leaves them, which casts every parameter: without autocast, inputs have to follow."""
+    model = fill_adapter(model_with_embeddings(False)).to(base_dtype).train()
+    exact = fill_adapter(model_with_embeddings(False)).to(base_dtype).train()
+    copies = [module.trained for module in model.modules() if isinstance(module, TrainedCopy)]
+    for each in copies:
+        each.to(copy_dtype)
+    output = model(**make_batch())
+    assert output.logits.dtype is base_dtype
+    torch.testing.assert_close(output.lm_loss, exact(**make_batch()).lm_loss, rtol=2e-2, atol=0)
+    output.loss.backward()
+    assert all(parameter.grad.any() for each in copies for parameter in each.parameters())
 
 
 def test_a_lora_for_fixed_weights_equals_a_mixture_with_a_shared_a():
