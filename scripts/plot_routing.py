@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from data import InputError, encode_prompt
-from peft import PeftModel, sample_shares
+from peft import PeftModel
 from transformers_patch.command_line import flag, parse_flags, run_verb
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
 from transformers_patch.recorder import RoutingRecorder
@@ -84,9 +84,7 @@ def route(trained: TrainedModel, rows: Dataset, batch_size: int) -> Routing:
         mask_BT = batch["attention_mask"]
         with torch.no_grad(), RoutingRecorder(trained.model) as recorder:
             trained.model(input_ids=batch["input_ids"], attention_mask=mask_BT, logits_to_keep=1)
-        # The layers may be on several devices.
-        weights = recorder.weights.values()
-        shares.append(torch.stack([sample_shares(each, mask_BT.to(each.device)).cpu() for each in weights], dim=1))
+        shares.append(recorder.sample_shares(mask_BT).transpose(0, 1).cpu())
     return Routing(
         list(recorder.weights), torch.cat(shares).numpy(), np.array(rows["task_type"]), np.array(rows["task"])
     )

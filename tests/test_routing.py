@@ -10,6 +10,7 @@ from conftest import filled_model
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import Runner
+from torch._subclasses import FakeTensorMode
 from transformers import TrainingArguments
 
 from data import InputError, encode_prompt
@@ -229,3 +230,16 @@ def test_an_adapter_without_a_router_has_nothing_to_plot(adapter_dir, model_dir,
         plot_routing.main(["--adapter", str(folder), "--output", str(tmp_path / "none")])
         assert "has no router" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+def test_routers_on_several_devices_are_recorded_on_the_first():
+    """Of devices that are not here, fake tensors still refuse every operation that mixes two."""
+    with FakeTensorMode():
+        recorder = RoutingRecorder(torch.nn.Module())
+        recorder.weights = {str(n): torch.full((3, 9, 4), 0.25, device=f"cuda:{n}") for n in range(2)}
+        mask_BT = torch.ones(3, 9, device="cuda:0")
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            torch.stack(list(recorder.weights.values()))
+        for statistics_LBE in (recorder.sample_shares(mask_BT), recorder.sample_shares(), recorder.sample_sums()):
+            assert statistics_LBE.shape == (2, 3, 4)
+            assert statistics_LBE.device == torch.device("cuda:0")

@@ -120,7 +120,8 @@ class LoRAMoEMixin:
         if records:
             trains = self.training and torch.is_grad_enabled()
             with torch.set_grad_enabled(trains and config.balances):
-                output.balance_loss = self._balance_term(recorder, attention_mask, task_types, over_ranks=trains)
+                term = self._balance_term(recorder, attention_mask, task_types, over_ranks=trains)
+                output.balance_loss = term.to(loss.device)
             if self.training:
                 with torch.no_grad():
                     output.routing_shares = recorder.sample_shares(attention_mask)
@@ -150,6 +151,7 @@ class LoRAMoEMixin:
             task_types_B = torch.full((num_samples,), -1, device=shares_LBE.device)
         if task_types_B.shape != (num_samples,):
             raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_samples},)")
+        task_types_B = task_types_B.to(shares_LBE.device)
         counts_B = task_types_B != FILLER_TASK_TYPE
         shares_LBE, task_types_B = shares_LBE[:, counts_B], task_types_B[counts_B]
         if over_ranks and not config.blc_reference and dist.is_initialized() and dist.get_world_size() > 1:

@@ -37,15 +37,23 @@ class RoutingRecorder:
         self._hooks.clear()
 
     def sample_shares(self, mask_BT: Tensor | None = None) -> Tensor:
-        """Mean weight of each expert over the real tokens of each sample, (L, B, E) over the L recorded routers."""
-        return torch.stack([sample_shares(weights_BTE, mask_BT) for weights_BTE in self.weights.values()])
+        """Mean weight of each expert over the real tokens of each sample, (L, B, E) over the L recorded routers.
+
+        The routers may be on several devices; the result is on that of the first.
+        """
+        masks = (None if mask_BT is None else mask_BT.to(weights.device) for weights in self.weights.values())
+        return _stacked(list(map(sample_shares, self.weights.values(), masks)))
 
     def sample_sums(self) -> Tensor:
         """Summed weight of each expert over all positions of each sample, padding included, (L, B, E)."""
-        return torch.stack([sample_sums(weights_BTE) for weights_BTE in self.weights.values()])
+        return _stacked(list(map(sample_sums, self.weights.values())))
 
     def _keep(self, name: str):
         def hook(module, inputs, output):
             self.weights[name] = output
 
         return hook
+
+
+def _stacked(statistics_BE: list[Tensor]) -> Tensor:
+    return torch.stack([each.to(statistics_BE[0].device) for each in statistics_BE])
