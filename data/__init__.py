@@ -15,7 +15,14 @@ from data.dataset import (
     task_types,
 )
 from data.errors import InputError
-from data.prompt import TEMPLATES, encode_prompt, encode_target, marked_row, resolve_template
+from data.prompt import (
+    TEMPLATE_VARIABLES,
+    TEMPLATES,
+    encode_prompt,
+    encode_target,
+    marked_row,
+    resolve_template,
+)
 from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "IGNORED_LABEL",
     "ORDERS",
     "TEMPLATES",
+    "TEMPLATE_VARIABLES",
     "AnswerFile",
     "Collator",
     "DataStatistics",

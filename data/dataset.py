@@ -24,7 +24,7 @@ from data.rows import Block, check_rows, complete_rows, find_files, split_files
 from data.workers import map_blocks, worker_count
 
 # Part of every cache key: raise it when the encoding of a row or the files of an entry change.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 ROWS_NAME = "rows.arrow"
 STATISTICS_NAME = "statistics.json"
 

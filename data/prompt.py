@@ -7,6 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from data.errors import InputError
 
 TEMPLATES = ("auto", "plain", "chat")
+# Variables of chat templates. Some write an empty block of thought before an answer that has none: with thinking off
+# it is part of the prompt as well, so that the answer alone is learnt and generated. Others ignore the variable.
+TEMPLATE_VARIABLES = {"enable_thinking": False}
 PLACEHOLDER = "PLACE-OF-THE-CONTENT"
 
 
@@ -102,7 +105,7 @@ def _shown(tokenizer: PreTrainedTokenizerBase, contents: list[str]) -> list[str]
 def _render(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
     """Prompts as the chat template writes them."""
     turns = [[{"role": "user", "content": text}] for text in texts]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **TEMPLATE_VARIABLES)
 
 
 def _render_answers(
@@ -113,7 +116,7 @@ def _render_answers(
         [{"role": "user", "content": text}, {"role": "assistant", "content": output}]
         for text, output in zip(texts, outputs, strict=True)
     ]
-    wholes = tokenizer.apply_chat_template(turns, tokenize=False)
+    wholes = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_VARIABLES)
     if not all(map(str.startswith, wholes, prompts)):
         raise InputError(
             "the tokenizer's chat template does not append the answer to the prompt, so the supervised part cannot "

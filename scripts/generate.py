@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
-from data import TEMPLATES, AnswerFile, InputError, encode_prompt, file_hash
+from data import TEMPLATE_VARIABLES, TEMPLATES, AnswerFile, InputError, encode_prompt, file_hash
 from data.rows import find_files, read_block, row_problem, split_files
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.command_line import flag, parse_flags, refuse, run_verb
@@ -210,7 +210,9 @@ def _conversation(answerer: Answerer, turns: list[dict[str, str]]) -> list[int]:
     while True:
         if len(turns) == 1:
             return answerer.encode(turns[0]["content"])
-        ids = answerer.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = answerer.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=True, **TEMPLATE_VARIABLES
+        )["input_ids"]
         if len(ids) <= longest:
             return ids
         del turns[:2]

@@ -92,6 +92,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+# Writes what a model thought before its last answer, an empty block where it is told not to think: as Qwen3's does.
+THINKING = (
+    "{% for turn in messages %}<|{{ turn.role }}|>"
+    "{% if turn.role == 'assistant' and loop.last %}(thought: ){% endif %}{{ turn.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}(thought: ){% endif %}{% endif %}"
+)
+
+
 def example_rows(count: int = 12) -> list[dict]:
     """Rows of different lengths and both task types."""
     return [

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, example_rows, filled_model, tiny_tokenizer
+from conftest import ROOT, THINKING, example_rows, filled_model, tiny_tokenizer
 
 from data import Collator, InputError, encode_prompt, encode_target
 from scripts import evaluate
@@ -194,6 +194,7 @@ def test_the_harness_asks_in_the_adapters_template(adapter_dir):
     from transformers_patch.harness import TemplateLM
 
     trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
+    trained.tokenizer.chat_template = THINKING
     turns = [{"role": "user", "content": "the cat"}]
     plain, chat = (TemplateLM(trained, template, 2) for template in ("plain", "chat"))
     for lm, template in ((plain, "plain"), (chat, "chat")):

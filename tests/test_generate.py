@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import example_rows, filled_model, tiny_tokenizer
+from conftest import THINKING, example_rows, filled_model, tiny_tokenizer
 
 from data import AnswerFile, InputError, encode_prompt
 from scripts import generate
@@ -165,6 +165,15 @@ def test_a_conversation_longer_than_the_context_loses_its_beginning(adapter_dir)
     assert len(ids) + 6 <= 256
     assert 1 < len(turns) < 9
     assert turns[-1]["content"] == "the dog"
+
+
+def test_a_conversation_does_not_think(adapter_dir):
+    trained = generate.load_trained(generate.InferenceArguments(adapter=str(adapter_dir)))
+    trained.tokenizer.chat_template = THINKING
+    answerer = generate.Answerer(trained, DecodingArguments(max_new_tokens=6), generate.GenerateArguments(chat=True))
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    ids = generate._conversation(answerer, turns)
+    assert trained.tokenizer.decode(ids) == "<|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>(thought: )"
 
 
 @pytest.mark.parametrize(

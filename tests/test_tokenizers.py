@@ -4,7 +4,7 @@ import json
 
 import pytest
 import sentencepiece
-from conftest import tiny_tokenizer
+from conftest import THINKING, tiny_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -103,6 +103,14 @@ def test_templates_with_system_quirks(template):
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     assert tokenizer.decode(ids).rstrip() in whole
     assert ids[-1] in tokenizer.all_special_ids
+
+
+def test_the_empty_block_of_a_template_that_thinks_is_no_part_of_the_answer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING
+    prompt = encode_prompt(tokenizer, "chat", "the cat", "")
+    assert tokenizer.decode(prompt) == "<|user|>the cat</s><|assistant|>(thought: )"
+    assert tokenizer.decode(encode_target(tokenizer, "chat", "the cat", "", "sat")) == "sat</s>"
 
 
 def test_the_token_that_ends_a_turn_need_not_be_listed_among_the_special_ones():

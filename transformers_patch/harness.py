@@ -8,7 +8,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from data import InputError
+from data import TEMPLATE_VARIABLES, InputError
 from transformers_patch.inference import TrainedModel
 
 # It warns of what its own task files leave out, and of a model that is loaded already.
@@ -27,7 +27,12 @@ class TemplateLM(HFLM):
     """
 
     def __init__(self, trained: TrainedModel, template: str, batch_size: int):
-        super().__init__(pretrained=trained.model, tokenizer=trained.tokenizer, batch_size=batch_size)
+        super().__init__(
+            pretrained=trained.model,
+            tokenizer=trained.tokenizer,
+            batch_size=batch_size,
+            chat_template_args=TEMPLATE_VARIABLES,
+        )
         self._template = template
         trained.model.generation_config.eos_token_id = trained.end_tokens(template)
 
