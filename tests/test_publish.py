@@ -139,6 +139,17 @@ def test_the_card_tells_settings_data_metrics_routing_and_source(run):
     assert str(run.folder) not in card
 
 
+def test_the_card_takes_a_setting_that_is_no_path_for_what_it_is(run):
+    """No file could have a name of more than 255 bytes: asking for one is an error."""
+    parts = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.v_proj")
+    names = ",".join(f"model.layers.{layer}.{part}" for layer in range(2) for part in parts)
+    assert len(names) > 255
+    run(max_steps=2, trainable=names)
+    settings = table((run.output / "README.md").read_text(), "Training")
+    assert set(settings["trainable"][0].split(",")) == set(names.split(","))
+    assert settings["validation_file"] == ["test.json"]
+
+
 def test_the_card_of_a_baseline_shows_no_routing(run):
     run(lora_nums=1, max_steps=1)
     card = (run.output / "README.md").read_text()

@@ -40,6 +40,7 @@ CARD_SETTINGS = (
     "gradient_accumulation_steps", "max_seq_length", "prompt_template", "seed", "dataset_dir", "dataset_sha256",
     "validation_file",
 )  # fmt: skip
+CARD_PATHS = ("dataset_dir", "validation_file")
 CARD_ADAPTER_SETTINGS = (
     "lora_nums", "lora_rank", "lora_alpha", "lora_dropout", "trainable", "blc_alpha", "blc_weight", "num_task_types",
     "task_types", "expert_groups", "lora_top_k", "lora_shared_A", "layers_to_transform", "modules_to_save",
@@ -149,7 +150,11 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
         *_table(
             "setting",
             "value",
-            rows=((name, _published(config[name])) for name in settings if config.get(name) is not None),
+            rows=(
+                (name, _published(config[name]) if name in CARD_PATHS else config[name])
+                for name in settings
+                if config.get(name) is not None
+            ),
         ),
         "",
         f"Made with torch {torch.__version__}, transformers {transformers.__version__}.",
@@ -197,9 +202,9 @@ def _indented(label: str, text: str) -> list[str]:
     return [f"  {label:10}{first}", *(f"  {'':10}{line}" for line in rest)]
 
 
-def _published(value: object) -> object:
-    """A setting as a card shows it: of a path that exists here, the last part."""
-    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+def _published(place: str) -> str:
+    """A path or hub id as a card shows it: of a path that exists here, the last part."""
+    return Path(place).name if Path(place).exists() else place
 
 
 def _shown(value: object) -> object:
