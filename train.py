@@ -100,7 +100,7 @@ def run(
         trainer.save_model()
     with writing(folder.path, RESULTS_NAME, args.process_index):
         if eval_data is not None:
-            results |= evaluate(trainer)
+            results |= evaluate(trainer, config["prompt_template"])
         finish(trainer, folder, config, results)
 
 
@@ -177,7 +177,7 @@ def build_trainer(
     )
 
 
-def evaluate(trainer: LoRAMoETrainer) -> dict:
+def evaluate(trainer: LoRAMoETrainer, template: str) -> dict:
     """Held-out measurements of the trained model, beside those taken before the first step."""
     before = next(entry for entry in trainer.state.log_history if "eval_lm_loss" in entry)
     after = trainer.evaluate()
@@ -189,7 +189,7 @@ def evaluate(trainer: LoRAMoETrainer) -> dict:
         results["routing_table"] = routing_lines(trainer.routing, model.active_peft_config)
     # Under autocast as in training: a quantised base in half precision has float32 norms, but a half-precision head.
     with trainer.accelerator.autocast():
-        results["samples"] = generate_samples(model, trainer.processing_class, trainer.eval_dataset)
+        results["samples"] = generate_samples(model, trainer.processing_class, trainer.eval_dataset, template)
     return results
 
 

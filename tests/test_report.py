@@ -10,9 +10,10 @@ from conftest import filled_model, tiny_tokenizer
 from test_train import Runner
 from torch.nn.functional import cross_entropy
 
-from data import encode_prompt, encode_target
+from data import Encoding, encode_prompt, encode_target, load_data
 from peft import LoraConfig, PeftModel
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
+from transformers_patch.training import report
 from transformers_patch.training.report import MAX_NEW_TOKENS, routing_lines
 from transformers_patch.training.routing import Routing, routing_summary
 
@@ -159,3 +160,14 @@ def test_samples_answer_the_prompt_alone(finished):
         assert (shown, expected) == (rows[index]["instruction"], rows[index]["output"])
         assert generated == answer.strip()
     assert len({generated for *_, generated in samples}) > 1
+
+
+def test_samples_end_where_the_template_ends_an_answer(finished, monkeypatch):
+    """Its turns end with <s> here, which the base model does not know as an end."""
+    model, tokenizer, seen = finished.model(finished.runner.output), tiny_tokenizer(), []
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<s>")
+    rows, _ = load_data(finished.runner.folder / "test.json", tokenizer, Encoding("auto", 128, 2), finished.start)
+    monkeypatch.setattr(report, "generate_answers", lambda model, prompts, settings: seen.append(settings) or prompts)
+    for template, ends in (("auto", [0, 1]), ("plain", [1])):
+        report.generate_samples(model, tokenizer, rows, template)
+        assert seen.pop().eos_token_id == ends

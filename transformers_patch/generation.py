@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from data import encode_target
 from transformers_patch.command_line import flag
 
 
@@ -45,6 +46,13 @@ class DecodingArguments:
             eos_token_id=end_tokens,
             **(drawn if self.temperature > 0 else {}),
         )
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """The tokens that end an answer: the template's, and those that the base model was trained with."""
+    base = model.generation_config.eos_token_id
+    ends = [encode_target(tokenizer, template, "x", "", "x")[-1]]
+    return sorted({*ends, *(base if isinstance(base, list) else [base])} - {None})
 
 
 def generate_answers(model: nn.Module, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:

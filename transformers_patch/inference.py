@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from data import InputError, encode_target, resolve_template
+from data import InputError, resolve_template
 from peft import LoraConfig, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.command_line import flag
+from transformers_patch.generation import end_tokens
 from transformers_patch.training.base_model import check_base_model, first_line, load_tokenizer, quantization
 from transformers_patch.training.run_folder import CONFIG_NAME as RUN_CONFIG_NAME
 
@@ -86,10 +87,8 @@ class TrainedModel:
         return resolve_template(wanted or self.run_config.get("prompt_template", "auto"), self.tokenizer)
 
     def end_tokens(self, template: str) -> list[int]:
-        """The tokens that end an answer: the template's, and those that the base model was trained with."""
-        base = self.model.generation_config.eos_token_id
-        ends = [encode_target(self.tokenizer, template, "x", "", "x")[-1]]
-        return sorted({*ends, *(base if isinstance(base, list) else [base])} - {None})
+        """See `generation.end_tokens`."""
+        return end_tokens(self.model, self.tokenizer, template)
 
     @property
     def num_task_types(self) -> int:

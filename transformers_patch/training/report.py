@@ -10,9 +10,9 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from data import row_lengths
+from data import resolve_template, row_lengths
 from peft import LoraConfig
-from transformers_patch.generation import generate_answers
+from transformers_patch.generation import end_tokens, generate_answers
 from transformers_patch.training.routing import Routing, group_shares, group_spans, span_text
 from transformers_patch.training.routing_plot import plot_routing
 from transformers_patch.training.run_folder import write_json
@@ -79,11 +79,14 @@ def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
 
 
 def generate_samples(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, template: str
 ) -> list[tuple[str, str, str]]:
     """Greedy answers to a few rows of different task kinds: (instruction and input, expected, generated).
 
     Under ZeRO-3 this is a collective: every rank calls it with the same rows.
+
+    Args:
+        template: the prompt template of the rows; `auto` is what it means for the tokenizer.
     """
     picked = _one_of_each_kind(rows)
     settings = GenerationConfig(
@@ -94,7 +97,7 @@ def generate_samples(
         top_k=None,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id,
+        eos_token_id=end_tokens(model, tokenizer, resolve_template(template, tokenizer)),
     )
     model.eval()
     prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
