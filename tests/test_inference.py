@@ -80,6 +80,16 @@ def test_bfloat16_is_taken_at_its_word(adapter_dir):
     assert trained.model(INPUT).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(("capable", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch, capable, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: capable or including_emulation
+    )
+    assert InferenceArguments(adapter="x").torch_dtype is dtype
+    assert InferenceArguments(adapter="x", device_map="cpu").torch_dtype is torch.float32
+
+
 def test_a_folder_that_is_no_adapter(tmp_path):
     assert "no such folder" in refusal(tmp_path / "nowhere")
     assert "it has no adapter_config.json" in refusal(tmp_path)

@@ -57,7 +57,7 @@ class InferenceArguments:
             return getattr(torch, self.dtype)
         if self.device_map == "cpu" or not torch.cuda.is_available():
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @dataclass(frozen=True)
