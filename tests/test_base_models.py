@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from test_train import Runner
 from data import InputError
 from peft import LoraConfig, PeftModel
 from transformers_patch import AutoModelForCausalLM
+from transformers_patch.training import base_model
+from transformers_patch.training.arguments import ModelArguments
 
 TARGETS = {"gpt2": ["mlp.c_fc", "mlp.c_proj"], "qwen3": ["down_proj", "gate_proj", "up_proj"]}
 
@@ -33,6 +36,20 @@ def runner(tmp_path, monkeypatch):
         return Runner(tmp_path, folder)
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen"), [(transformers.Qwen3Config, "flash_attention_2"), (transformers.CodeGenConfig, None)]
+)
+def test_flash_attention_is_chosen_where_gpu_package_and_architecture_have_it(tmp_path, monkeypatch, kind, chosen):
+    kind().save_pretrained(tmp_path)
+    model_args = ModelArguments(model_name_or_path=str(tmp_path))
+    args = SimpleNamespace(bf16=True, fp16=False, device=torch.device("cuda"))
+    monkeypatch.setattr(base_model, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert base_model._attention(model_args, args) == chosen
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert base_model._attention(model_args, args) is None
 
 
 @pytest.mark.parametrize("architecture", TARGETS)

@@ -12,7 +12,7 @@ from data import InputError
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.config import FIXED_FIELDS
 from peft.saving import load_adapter_weights
-from transformers_patch.auto import AutoModelForCausalLM
+from transformers_patch.auto import AutoModelForCausalLM, patched_class
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
 
 MOST_LINES_SHOWN = 12
@@ -136,7 +136,10 @@ def _attention(model_args: ModelArguments, args: RunArguments) -> str | None:
         return model_args.attn_implementation
     half_on_gpu = (args.bf16 or args.fp16) and args.device.type == "cuda"
     capable = half_on_gpu and torch.cuda.get_device_capability(args.device)[0] >= 8
-    return "flash_attention_2" if capable and is_flash_attn_2_available() else None
+    if not (capable and is_flash_attn_2_available()):
+        return None
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    return "flash_attention_2" if patched_class(config)._supports_flash_attn else None
 
 
 def quantization(kbits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
