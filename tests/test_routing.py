@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import TrainingArguments
 
 from data import InputError, encode_prompt
-from peft import LoraConfig, PeftModel
+from peft import FILLER_TASK_TYPE, LoraConfig, PeftModel
 from scripts import plot_routing
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 from transformers_patch.training.report import routing_lines
@@ -110,6 +110,16 @@ def test_a_collapse_is_warned_of_once_after_as_many_steps_in_a_row(arguments):
     assert warnings.index(message) == 2 * COLLAPSE_STEPS - 1
     for part in ("experts 2-3", "task type 1", "50 steps", "step 100", "--blc_weight", "--learning_rate"):
         assert part in message
+
+
+def test_a_step_of_filler_rows_alone_neither_counts_nor_ends_a_collapse(arguments):
+    watch, warnings = RoutingWatch(2, [2, 2]), []
+    for kind in [0] * (COLLAPSE_STEPS - 1) + [FILLER_TASK_TYPE, 0]:
+        watch.watch(torch.tensor([[[0.5, 0.5, 0.0, 0.0]]]), torch.tensor([kind]))
+        watch.on_step_end(None, None, None)
+        warnings.append(watch.collapse(arguments, len(warnings) + 1))
+    assert not any(warnings[:-1])
+    assert "50 steps (now step 51)" in warnings[-1]
 
 
 def test_a_run_logs_its_routing_and_warns_of_a_collapse(run, tmp_path, monkeypatch, capsys):

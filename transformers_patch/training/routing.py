@@ -151,8 +151,10 @@ class RoutingWatch(TrainerCallback):
         """Count, for each group, the consecutive steps with hardly any weight on it, on this process's rows."""
         if self._sums_KLE is None or not self._groups:
             return
-        shares_K = torch.stack([self._step_E[group].sum() for group in self._groups]) / self._step_E.sum()
-        self._steps_below_K = torch.where(shares_K < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
+        weights_K = torch.stack([self._step_E[group].sum() for group in self._groups])
+        steps_below_K = torch.where(weights_K / weights_K.sum() < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
+        # A step of filler rows alone tells nothing.
+        self._steps_below_K = torch.where(weights_K.sum() > 0, steps_below_K, self._steps_below_K)
         self._step_E.zero_()
 
     def scalars(self, args: TrainingArguments) -> dict[str, float]:
