@@ -105,7 +105,8 @@ def merged_linear(layer: LoraLayer, adapter_name: str) -> nn.Linear:
     """A plain Linear that computes what a wrapped one does with a plain LoRA: W0 + (alpha/r) B A, in W0's dtype.
 
     Raises:
-        ValueError: the adapter has a router, or the wrapped Linear is quantised: neither is a matrix to add to.
+        ValueError: the adapter has a router and is no matrix to add, or the wrapped Linear is not of the plain kind:
+            quantised, or a Conv1D, which stores its weight transposed.
     """
     experts, base = layer.experts[adapter_name], layer.base_layer
     if experts.router is not None:
