@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     curves = read_curves(args.runs or ([inference.adapter] if (Path(inference.adapter) / STATE).is_file() else []))
     trained = load_trained(inference)
+    if not args.output and not Path(inference.adapter).is_dir():
+        raise InputError(f"{inference.adapter} is on the hub: name a folder for both files with --output")
     if not isinstance(trained.model, PeftModel) or trained.model.active_peft_config.lora_nums == 1:
         print(f"{inference.adapter} has no router, so there is no routing to plot")
         return

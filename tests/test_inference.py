@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from data import InputError
 from peft import PeftModel
+from transformers_patch import inference
 from transformers_patch.command_line import parse_flags
 from transformers_patch.generation import DecodingArguments
 from transformers_patch.inference import InferenceArguments, load_trained
@@ -93,6 +94,30 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch, capa
 def test_a_folder_that_is_no_adapter(tmp_path):
     assert "no such folder" in refusal(tmp_path / "nowhere")
     assert "it has no adapter_config.json" in refusal(tmp_path)
+
+
+def test_an_adapter_from_the_hub(adapter_dir, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        return str(adapter_dir)
+
+    monkeypatch.setattr(inference, "snapshot_download", download)
+    with torch.no_grad():
+        assert torch.equal(load("someone/adapter").model(INPUT).logits, load(adapter_dir).model(INPUT).logits)
+    assert asked == ["someone/adapter"]
+
+
+def test_a_whole_model_from_the_hub(model_dir, monkeypatch):
+    monkeypatch.setattr(inference, "snapshot_download", lambda name, allow_patterns: str(model_dir))
+    assert not isinstance(load("someone/model").model, PeftModel)
+
+
+@pytest.mark.parametrize("name", ["someone/adapter", "adapter", "no id"])
+def test_an_adapter_that_neither_folder_nor_hub_has(name):
+    """The tests run offline."""
+    assert f"--adapter {name}: no such folder, and it could not be had from the hub: " in refusal(name)
 
 
 def test_a_base_model_that_is_not_there(adapter_dir, tmp_path):

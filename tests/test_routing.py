@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from data import InputError, encode_prompt
 from peft import FILLER_TASK_TYPE, LoraConfig, PeftModel
 from scripts import plot_routing
-from transformers_patch import AutoModelForCausalLM, RoutingRecorder
+from transformers_patch import AutoModelForCausalLM, RoutingRecorder, inference
 from transformers_patch.training.report import routing_lines
 from transformers_patch.training.routing import (
     COLLAPSE_STEPS,
@@ -142,6 +142,12 @@ def test_without_a_router_nothing_is_logged_or_plotted(run, settings):
     run(**settings, max_steps=2)
     assert not any(SCALARS & line.keys() for line in run.log())
     assert not list(run.output.glob("routing.*"))
+
+
+def test_routing_of_an_adapter_from_the_hub_needs_a_folder(adapter_dir, monkeypatch):
+    monkeypatch.setattr(inference, "snapshot_download", lambda name, allow_patterns: str(adapter_dir))
+    with pytest.raises(InputError, match="someone/adapter is on the hub: name a folder for both files with --output"):
+        plot_routing.main(["--adapter", "someone/adapter"])
 
 
 def test_a_run_leaves_a_picture_with_its_training(run):

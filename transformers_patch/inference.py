@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.command_line import flag
 from transformers_patch.generation import end_tokens
 from transformers_patch.training.base_model import check_base_model, first_line, load_tokenizer, quantization
+from transformers_patch.training.publish import PUBLISHED
 from transformers_patch.training.run_folder import CONFIG_NAME as RUN_CONFIG_NAME
 
 MODEL_CONFIG_NAME = "config.json"
@@ -30,7 +33,7 @@ PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 class InferenceArguments:
     """Flags of every program that runs a trained model."""
 
-    adapter: str = flag(None, "adapter folder, or the folder of a whole model", required=True)
+    adapter: str = flag(None, "adapter, or a whole model: a folder or a hub id", required=True)
     base_model: str | None = flag(None, "base model, a folder or a hub id; by default the one that the adapter names")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "numbers of the base model; auto is bfloat16 on GPUs (float16 where they have none), float32 on a CPU"
@@ -122,12 +125,12 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
     The tokenizer is the folder's own, or else the base model's.
 
     Raises:
-        InputError: the folder is no adapter, its base model is missing or does not fit (the message names the
-            layers), or a file is damaged.
+        InputError: there is neither such a folder nor such a hub id, it is no adapter, its base model is missing or
+            does not fit (the message names the layers), or a file is damaged.
     """
-    folder = Path(args.adapter)
+    folder = _local_folder(args.adapter)
     config = _adapter_config(folder)
-    base = (args.base_model or config.base_model_name_or_path) if config else args.adapter
+    base = (args.base_model or config.base_model_name_or_path) if config else str(folder)
     if not base:
         raise InputError(f"{folder}: its {ADAPTER_CONFIG_NAME} names no base model; give one with --base_model")
     if _is_missing_folder(base):
@@ -146,10 +149,22 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
     return TrainedModel(put_adapter(model).eval(), tokenizer, run_config, base)
 
 
+def _local_folder(name: str) -> Path:
+    """The folder of that name, or else a copy of what the hub has under it."""
+    if Path(name).is_dir():
+        return Path(name)
+    if _is_missing_folder(name):
+        raise InputError(f"--adapter {name}: no such folder")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(PUBLISHED)))
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise InputError(
+            f"--adapter {name}: no such folder, and it could not be had from the hub: {first_line(error)}"
+        ) from error
+
+
 def _adapter_config(folder: Path) -> LoraConfig | None:
     """The adapter's configuration; None for the folder of a whole model."""
-    if not folder.is_dir():
-        raise InputError(f"--adapter {folder}: no such folder")
     is_adapter, is_model = ((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME))
     if not is_adapter and is_model:
         return None
