@@ -138,9 +138,10 @@ if ((gpus > 0 || num_processes > 1 || nnodes > 1)) || [[ -n $deepspeed_config_fi
 fi
 
 # The terminal shows everything, the run's folder keeps it, and the exit code is the trainer's, not tee's.
-exec 3> >(trap '' INT; exec tee -a "$output_dir/$exp_name/train.log")
+exec 3> >(trap '' INT HUP PIPE; exec tee -a "$output_dir/$exp_name/train.log")
 tee=$!
-"${launch[@]}" train.py "${arguments[@]}" --restart false >&3 2>&1 &
+# In a session of its own, since Ctrl-C and a terminal that closes send their signals to all processes of this one.
+setsid "${launch[@]}" train.py "${arguments[@]}" --restart false >&3 2>&1 &
 trainer=$!
 stopped=false
 # torchrun would end its workers without waiting for them, so a signal goes to the workers themselves.

@@ -230,17 +230,29 @@ def test_bad_input_gives_one_message_and_exit_code_1(run, shell, variables, mess
     assert not (run.folder / "outputs").exists()
 
 
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGHUP)])
-def test_a_signal_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes, number):
-    """SIGTERM as SLURM sends it, SIGHUP as from a terminal that closes: it goes to the script, which passes it on."""
+@pytest.mark.parametrize(
+    ("processes", "number", "send"),
+    [
+        (1, signal.SIGTERM, os.kill),
+        (2, signal.SIGTERM, os.kill),
+        (1, signal.SIGHUP, os.killpg),
+        (1, signal.SIGINT, os.killpg),
+        (2, signal.SIGHUP, os.killpg),
+        (2, signal.SIGINT, os.killpg),
+    ],
+)
+def test_a_signal_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes, number, send):
+    """SLURM sends SIGTERM to the script; Ctrl-C and a terminal that closes go to all processes of its group."""
     command = ["bash", "run_loramoe.sh", "--data_cache_dir", str(run.flags["data_cache_dir"]), "--max_steps", "100000"]
     variables = shell_variables(run) | {"num_processes": processes, "save_steps": 100000}
     folder = run.folder / "outputs" / "default"
-    with subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, text=True) as script:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as script:
         for line in script.stdout:
             if "'lm_loss'" in line:
                 break
-        script.send_signal(number)
+        send(script.pid, number)
         said = script.stdout.read()
         assert script.wait(timeout=120) == 143
     (checkpoint,) = folder.glob("checkpoint-*")
