@@ -128,7 +128,7 @@ arguments+=("$@")
 
 launch=("$python")
 if ((gpus > 0 || num_processes > 1 || nnodes > 1)) || [[ -n $deepspeed_config_file ]]; then
-    launch+=(-m torch.distributed.run --nproc_per_node "$num_processes")
+    launch+=(-m torch.distributed.run --signals_to_handle SIGINT,SIGHUP,SIGQUIT --nproc_per_node "$num_processes")
     if ((nnodes == 1)) && [[ -z $master_port ]]; then
         launch+=(--standalone)
     else
@@ -140,15 +140,26 @@ fi
 # The terminal shows everything, the run's folder keeps it, and the exit code is the trainer's, not tee's.
 exec 3> >(trap '' INT HUP PIPE; exec tee -a "$output_dir/$exp_name/train.log")
 tee=$!
-# In a session of its own, since Ctrl-C and a terminal that closes send their signals to all processes of this one.
-setsid "${launch[@]}" train.py "${arguments[@]}" --restart false >&3 2>&1 &
+# In a session of its own, since Ctrl-C and a terminal that closes send their signals to all processes of this one. Until
+# train.py can answer SIGTERM, it is ignored, and torchrun, which would end its workers without waiting, always ignores it.
+(trap '' TERM; exec setsid "${launch[@]}" train.py "${arguments[@]}" --restart false) >&3 2>&1 &
 trainer=$!
 stopped=false
-# torchrun would end its workers without waiting for them, so a signal goes to the workers themselves.
+# The processes that run train.py.
+workers() {
+    if ((${#launch[@]} == 1)); then echo "$trainer"; return; fi
+    grep -lsx "PPid:[[:space:]]*$trainer" /proc/[0-9]*/status | cut -d/ -f3 || true
+}
+# They get the signal until they end, since one that has only just been started has missed it. Where torchrun has none
+# yet, it might wait for other nodes for long.
 stop_training() {
     stopped=true
-    if ((${#launch[@]} > 1)); then pkill -TERM -P "$trainer"; else kill -TERM "$trainer"; fi 2>/dev/null || true
-}
+    if [[ -z $(workers) ]]; then
+        kill -USR1 "$trainer" || true
+    else
+        while kill -0 "$trainer"; do kill -TERM $(workers) || true; sleep 1; done 3>&- &
+    fi
+} 2>/dev/null
 trap stop_training TERM INT HUP
 status=0
 wait "$trainer" || status=$?
@@ -158,8 +169,9 @@ while kill -0 "$trainer" 2>/dev/null; do # a forwarded signal ends the wait befo
 done
 exec 3>&-
 wait "$tee" 2>/dev/null || true
-# A run that was stopped ends cleanly but is not finished: job chains see 143, as of a process ended by SIGTERM.
-if [[ $stopped == true && ($status == 0 || $status == 143) ]]; then
+# A run that was stopped ends cleanly but is not finished: job chains see 143, as of a process ended by SIGTERM. 138 is
+# SIGUSR1 above.
+if [[ $stopped == true && ($status == 0 || $status == 138) ]]; then
     if [[ -f $output_dir/$exp_name/all_results.json ]]; then status=0; else status=143; fi
 fi
 exit "$status"

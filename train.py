@@ -38,6 +38,7 @@ from transformers_patch.training.report import (
 )
 from transformers_patch.training.routing import routing_summary
 from transformers_patch.training.run_folder import RESULTS_NAME, RunFolder, run_config, write_json
+from transformers_patch.training.stopping import StoppedError, StopSignals
 from transformers_patch.training.trainer import LoRAMoETrainer
 
 
@@ -67,7 +68,11 @@ def main(argv: list[str] | None = None) -> None:
         if folder.results:
             say(args, "this run is finished already; its results were:", *summary_lines(folder.path, folder.results))
         else:
-            run(model_args, args, folder, config, tokenizer, train_data, eval_data)
+            try:
+                with StopSignals().handled() as stop_signals:
+                    run(model_args, args, folder, config, tokenizer, train_data, eval_data, stop_signals)
+            except StoppedError as stop:
+                say(args, str(stop))
         if repository and folder.results:
             say(args, f"uploaded to {publish(folder.path, repository, args)}")
 
@@ -80,21 +85,26 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     train_data: Dataset,
     eval_data: Dataset | None,
+    stop_signals: StopSignals,
 ) -> None:
-    """Train from the last checkpoint, if there is one, to the results."""
+    """Train from the last checkpoint, if there is one, to the results.
+
+    Raises:
+        StoppedError: SIGTERM came; what there was to save is saved.
+    """
     checkpoint, torn = find_checkpoint(folder.path)
     say(args, *torn)
     if torn and not checkpoint:
         say(args, "no checkpoint is left to resume from, so the run starts from its beginning")
-    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint)
+    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint, stop_signals)
+    stop_signals.raise_if_terminated(args.device)
     padding = trainer.train_sampler().padding_share()
     say(args, f"{padding:.1%} of the tokens in the batches of the first epoch are padding")
     with writing(folder.path, "tensorboard", args.process_index):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    if trainer.stop_signals.stopped:
+    if stop_signals.stopped:
         step = trainer.state.global_step
-        say(args, f"stopped by SIGTERM; step {step} is saved, and the same command goes on from it")
-        return
+        raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command goes on from it")
     results |= {"train_samples": len(train_data), "padding_share": padding}
     with writing(folder.path, WEIGHTS_NAME, args.process_index):
         trainer.save_model()
@@ -157,6 +167,7 @@ def build_trainer(
     train_data: Dataset,
     eval_data: Dataset | None,
     checkpoint: Path | None,
+    stop_signals: StopSignals,
 ) -> LoRAMoETrainer:
     """Base model, adapter and Trainer; with a checkpoint, made ready to resume from it."""
     set_seed(args.seed)
@@ -174,6 +185,7 @@ def build_trainer(
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
+        stop_signals=stop_signals,
     )
 
 

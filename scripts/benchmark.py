@@ -33,6 +33,7 @@ from scripts.variants import PlainLayer, PlainLlama, Variant, compute_as, load_b
 from train import build_trainer, load_rows
 from transformers_patch.training.arguments import parse_arguments
 from transformers_patch.training.base_model import load_tokenizer
+from transformers_patch.training.stopping import StopSignals
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 TRAINING_ROWS = "data/tiny_data/train"
@@ -275,7 +276,7 @@ def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tupl
         model_args, data_args, args = parse_arguments([f"--{name}={value}" for name, value in flags.items()])
         tokenizer = load_tokenizer(folder)
         rows, _ = load_rows(tokenizer, model_args, data_args, args)
-        trainer = build_trainer(model_args, args, tokenizer, rows, None, None)
+        trainer = build_trainer(model_args, args, tokenizer, rows, None, None, StopSignals())
         if is_plain:
             compute_as(trainer.model, PlainLayer, dropout)
             trainer.model.get_base_model().__class__ = PlainLlama

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ LAUNCHER_VARIABLES = {
     "master_addr": ("--master_addr", "node.example"),
     "master_port": ("--master_port", "120"),
 }
+# SIGTERM is not among them: torchrun would end its workers.
+SIGNALS = {"--signals_to_handle": "SIGINT,SIGHUP,SIGQUIT"}
 SHELL_VARIABLES = ("output_dir", "exp_name", *TRAIN_VARIABLES, *LAUNCHER_VARIABLES)
 
 
@@ -262,6 +265,26 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes, nu
     assert not (folder / "all_results.json").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_ahead_of_training_ends_the_run_without_a_program_of_procps(run, tmp_path, processes):
+    """One process gets it while it imports; torchrun, told here to be one of two nodes, before it has any process."""
+    pkill = tmp_path / "bin" / "pkill"
+    pkill.parent.mkdir()
+    pkill.symlink_to("/bin/false")
+    command = ["bash", "run_loramoe.sh", "--data_cache_dir", str(run.flags["data_cache_dir"]), "--max_steps", "100000"]
+    path = f"{pkill.parent}{os.pathsep}{environment()['PATH']}"
+    variables = shell_variables(run) | {"nnodes": processes, "master_port": free_port(), "PATH": path}
+    log = run.folder / "outputs" / "default" / "train.log"
+    with subprocess.Popen(command, cwd=ROOT, env=environment(**variables)) as script:
+        while not log.exists():
+            assert script.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        script.terminate()
+        assert script.wait(timeout=120) == 143
+    assert not (log.parent / "all_results.json").exists()
+
+
 def test_the_exit_code_is_the_trainers(run, shell):
     (run.folder / "outputs" / "default").mkdir(parents=True)
     (run.folder / "outputs" / "default" / "tensorboard").write_text("a file where a folder has to be")
@@ -338,7 +361,7 @@ def test_every_hyperparameter_reaches_its_flag(dry_run):
     }
     program = train.index("train.py")
     assert train[:2] == ["-m", "torch.distributed.run"]
-    assert flag_values(train[2:program]) == dict(LAUNCHER_VARIABLES.values())
+    assert flag_values(train[2:program]) == SIGNALS | dict(LAUNCHER_VARIABLES.values())
     assert train[program:] == ["train.py", *shared, "--restart", "false"]
 
 
@@ -360,13 +383,15 @@ def test_on_gpus_there_is_a_process_for_each_with_zero2_and_half_precision(dry_r
     assert flags["--deepspeed"] == "scripts/deepspeed/zero2.json"
     assert not {"--use_cpu", "--validation_file", "--eval_strategy", "--eval_steps"} & {*flags}
     assert flags["--num_processes"] == "3"
-    assert train[: train.index("train.py")] == ["-m", "torch.distributed.run", "--nproc_per_node", "3", "--standalone"]
+    launcher = train[2 : train.index("train.py")]
+    assert launcher.pop() == "--standalone"
+    assert flag_values(launcher) == SIGNALS | {"--nproc_per_node": "3"}
 
 
 def test_several_nodes_meet_at_the_first_one(dry_run):
     *_, prepare, train = dry_run(nnodes="2", node_rank="1", num_processes="4", master_addr="node.example")
     assert flag_values(prepare[1:])["--num_processes"] == "8"
-    assert flag_values(train[2 : train.index("train.py")]) == {
+    assert flag_values(train[2 : train.index("train.py")]) == SIGNALS | {
         "--nproc_per_node": "4",
         "--nnodes": "2",
         "--node_rank": "1",

@@ -188,6 +188,33 @@ def test_a_run_that_sigterm_has_stopped_ends_the_same(run, capsys):
     assert same_adapter(run.output, run.folder / "undisturbed")
 
 
+STAGES = {
+    "while the model is built": ("build_model", None),
+    "in the evaluation ahead of training": ("LoRAMoETrainer.prediction_step", 0),
+    "in the evaluation behind it": ("LoRAMoETrainer.prediction_step", 6),
+}
+
+
+@pytest.mark.parametrize(("function", "step"), STAGES.values(), ids=STAGES)
+def test_sigterm_ahead_of_training_and_behind_it_stops_the_run(run, monkeypatch, capsys, function, step):
+    *owner, name = function.split(".")
+    owner = train.LoRAMoETrainer if owner else train
+    original = getattr(owner, name)
+
+    def signalled(first, *arguments, **keywords):
+        if step in (None, getattr(getattr(first, "state", None), "global_step", None)):
+            signal.raise_signal(signal.SIGTERM)
+        return original(first, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        train.main(run.arguments(save_steps=6))
+    assert "stopped by SIGTERM; the same command goes on from the last checkpoint" in capsys.readouterr().out
+    assert not (run.output / "all_results.json").exists()
+    assert len(list(run.output.glob("checkpoint-*"))) == (step == 6)
+    assert run(save_steps=6)["eval_lm_loss_after"] > 0
+
+
 TORN = {
     "adapter_model.safetensors": ["truncate", "delete"],
     "trainer_state.json": ["truncate", "delete"],

@@ -1,7 +1,10 @@
 """Ending a run early, on all ranks at the same step: after SIGTERM, or at a loss that is not finite."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -10,6 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from data import InputError
 from transformers_patch.training.checkpoint import find_checkpoint
+
+
+class StoppedError(Exception):
+    """A run ends early because of SIGTERM; what there was to save is saved."""
 
 
 class StopSignals(TrainerCallback):
@@ -22,26 +29,45 @@ class StopSignals(TrainerCallback):
 
     Raises:
         InputError: at the end of a step in which a loss was not finite; nothing is saved then.
+        StoppedError: before a batch of the evaluations ahead of training and behind it.
     """
 
     def __init__(self):
         self.stopped = False
         self._terminated = False
+        self._is_training = False
         self._losses: list[tuple[Tensor, list[str]]] = []
-        self._previous_handler = None
+
+    @contextmanager
+    def handled(self) -> Iterator[Self]:
+        """A context in which SIGTERM is remembered until all ranks can stop; then it is its former handler's again."""
+        previous = signal.signal(signal.SIGTERM, self._terminate)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def raise_if_terminated(self, device: torch.device) -> None:
+        """Raises StoppedError on all ranks if any of them got SIGTERM; a collective."""
+        terminated = torch.tensor(self._terminated, device=device).int()
+        if dist.is_initialized():
+            dist.all_reduce(terminated, dist.ReduceOp.MAX)
+        if terminated:
+            raise StoppedError("stopped by SIGTERM; the same command goes on from the last checkpoint, if there is one")
 
     def watch(self, loss: Tensor, sources: list[str]) -> None:
         """Remember the loss of a micro-batch and where its rows come from, until the end of the step."""
         self._losses.append((loss.detach(), sources))
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._previous_handler = signal.signal(signal.SIGTERM, self._terminate)
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._is_training = True
 
-    def release(self) -> None:
-        """Give SIGTERM back to whoever handled it before the training."""
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-            self._previous_handler = None
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._is_training = False
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if not self._is_training:
+            self.raise_if_terminated(args.device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._losses]))

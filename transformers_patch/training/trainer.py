@@ -41,9 +41,9 @@ class LoRAMoETrainer(Trainer):
       term. `routing` then holds the shares of the last evaluation; None where nothing is routed.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, stop_signals: StopSignals, **kwargs):
         super().__init__(*args, compute_metrics=self._metrics, **kwargs)
-        self.stop_signals = StopSignals()
+        self.stop_signals = stop_signals
         self.add_callback(self.stop_signals)
         adapted = isinstance(self.model, PeftModel)
         config = self.model.active_peft_config if adapted else LoraConfig(lora_nums=1)
@@ -58,7 +58,6 @@ class LoRAMoETrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self.stop_signals.release()
             self._end_progress_bars()
 
     def _end_progress_bars(self) -> None:
