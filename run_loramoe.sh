@@ -71,19 +71,16 @@ if [[ $pretrained_model == models/SmolLM2-135M-Instruct ]]; then
     "$python" -m scripts.fetch_base_model
 fi
 
-# Ask torch for the number of GPUs, since it minds CUDA_VISIBLE_DEVICES, and for their half precision. A machine without
-# a GPU driver is not made to wait for the answer.
-gpus=0
-if command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null; then
-    read -r gpus half < <("$python" -c '
+# Ask torch for the number of GPUs, since it minds CUDA_VISIBLE_DEVICES, and for their half precision.
+read -r gpus half < <("$python" -c '
 import torch
 gpus = torch.cuda.device_count()
 print(gpus, "bf16" if gpus and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")')
-fi
 if ((gpus > 0)); then
     hardware=(--"$half" true)
     [[ $deepspeed_config_file == auto ]] && deepspeed_config_file=scripts/deepspeed/zero2.json
 else
+    echo "no GPU found, training on the CPU"
     hardware=(--use_cpu true)
     export DS_ACCELERATOR=cpu
     [[ $deepspeed_config_file == auto ]] && deepspeed_config_file=""
