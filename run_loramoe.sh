@@ -12,7 +12,7 @@ load_in_kbits=${load_in_kbits:-16}                  # bits per base weight: 4 (n
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: .json, .jsonl or .parquet file, or a folder of them
-validation_file=${validation_file-data/tiny_data/test.json}  # held-out rows; set to empty for no evaluation
+validation_file=${validation_file-auto}             # held-out rows; empty: none; auto: the tiny data's, if trained on it
 max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
 prompt_template=${prompt_template:-auto}            # plain, chat, or auto (chat where the tokenizer has a template)
 
@@ -86,6 +86,9 @@ else
     [[ $deepspeed_config_file == auto ]] && deepspeed_config_file=""
 fi
 num_processes=${num_processes:-$((gpus > 0 ? gpus : 1))}
+if [[ $validation_file == auto ]]; then
+    if [[ $dataset_dir == data/tiny_data/train ]]; then validation_file=data/tiny_data/test.json; else validation_file=""; fi
+fi
 
 arguments=(
     --model_name_or_path "$pretrained_model"
@@ -137,8 +140,8 @@ fi
 # The terminal shows everything, the run's folder keeps it, and the exit code is the trainer's, not tee's.
 exec 3> >(trap '' INT HUP PIPE; exec tee -a "$output_dir/$exp_name/train.log")
 tee=$!
-# In a session of its own, since Ctrl-C and a terminal that closes send their signals to all processes of this one. Until
-# train.py can answer SIGTERM, it is ignored, and torchrun, which would end its workers without waiting, always ignores it.
+# In a session of its own, since Ctrl-C and a terminal that closes send their signals to all processes of this one. SIGTERM
+# is ignored until train.py can answer it, and by torchrun always, which would end its workers without waiting for them.
 (trap '' TERM; exec setsid "${launch[@]}" train.py "${arguments[@]}" --restart false) >&3 2>&1 &
 trainer=$!
 stopped=false

@@ -375,6 +375,13 @@ def test_without_variables_one_process_trains_on_the_fetched_model(dry_run, capf
     assert train[0] == "train.py"
 
 
+def test_the_tiny_data_alone_brings_its_held_out_rows(dry_run):
+    _, prepare, _ = dry_run()
+    assert flag_values(prepare[1:])["--validation_file"] == "data/tiny_data/test.json"
+    *_, prepare, _ = dry_run(dataset_dir="mine", exp_name="mine")
+    assert not {"--validation_file", "--eval_strategy", "--eval_steps"} & {*flag_values(prepare[1:])}
+
+
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 def test_on_gpus_there_is_a_process_for_each_with_zero2_and_half_precision(dry_run, half):
     *_, prepare, train = dry_run(gpus=f"3 {half}", validation_file="")
