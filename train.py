@@ -104,7 +104,7 @@ def run(
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     if stop_signals.stopped:
         step = trainer.state.global_step
-        raise StoppedError(f"stopped by SIGTERM; step {step} is saved, and the same command goes on from it")
+        raise StoppedError(f"stopped by a signal; step {step} is saved, and the same command goes on from it")
     results |= {"train_samples": len(train_data), "padding_share": padding}
     with writing(folder.path, WEIGHTS_NAME, args.process_index):
         trainer.save_model()
@@ -244,6 +244,8 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(f"error: {error}" if is_main else 1)
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command goes on from the last checkpoint" if is_main else 1)
+        sys.exit(
+            "error: interrupted; the same command goes on from the last checkpoint, if there is one" if is_main else 1
+        )
     finally:
         close_process_group()

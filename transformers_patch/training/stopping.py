@@ -53,7 +53,9 @@ class StopSignals(TrainerCallback):
         if dist.is_initialized():
             dist.all_reduce(terminated, dist.ReduceOp.MAX)
         if terminated:
-            raise StoppedError("stopped by SIGTERM; the same command goes on from the last checkpoint, if there is one")
+            raise StoppedError(
+                "stopped by a signal; the same command goes on from the last checkpoint, if there is one"
+            )
 
     def watch(self, loss: Tensor, sources: list[str]) -> None:
         """Remember the loss of a micro-batch and where its rows come from, until the end of the step."""
