@@ -287,16 +287,21 @@ def task_counts(wanted: int, found: dict[Source, Counter]) -> dict:
 
 def write_without_overlap(aside: Path, counts: dict) -> None:
     """Write the rows of closed-book evaluation sets none of whose right answers is one of a training row."""
-    training = aside / "train" / f"{CLOSED_BOOK}.jsonl"
-    taught = {text_key(answer) for row in read_rows(training) for answer in (row["output"], *row["aliases"])}
-    for name, count in counts["evaluation"].items():
-        rows = list(read_rows(aside / "evaluation" / f"{name}.jsonl"))
-        if rows[0]["task"] != CLOSED_BOOK:
-            continue
-        new = [row for row in rows if taught.isdisjoint(map(text_key, (row["output"], *row["aliases"])))]
+    sets = {name: list(read_rows(aside / "evaluation" / f"{name}.jsonl")) for name in counts["evaluation"]}
+    sets = {name: rows for name, rows in sets.items() if rows[0]["task"] == CLOSED_BOOK}
+    right = {key for rows in sets.values() for row in rows for key in answer_keys(row)}
+    taught: set[int] = set()  # of the right answers alone, so that it does not grow with the training rows
+    for row in read_rows(aside / "train" / f"{CLOSED_BOOK}.jsonl"):
+        taught |= right & answer_keys(row)
+    for name, rows in sets.items():
+        new = [row for row in rows if taught.isdisjoint(answer_keys(row))]
         write_rows(aside / "evaluation_without_overlap" / f"{name}.jsonl", new)
-        count["without_overlap"] = len(new)
+        counts["evaluation"][name]["without_overlap"] = len(new)
     save(aside, counts)
+
+
+def answer_keys(row: dict) -> set[int]:
+    return {text_key(answer) for answer in (row["output"], *row["aliases"])}
 
 
 def question_key(row: dict) -> int:
