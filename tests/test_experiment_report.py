@@ -285,6 +285,8 @@ def test_expert_groups_trials_ablations_and_origin_are_told():
         ["lora", "0.01", "nan", "0.970", ""],
     ]
     assert [row[2] for row in rows_of(text, "Ablations")] == [*FORGETTING, "experts-4", "experts-16"]
+    differences = rows_of(text, "Differences from ablations")
+    assert [row[2:5] for row in differences] == [[f"loramoe - experts-{number}", "1", "+0.000"] for number in (4, 16)]
     assert f"{len(grid()) + 5} cells took" in text
     assert "Commits: abc1234" in text
 

@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from scripts.experiments.figures import draw
-from scripts.experiments.plan import best_rate
+from scripts.experiments.plan import MIXTURE, best_rate
 from scripts.experiments.results import (
     MEASURES,
     by_arm,
@@ -131,6 +131,10 @@ def _score_row(runs: list[dict], targets: dict[str, float]) -> list[str]:
 
 
 def _differences(cells: list[dict]) -> str:
+    return _difference_table(_of_stage(cells, "grid"), PAIRS)
+
+
+def _difference_table(cells: list[dict], pairs: Iterable[tuple[str, str]]) -> str:
     fields = {
         "knowledge": "knowledge",
         "matched_task_score": "knowledge at target score",
@@ -139,9 +143,9 @@ def _differences(cells: list[dict]) -> str:
         "task_loss": "task loss",
     }
     rows = []
-    for place, runs in by_place(_of_stage(cells, "grid")).items():
+    for place, runs in by_place(cells).items():
         targets = matching_targets(runs)
-        for arms in PAIRS:
+        for arms in pairs:
             values = [paired_differences(runs, arms, field, targets) for field in fields]
             if values[0]:
                 rows.append([*_place(place), " - ".join(arms), len(values[0]), *map(_difference, values)])
@@ -259,10 +263,19 @@ def _tuning(cells: list[dict]) -> str:
 
 
 def _ablations(cells: list[dict]) -> str:
+    return _scores(_beside_ablations(cells)) if _of_stage(cells, "ablation") else ""
+
+
+def _ablation_differences(cells: list[dict]) -> str:
+    changes = by_arm(_of_stage(cells, "ablation"))
+    return _difference_table(_beside_ablations(cells), [(MIXTURE, change) for change in changes])
+
+
+def _beside_ablations(cells: list[dict]) -> list[dict]:
+    """The cells of ablations after those of the grid that were trained on as many rows."""
     changed = _of_stage(cells, "ablation")
     places = by_place(changed)
-    same = [cell for cell in _of_stage(cells, "grid") if (cell["knowledge_share"], cell["size"]) in places]
-    return _scores([*same, *changed]) if changed else ""
+    return [cell for cell in _of_stage(cells, "grid") if (cell["knowledge_share"], cell["size"]) in places] + changed
 
 
 def _origin(cells: list[dict]) -> str:
@@ -284,6 +297,7 @@ SECTIONS = {
     "lm-evaluation-harness": (HARNESS, _harness),
     "Expert groups": (GROUPS, _groups),
     "Ablations": (ABLATIONS, _ablations),
+    "Differences from ablations": (DIFFERENCES, _ablation_differences),
     "Learning rates": (TUNING, _tuning),
 }
 
