@@ -16,7 +16,7 @@ ADDED_LATER = {
     "task_type_names",
 }  # fmt: skip
 
-# What gives the tensors of an adapter their shapes and their meaning.
+# See `LoraConfig.fixed_differences`.
 FIXED_FIELDS = (
     "r", "lora_alpha", "lora_nums", "lora_top_k", "lora_shared_A", "num_task_types", "task_type_names",
     "expert_groups", "target_modules", "layers_to_transform", "modules_to_save",
@@ -177,6 +177,10 @@ class LoraConfig(PeftConfig):
         if self.lora_nums % self.num_task_types:
             return [self.lora_nums]
         return [self.lora_nums // self.num_task_types] * self.num_task_types
+
+    def fixed_differences(self, other: "LoraConfig") -> list[str]:
+        """The fields that give weights their shapes and meaning, as far as another configuration differs in them."""
+        return [name for name in FIXED_FIELDS if getattr(self, name) != getattr(other, name)]
 
     def problems(self) -> list[str]:
         """One sentence for each value that cannot be: what was found and what is allowed."""

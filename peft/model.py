@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from peft.config import FIXED_FIELDS, LoraConfig
+from peft.config import LoraConfig
 from peft.inject import LoraModel
 from peft.saving import (
     adapter_parameters,
@@ -194,17 +194,18 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def _refuse_other_settings(found: LoraConfig, directory: str | os.PathLike, config: LoraConfig, name: str) -> None:
+def _refuse_other_settings(
+    found: LoraConfig, directory: str | os.PathLike, config: LoraConfig, adapter_name: str
+) -> None:
     """Raises ValueError where weights from a folder would mean something else under an adapter's configuration."""
     differing = [
-        f"{field} is {getattr(found, field)}, the adapter has {getattr(config, field)}"
-        for field in FIXED_FIELDS
-        if getattr(found, field) != getattr(config, field)
+        f"{name} is {getattr(found, name)}, the adapter has {getattr(config, name)}"
+        for name in found.fixed_differences(config)
     ]
     if differing:
         raise ValueError(
-            f"{directory} cannot replace the weights of adapter {name!r}, since it was made with other settings: "
-            f"{'; '.join(differing)}. Load it under another name"
+            f"{directory} cannot replace the weights of adapter {adapter_name!r}, since it was made with other "
+            f"settings: {'; '.join(differing)}. Load it under another name"
         )
 
 

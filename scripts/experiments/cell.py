@@ -104,12 +104,12 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     if run is None:
         return UNTRAINED | {"learning_rate": rate, "checkpoints": [base["checkpoints"][0] | {"task_loss": math.inf}]}
     state = json.loads((run / STATE).read_text())
+    before = [fact == "1" for fact in base["checkpoints"][0]["recalled"]]
     points, rows = [] if is_trial else base["checkpoints"][:1], None
     for path, step in _checkpoints(run, state["global_step"])[-1 if is_trial else 0 :]:
         trained = load(experiment, path)
         rows = rows or held_out(experiment, cell, trained, folder)
         recalled, scores = measure(trained, rows, experiment.batch_size)
-        before = [fact == "1" for fact in base["checkpoints"][0]["recalled"]]
         points.append(_point(step, round(step / state["global_step"] * cell.size), recalled, before) | scores)
     log = [{name: entry[name] for name in CURVES if name in entry} for entry in state["log_history"] if "loss" in entry]
     return {

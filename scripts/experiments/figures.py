@@ -58,32 +58,31 @@ def _save(figure: Figure, file: Path) -> None:
 
 def _knowledge(grid: list[dict]) -> Figure | None:
     guesses = [guessed_share(cell) for cell in grid if cell["arm"] == "base"]
-    return _against_rows(grid, "knowledge", "probe facts recalled", {"best guess for each relation": guesses})
+    return _against_rows(grid, "knowledge", "probe facts recalled", guesses)
 
 
 def _tasks(grid: list[dict]) -> Figure | None:
-    return _against_rows(grid, "task_score", "exact match, mean over tasks", {})
+    return _against_rows(grid, "task_score", "exact match, mean over tasks")
 
 
-def _against_rows(grid: list[dict], field: str, name: str, lines: dict[str, list[float]]) -> Figure | None:
+def _against_rows(grid: list[dict], field: str, name: str, guesses: Iterable[float] = ()) -> Figure | None:
     """A field at the end of each run against the number of instruction rows, mean and interval over seeds.
 
     Args:
-        lines: values to compare with, by label; the base model's is one more.
+        guesses: what guessing gets, drawn beside the base model's value.
     """
     trained = _trained(grid)
     shares = sorted({run["knowledge_share"] for run in trained})
     sizes = sorted({run["size"] for run in trained})
     if not shares:
         return None
-    of_base = [cell["checkpoints"][-1][field] for cell in grid if cell["arm"] == "base"]
-    dashes = {"base model": of_base, **lines}
     figure, panels = _panels(len(shares))
     for axes, share in zip(panels, shares, strict=True):
         runs = [run for run in trained if run["knowledge_share"] == share]
-        for (label, values), linestyle in zip(dashes.items(), ("-", ":"), strict=False):
-            for value in values:
-                axes.axhline(value, color="grey", linewidth=1, linestyle=linestyle, label=label)
+        for base in (cell for cell in grid if cell["arm"] == "base"):
+            axes.axhline(base["checkpoints"][-1][field], color="grey", linewidth=1, label="base model")
+        for guess in guesses:
+            axes.axhline(guess, color="grey", linewidth=1, linestyle=":", label="best guess for each relation")
         for arm, same in by_arm(runs).items():
             _draw_means(axes, arm, same, field)
         axes.set(xscale="log", title=_share(share), xlabel="instruction rows")

@@ -1,7 +1,7 @@
 """What an experiment has found so far: `table.md` and figures, from the cells that are finished."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -145,11 +145,18 @@ def _difference_table(cells: list[dict], pairs: Iterable[tuple[str, str]]) -> st
     rows = []
     for place, runs in by_place(cells).items():
         targets = matching_targets(runs)
-        for arms in pairs:
-            values = [paired_differences(runs, arms, field, targets) for field in fields]
-            if values[0]:
-                rows.append([*_place(place), " - ".join(arms), len(values[0]), *map(_difference, values)])
+        rows += [[*_place(place), *row] for row in _paired(runs, pairs, fields, targets)]
     return table(["type 1 rows", "rows", "arms", "seeds", *fields.values()], rows) if rows else ""
+
+
+def _paired(
+    runs: list[dict], pairs: Iterable[tuple[str, str]], fields: Iterable[str], targets: dict[str, float]
+) -> Iterator[list]:
+    """Names, number of seeds and differences of each pair of arms that have a seed in common."""
+    for arms in pairs:
+        values = [paired_differences(runs, arms, field, targets) for field in fields]
+        if values[0]:
+            yield [" - ".join(arms), len(values[0]), *map(_difference, values)]
 
 
 def _growth(cells: list[dict]) -> str:
@@ -176,10 +183,8 @@ def _over_sizes(cells: list[dict]) -> str:
         for arm, same in by_arm(runs).items():
             found = [_text([outcome(run, targets)[field] for run in same]) for field in fields]
             rows.append([*_place(place), arm, len(same), *reached, *found])
-        for arms in PAIRS:
-            values = [paired_differences(runs, arms, field, targets) for field in fields]
-            if values[0]:
-                rows.append([*_place(place), " - ".join(arms), len(values[0]), *reached, *map(_difference, values)])
+        for name, seeds, *differences in _paired(runs, PAIRS, fields, targets):
+            rows.append([*_place(place), name, seeds, *reached, *differences])
     header = ["type 1 rows", "rows up to", "arm", "seeds", "target score", "target loss", *fields.values()]
     return table(header, rows) if rows else ""
 

@@ -10,7 +10,6 @@ from transformers.utils import is_flash_attn_2_available
 
 from data import InputError
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
-from peft.config import FIXED_FIELDS
 from peft.saving import load_adapter_weights
 from transformers_patch.auto import AutoModelForCausalLM, patched_class
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
@@ -116,8 +115,7 @@ def _adapter_config(model_args: ModelArguments) -> LoraConfig:
     wanted.target_modules = wanted.target_modules or found.target_modules
     differing = [
         f"{FLAG_OF_FIELD[name]} is {getattr(wanted, name)}, the adapter has {getattr(found, name)}"
-        for name in FIXED_FIELDS
-        if getattr(wanted, name) != getattr(found, name)
+        for name in wanted.fixed_differences(found)
     ]
     if differing:
         raise ValueError(f"the adapter in --peft_path was made with other settings: {'; '.join(differing)}")
