@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class ExperimentArguments:
     """Which experiment, and how much of it."""
 
     config: str = flag(None, "YAML file that says what is compared; see scripts/experiments", required=True)
+    results: str | None = flag(None, "folder of cells, table and figures, in place of the configuration's")
     cells: list[str] = field(default_factory=list, metadata={"help": "names of cells; by default all"})
     jobs: int = flag(1, "cells at once, each in a process of its own")
     max_hours: float | None = flag(None, "start no cell after so many hours")
@@ -43,6 +44,11 @@ class ExperimentArguments:
         if self.max_hours is not None and self.max_hours <= 0:
             problems.append(f"--max_hours is {self.max_hours}, but has to be above 0")
         return problems
+
+    def one_cell(self, cell: Cell) -> list[str]:
+        """The flags that run one cell of the same experiment."""
+        place = ["--results", self.results] if self.results else []
+        return ["--config", self.config, *place, "--cells", cell.name]
 
 
 KINDS = (ExperimentArguments,)
@@ -56,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     experiment = read_experiment(args.config)
+    if args.results:
+        experiment = replace(experiment, results=args.results)
     if not args.report_only:
         run(experiment, args, chosen_cells(experiment, args.cells))
     if not args.cells:
@@ -84,9 +92,9 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
     progress = Progress(records)
     deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else float("inf")
     if len(cells) == 1:
-        start_cell = partial(run_here, experiment, args.config)
+        start_cell = partial(run_here, experiment, args)
     else:
-        start_cell = partial(run_in_process, experiment, args.config, max(1, os.cpu_count() // args.jobs))
+        start_cell = partial(run_in_process, experiment, args, max(1, os.cpu_count() // args.jobs))
     for stage in stages(cells):
         failures = []
         missing = iter([cell for cell in stage if records[cell] is None])
@@ -110,8 +118,8 @@ def refuse_foreign_files(experiment: Experiment) -> None:
     own = {experiment.results_file(cell) for cell in experiment.cells()}
     if foreign := sorted(set((Path(experiment.results) / "cells").glob("*.json")) - own):
         raise InputError(
-            f"{', '.join(map(str, foreign))}: no cell of this configuration; move it away, or name another results "
-            "folder"
+            f"{', '.join(map(str, foreign))}: no cell of this configuration; move it away, or name another "
+            "folder by --results"
         )
 
 
@@ -137,18 +145,18 @@ def run_all(start_cell, cells: Iterator[Cell], jobs: int, deadline: float) -> It
                 yield running.pop(future), future
 
 
-def run_here(experiment: Experiment, config: str, cell: Cell) -> dict:
+def run_here(experiment: Experiment, args: ExperimentArguments, cell: Cell) -> dict:
     """Run a cell in this process and write its file."""
-    record = run_cell(experiment, cell, ["--config", config, "--cells", cell.name])
+    record = run_cell(experiment, cell, args.one_cell(cell))
     file = experiment.results_file(cell)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
     return record
 
 
-def run_in_process(experiment: Experiment, config: str, threads: int, cell: Cell) -> dict:
+def run_in_process(experiment: Experiment, args: ExperimentArguments, threads: int, cell: Cell) -> dict:
     """Run a cell in a process of its own, so that an interrupt ends it at once and no cell leaves memory behind."""
-    command = [sys.executable, "-m", "scripts.experiment", "--config", config, "--cells", cell.name]
+    command = [sys.executable, "-m", "scripts.experiment", *args.one_cell(cell)]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -29,6 +29,7 @@ from scripts.experiments.parameters import adapter_size, equal_flags, parameter_
 from scripts.experiments.plan import Cell, Experiment, read_experiment
 from scripts.pretrain_small import SHAPE
 from transformers_patch import AutoModelForCausalLM
+from transformers_patch.command_line import parse_flags
 from transformers_patch.training.arguments import ModelArguments, parse_arguments
 from transformers_patch.training.run_folder import RunFolder
 
@@ -194,7 +195,7 @@ def test_a_fact_is_recalled_where_the_answer_holds_it_as_a_word(answer, is_right
 def test_an_interrupted_experiment_goes_on_at_its_cell(config, monkeypatch, capsys):
     started, interrupted = [], []
 
-    def run_in_process(experiment, config, threads, cell):
+    def run_in_process(experiment, args, threads, cell):
         started.append(cell.name)
         if len(started) == 4 and not interrupted:
             interrupted.append(cell.name)
@@ -216,7 +217,7 @@ def test_an_interrupted_experiment_goes_on_at_its_cell(config, monkeypatch, caps
 
 
 def test_a_cell_that_fails_stops_none_of_its_stage(config, monkeypatch):
-    def run_in_process(experiment, config, threads, cell):
+    def run_in_process(experiment, args, threads, cell):
         if cell.stage == "tuning" and cell.arm == "lora":
             raise InputError(f"{cell.name} failed")
         write(experiment, cell, result(experiment, cell))
@@ -239,9 +240,31 @@ def test_files_of_another_configuration_are_not_reported(config):
         verb.main(["--config", str(config), "--report_only"])
 
 
+def test_cells_go_into_another_folder_where_one_is_named(config, tmp_path, monkeypatch):
+    """So that the finished ones of another base model, in the configuration's folder, do not stand in the way."""
+    called = []
+
+    def run(command, **_):
+        called.append(command)
+        (args,) = parse_flags(verb.COMMAND, "", verb.KINDS, command[3:])
+        experiment = replace(read_experiment(args.config), results=args.results)
+        (cell,) = verb.chosen_cells(experiment, args.cells)
+        write(experiment, cell, result(experiment, cell))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(verb.subprocess, "run", run)
+    monkeypatch.setattr(verb, "report", lambda folder: [folder])
+    own = read_experiment(config)
+    write(own, own.cells()[0], result(own, own.cells()[0]) | {"settings": {}})
+    verb.main(["--config", str(config), "--results", str(tmp_path / "other")])
+    assert len(called) == len(own.cells()) == len(list((tmp_path / "other" / "cells").iterdir()))
+    with pytest.raises(InputError, match="Name another folder by --results"):
+        verb.main(["--config", str(config)])
+
+
 def test_no_cell_is_started_after_the_last_hour(config, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr(verb, "run_in_process", lambda experiment, config, threads, cell: started.append(cell))
+    monkeypatch.setattr(verb, "run_in_process", lambda experiment, args, threads, cell: started.append(cell))
     monkeypatch.setattr(verb, "report", lambda folder: [])
     verb.main(["--config", str(config), "--max_hours", "1e-9"])
     assert not started

@@ -201,8 +201,7 @@ class Experiment:
         if names := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
             other = ", ".join(f"{name} {found.get(name)} instead of {wanted.get(name)}" for name in names)
             raise InputError(
-                f"{file} was made with other settings: {other}. Name another results folder in the configuration, or "
-                "delete the file"
+                f"{file} was made with other settings: {other}. Name another folder by --results, or delete the file"
             )
         return record
 
