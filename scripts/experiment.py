@@ -186,11 +186,12 @@ class Progress:
         if (seconds := self._seconds_left()) is not None:
             # Cells that run at once take less time than the sum of theirs.
             left = f"about {_clock(seconds * passed / self._seconds_run)}"
-        last = record["checkpoints"][-1]
+        last, outcome = record["checkpoints"][-1], "diverged"
+        if last["knowledge"] is not None:
+            outcome = f"knowledge {last['knowledge']:.3f}, tasks {last['task_score']:.3f}"
         print(
             f"[experiment] {done} of {len(self._records)} cells, {_clock(passed)} so far, {left} left; "
-            f"{cell.name}: knowledge {last['knowledge']:.3f}, tasks {last['task_score']:.3f}, "
-            f"{record['seconds']:.0f} s",
+            f"{cell.name}: {outcome}, {record['seconds']:.0f} s",
             flush=True,
         )
 

@@ -38,6 +38,7 @@ from transformers_patch.command_line import flag, parse_flags, run_verb
 from transformers_patch.metrics import normalized
 
 COMMAND = "python -m scripts.prepare_data"
+COUNTS_NAME = "counts.json"
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 SHUFFLE_BUFFER = 10_000
 # What reading from the hub raises.
@@ -140,7 +141,7 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
     if folder.exists():
         raise InputError(f"--output {folder} exists already; choose another folder, or delete it")
     aside = folder.with_name(f"{folder.name}.incomplete")
-    file = aside / "counts.json"
+    file = aside / COUNTS_NAME
     settings = args.settings()
     if not file.exists():
         made_by = provenance("scripts.prepare_data", argv)
@@ -345,9 +346,9 @@ def read_rows(file: Path) -> Iterator[dict]:
 
 
 def save(aside: Path, counts: dict) -> None:
-    whole = aside / "counts.json.tmp"
+    whole = aside / f"{COUNTS_NAME}.tmp"
     whole.write_text(json.dumps(counts, indent=2) + "\n")
-    whole.replace(aside / "counts.json")
+    whole.replace(aside / COUNTS_NAME)
 
 
 def table_lines(counts: dict) -> list[str]:

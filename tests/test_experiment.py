@@ -22,15 +22,18 @@ from data.facts import fact_row, load_facts
 from data.rows import row_problem
 from data.tasks import TASKS
 from scripts import experiment as verb
+from scripts import prepare_data
 from scripts.experiments import mixture as mixture_module
-from scripts.experiments.cell import recalls, run_cell, train_flags
-from scripts.experiments.mixture import mixture, probe_rows, task_rows
+from scripts.experiments.cell import guessed, recalls, run_cell, train_flags, type_distance
+from scripts.experiments.mixture import check_rows, mixture, probe_rows, task_rows
 from scripts.experiments.parameters import adapter_size, equal_flags, parameter_change
 from scripts.experiments.plan import Cell, Experiment, read_experiment
+from scripts.prepare_data import write_rows
 from scripts.pretrain_small import SHAPE
 from transformers_patch import AutoModelForCausalLM
 from transformers_patch.command_line import parse_flags
 from transformers_patch.training.arguments import ModelArguments, parse_arguments
+from transformers_patch.training.routing import Routing
 from transformers_patch.training.run_folder import RunFolder
 
 CONFIGS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
@@ -148,6 +151,26 @@ def test_a_mixture_from_prepared_files_is_drawn_by_kind(tmp_path):
         mixture(Cell("grid", "lora", 200, 0.25, 3), str(tmp_path))
 
 
+def test_the_mixture_that_the_gpu_recipe_prepares_holds_its_largest_size():
+    file = ROOT / "scripts" / "experiments" / "forgetting_llama2_7b.yaml"
+    (line,) = (line for line in file.read_text().splitlines() if "prepare_data" in line)
+    (prepared,) = parse_flags(prepare_data.COMMAND, "", prepare_data.KINDS, line.split("prepare_data ")[1].split())
+    experiment = read_experiment(file)
+    wanted = max(experiment.sizes) * (1 - min(experiment.knowledge_shares))
+    assert wanted <= prepared.rows * (1 - prepared.knowledge_share)
+
+
+def test_held_out_rows_are_missed_before_anything_is_trained(config, tmp_path):
+    for task in ("closed_book_qa", "translation"):
+        write_rows(tmp_path / "train" / f"{task}.jsonl", [{"instruction": "x", "output": "x"}] * 400)
+    experiment = replace(read_experiment(config), rows=str(tmp_path / "train"))
+    with pytest.raises(InputError, match=r"no \.jsonl files in .*evaluation to measure on"):
+        check_rows(experiment)
+    write_rows(tmp_path / "evaluation" / "wmt.jsonl", [{"instruction": "x", "output": "x", "task": "translation"}] * 70)
+    check_rows(experiment)
+    assert {row["task"] for row in task_rows(experiment, "grid")} == {"translation"}
+
+
 @pytest.mark.parametrize("shape", [SHAPE | {"vocab_size": 3000}, {"hidden_size": 576, "intermediate_size": 1536}])
 @pytest.mark.parametrize("experts", [4, 6, 8])
 def test_the_lora_of_equal_size_has_as_many_parameters(tmp_path, shape, experts):
@@ -190,6 +213,20 @@ def test_parameter_change_of_an_adapter_is_that_of_the_full_weights(tmp_path):
 )
 def test_a_fact_is_recalled_where_the_answer_holds_it_as_a_word(answer, is_right):
     assert recalls(answer, ["Paris", "City of Light"]) is is_right
+
+
+def test_guessing_takes_the_answer_that_most_rows_accept():
+    rows = [{"task": "a", "output": answer} for answer in ("Yes", "yes.", "no")]
+    rows += [{"task": "b", "output": "x", "aliases": ["y"]}, {"task": "b", "output": "y", "aliases": []}]
+    assert guessed(rows, "task") == {"a": pytest.approx(2 / 3), "b": 1}
+
+
+def test_the_distance_of_types_notices_experts_wherever_they_are():
+    """In one Linear the types share no expert, in the other their weights are the same: 1 and 0."""
+    other = [[1, 0, 0], [0.2, 0.4, 0.4]]
+    knowledge = [[0, 0.5, 0.5], [0.2, 0.4, 0.4]]
+    found = Routing(["a", "b"], np.array([other, knowledge, other]), np.array([0, 1, 0]), np.array(["", "", ""]))
+    assert type_distance(found) == pytest.approx(0.5)
 
 
 def test_an_interrupted_experiment_goes_on_at_its_cell(config, monkeypatch, capsys):
@@ -320,6 +357,7 @@ def test_a_cell_is_trained_and_measured_along_its_checkpoints(config, model_dir,
     assert record["parameter_change"] > 0
     assert np.sum(record["routing"]["group_shares"], axis=1) == pytest.approx([1, 1])
     assert record["routing"]["experts_by_task"].keys() == {*TASKS, "closed_book_qa"}
+    assert 0 < record["routing"]["type_distance"] < 1
     assert {"loss", "lm_loss", "balance_loss", "routing_cv"} <= record["log"][0].keys()
     assert not [path for path in Path(experiment.work).iterdir() if path.is_dir()]
 
@@ -379,6 +417,10 @@ def test_a_trial_that_diverges_is_not_chosen_and_stops_nothing(config):
         write(experiment, trial, result(experiment, trial, loss=rates[trial.learning_rate]))
     arm = next(cell for cell in experiment.cells() if cell.stage == "grid" and cell.arm == "loramoe_beta0")
     assert experiment.rate(arm) == 0.002
+    for trial in experiment.trials():
+        write(experiment, trial, result(experiment, trial, loss=math.inf))
+    with pytest.raises(InputError, match=r"every learning rate that was tried \(0.001, 0.002\) diverged"):
+        experiment.rate(arm)
 
 
 def test_a_cell_that_another_process_runs_is_left_alone(config):

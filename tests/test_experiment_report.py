@@ -47,6 +47,7 @@ def cell(arm: str, size: int, share: float, seed: int, /, **changes) -> dict:
     shares = [[0.45, 0.55], [0.55, 0.45]] if arm == "loramoe_beta0" else [[0.55, 0.45], [0.45, 0.55 + 0.01 * seed]]
     log = [{"step": step, "loss": 1.0, "routing_cv": step / (100 if arm == "loramoe" else 30)} for step in (10, 50, 90)]
     routed = {"experts_by_task": {task: [0.1, 0.4, 0.2, 0.3] for task in TASKS}, "group_shares": shares}
+    routed["type_distance"] = 0.2
     return {
         "cell": f"{arm}-{size}-{share}-{seed}",
         "stage": "grid",
@@ -70,6 +71,7 @@ def cell(arm: str, size: int, share: float, seed: int, /, **changes) -> dict:
 def base_cell() -> dict:
     nothing = {"learning_rate": None, "parameter_change": None, "routing": None, "log": []}
     asked = {"relations": ["capital", "city", "city", "city"], "guessed": {"capital": 0.0, "city": 1 / 3}}
+    asked |= {"guessed_tasks": {"coreference": 0.1, "inference": 0.4}}
     return cell("full", 1, 0.0, 0) | nothing | asked | {"arm": "base", "size": 0, "checkpoints": [BASE_POINT]}
 
 
@@ -223,17 +225,29 @@ def test_growth_and_matching_over_sizes_are_told():
     assert over[0][:6] == ["20 %", "4,000", "lora", "2", "0.800", "1.000"]
 
 
+def test_what_comes_back_along_a_training_is_told():
+    """The base knows three facts of four; the first checkpoint has one of them, the end that one and another."""
+    digits = ("1110", "0010", "0111")
+    points = [BASE_POINT | {"recalled": each, "rows": 2000 * n} for n, each in enumerate(digits)]
+    for point in points[1:]:
+        point["knowledge"] = point["recalled"].count("1") / 4
+    (row,) = rows_of(markdown([base_cell(), cell("lora", 4000, 0.2, 0, checkpoints=points)]), "Along the trainings")
+    assert row == ["20 %", "4,000", "lora", "1", "2,000", "0.250", "0.750", "+0.500", "0.667", "0.500"]
+
+
 def test_each_task_is_followed_from_the_base_model_to_the_end():
     """At 4,000 rows, the largest size with full fine-tuning, and its two seeds."""
     text = markdown([*grid(), *tuning(), *ablations()])
-    assert [row[:4] for row in rows_of(text, "The tasks one by one")] == [
-        [share, "4,000", task, "0.000"] for share in ("0 %", "20 %") for task in BASE_POINT["tasks"]
+    assert [row[:5] for row in rows_of(text, "The tasks one by one")] == [
+        [share, "4,000", task, guess, "0.000"]
+        for share in ("0 %", "20 %")
+        for task, guess in (("coreference", "0.100"), ("inference", "0.400"))
     ]
     half = estimate([0.70, 0.72]).half
-    assert rows_of(text, "The tasks one by one")[0][4:] == ["0.210", f"0.710 ± {half:.3f}"] * len(FORGETTING)
+    assert rows_of(text, "The tasks one by one")[0][5:] == ["0.210", f"0.710 ± {half:.3f}"] * len(FORGETTING)
     header = next(line for line in text.splitlines() if "trained |" in line)
     stages = [f"{arm}, {stage}" for arm in by_arm(grid()[1:]) for stage in ("first", "trained")]
-    assert header == f"| type 1 rows | rows | task | base | {' | '.join(stages)} |"
+    assert header == f"| type 1 rows | rows | task | guessed | base | {' | '.join(stages)} |"
 
 
 @pytest.mark.parametrize(
@@ -276,8 +290,9 @@ def test_the_harness_has_a_column_for_each_task():
 def test_expert_groups_trials_ablations_and_origin_are_told():
     text = markdown([*grid(), *tuning(), *ablations()])
     groups = {tuple(row[:3]): row[3:] for row in rows_of(text, "Expert groups")}
-    assert groups["0 %", "16,000", "loramoe"] == ["1", "0.550", "0.450", "+0.100"]
-    assert groups["0 %", "16,000", "loramoe_beta0"] == ["1", "0.450", "0.550", "-0.100"]
+    assert groups["0 %", "16,000", "loramoe"] == ["1", "0.550", "0.450", "+0.100", "0.200"]
+    assert groups["0 %", "16,000", "loramoe_beta0"] == ["1", "0.450", "0.550", "-0.100", "0.200"]
+    assert groups["20 %", "4,000", "experts-4"][-1] == "0.200"
     trials = rows_of(text, "Learning rates")
     assert trials == [
         ["lora", "0.0001", "2.000", "0.970", ""],

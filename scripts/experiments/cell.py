@@ -31,7 +31,7 @@ from transformers_patch.inference import InferenceArguments, TrainedModel, load_
 from transformers_patch.metrics import normalized
 from transformers_patch.rows import load_rows
 from transformers_patch.training.checkpoint import STATE
-from transformers_patch.training.routing import group_shares
+from transformers_patch.training.routing import Routing, group_shares
 from transformers_patch.training.run_folder import RESULTS_NAME, RunFolder
 
 LONGEST_ANSWER = 24  # tokens
@@ -89,8 +89,9 @@ def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     rows = held_out(experiment, cell, trained, folder)
     recalled, scores = measure(trained, rows, experiment.batch_size)
     record = UNTRAINED | {"checkpoints": [_point(0, 0, recalled, recalled) | scores], "learning_rate": None}
-    facts = probe_rows(experiment)
-    asked = {"relations": [fact["relation"] for fact in facts], "guessed": guessed(facts)}
+    facts, tasks = probe_rows(experiment), task_rows(experiment, cell.stage)
+    asked = {"relations": [fact["relation"] for fact in facts]}
+    asked |= {"guessed": guessed(facts, "relation"), "guessed_tasks": guessed(tasks, "task")}
     return record | asked | harness(experiment, trained)
 
 
@@ -102,7 +103,8 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     is_trial = cell.stage == "tuning"  # judged by its end, on rows of its own
     run = train(experiment, cell, rate, folder)
     if run is None:
-        return UNTRAINED | {"learning_rate": rate, "checkpoints": [base["checkpoints"][0] | {"task_loss": math.inf}]}
+        end = base["checkpoints"][0] | {"knowledge": None, "knowledge_known": None, "task_score": None}
+        return UNTRAINED | {"learning_rate": rate, "checkpoints": [end | {"task_loss": math.inf}]}
     state = json.loads((run / STATE).read_text())
     before = [fact == "1" for fact in base["checkpoints"][0]["recalled"]]
     points, rows = [] if is_trial else base["checkpoints"][:1], None
@@ -215,21 +217,25 @@ def recalls(answer: str, expected: list[str]) -> bool:
     return any(f" {normalized(each)} " in f" {first_line} " for each in expected)
 
 
-def guessed(facts: Iterable[dict]) -> dict[str, float]:
-    """By relation, the share of facts that the one best answer to all its questions would get right.
+def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
+    """By kind of question, the share of rows that the one best answer to all of them would get right.
 
-    It takes no knowledge of a fact, and rows about other facts teach which answers are frequent.
+    It takes neither knowledge nor skill, and training teaches which answers are frequent.
+
+    Args:
+        kind: the field that holds it, `relation` or `task`.
     """
     accepted: dict[str, list[set[str]]] = {}
-    for fact in facts:
-        answers = {normalized(each) for each in (fact["output"], *fact["aliases"])}
-        accepted.setdefault(fact["relation"], []).append(answers)
-    best = {relation: Counter(chain(*answers)).most_common(1)[0][1] for relation, answers in accepted.items()}
-    return {relation: count / len(accepted[relation]) for relation, count in best.items()}
+    for row in rows:
+        answers = {normalized(each) for each in (row["output"], *row.get("aliases", ()))}
+        accepted.setdefault(row[kind], []).append(answers)
+    best = {name: Counter(chain(*answers)).most_common(1)[0][1] for name, answers in accepted.items()}
+    return {name: count / len(accepted[name]) for name, count in best.items()}
 
 
 def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:
-    """Mean expert weights by task, and of each group by task type; None without a router."""
+    """Mean expert weights by task, of each group by task type, and how far those of the types are apart; None without a
+    router."""
     model = trained.model
     if not isinstance(model, PeftModel) or model.active_peft_config.lora_nums == 1:
         return None
@@ -237,7 +243,20 @@ def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | Non
     found = route(trained, concatenate_datasets([rows.tasks, facts]), batch_size)
     by_task = {task: shares_LE.mean(axis=0).tolist() for task, shares_LE in found.by_task().items()}
     by_type = group_shares(found, model.active_peft_config.group_sizes)
-    return {"experts_by_task": by_task, "group_shares": [by_type[kind].tolist() for kind in sorted(by_type)]}
+    return {
+        "experts_by_task": by_task,
+        "group_shares": [by_type[kind].tolist() for kind in sorted(by_type)],
+        "type_distance": type_distance(found),
+    }
+
+
+def type_distance(found: Routing) -> float:
+    """Total variation distance between the expert weights on rows of the two task types, mean over the Linears.
+
+    It notices experts that serve one type whichever group they are in; 0 is the same weights, 1 no expert in common.
+    """
+    other_LE, knowledge_LE = (shares_LE for _, shares_LE in sorted(found.by_task_type().items()))
+    return float(abs(knowledge_LE - other_LE).sum(axis=1).mean() / 2)
 
 
 def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:

@@ -13,6 +13,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
+from scripts.experiments.plan import BASE
 from scripts.experiments.results import (
     Place,
     by_arm,
@@ -57,7 +58,7 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def _knowledge(grid: list[dict]) -> Figure | None:
-    guesses = [guessed_share(cell) for cell in grid if cell["arm"] == "base"]
+    guesses = [guessed_share(cell) for cell in grid if cell["arm"] == BASE]
     return _against_rows(grid, "knowledge", "probe facts recalled", guesses)
 
 
@@ -79,7 +80,7 @@ def _against_rows(grid: list[dict], field: str, name: str, guesses: Iterable[flo
     figure, panels = _panels(len(shares))
     for axes, share in zip(panels, shares, strict=True):
         runs = [run for run in trained if run["knowledge_share"] == share]
-        for base in (cell for cell in grid if cell["arm"] == "base"):
+        for base in (cell for cell in grid if cell["arm"] == BASE):
             axes.axhline(base["checkpoints"][-1][field], color="grey", linewidth=1, label="base model")
         for guess in guesses:
             axes.axhline(guess, color="grey", linewidth=1, linestyle=":", label="best guess for each relation")

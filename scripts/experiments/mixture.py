@@ -54,10 +54,10 @@ def task_rows(experiment: Experiment, stage: str) -> list[dict]:
     count = experiment.rows_per_task
     if experiment.rows:
         by_task = defaultdict(list)
-        for file in sorted((Path(experiment.rows).parent / "evaluation").glob("*.jsonl")):
+        for file in evaluation_files(experiment.rows):
             for row in read_rows(file):
                 by_task[row["task"]].append(row)
-        del by_task[TASK]
+        by_task.pop(TASK, None)
         rows = {
             task: random.Random(HELD_OUT_SEED).sample(found, min(len(found), count + VALIDATION_ROWS))
             for task, found in by_task.items()
@@ -69,17 +69,25 @@ def task_rows(experiment: Experiment, stage: str) -> list[dict]:
 
 
 def check_rows(experiment: Experiment) -> None:
-    """Find out, before anything is trained, whether the largest mixture can be drawn.
+    """Find out, before anything is trained, whether the largest mixture can be drawn, and the held-out rows be read.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot, or there are none.
     """
     if experiment.rows:
+        if not evaluation_files(experiment.rows):
+            folder = Path(experiment.rows).parent / "evaluation"
+            raise InputError(f"there are no .jsonl files in {folder} to measure on")
         files = _files(experiment.rows)
         del files[TASK]
         most = {task: _count(file) for task, file in files.items()}
         wanted = max(experiment.sizes) * (1 - min(experiment.knowledge_shares))
         _split_evenly(round(wanted), most, experiment.rows)
+
+
+def evaluation_files(folder: str) -> list[Path]:
+    """The held-out rows that `scripts.prepare_data` puts beside a folder of training rows."""
+    return sorted((Path(folder).parent / "evaluation").glob("*.jsonl"))
 
 
 def _split_evenly(count: int, most: dict[str, int], source: str) -> dict[str, int]:

@@ -12,6 +12,7 @@ import yaml
 from data import InputError
 from data.dataset import file_hash
 from data.facts import FACTS_FILE
+from scripts.prepare_data import COUNTS_NAME
 
 BASE = "base"
 MIXTURE = "loramoe"
@@ -165,6 +166,7 @@ class Experiment:
         """What has to be the same for a result to be this cell's, as JSON values."""
         settings = {name: getattr(self, name) for name in ("model", "rows", "facts", "rows_per_task", "checkpoints")}
         settings |= {"model_sha256": weights_sha256(self.model), "facts_sha256": file_hash(FACTS_FILE)}
+        settings |= {"rows_sha256": self.rows and rows_sha256(self.rows), "lm_eval": self.lm_eval or None}
         settings |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed, "flags": cell.flags}
         settings |= {"learning_rates": self._rates(cell)}
         if cell.learning_rate is None and cell.arm != BASE:
@@ -216,7 +218,11 @@ class Experiment:
         trials = {trial: self.finished(trial) for trial in self.trials() if trial.arm == self._tuned_arm(cell)}
         if missing := [trial.name for trial, record in trials.items() if record is None]:
             raise InputError(f"{cell.name} takes the best learning rate of cells that are still to be run: {missing}")
-        return best_rate({trial.learning_rate: record for trial, record in trials.items()})
+        best = best_rate({trial.learning_rate: record for trial, record in trials.items()})
+        if best is None:
+            rates = ", ".join(f"{trial.learning_rate:g}" for trial in trials)
+            raise InputError(f"{cell.name}: every learning rate that was tried ({rates}) diverged; add lower ones")
+        return best
 
 
 @cache
@@ -226,14 +232,21 @@ def weights_sha256(model: str) -> list[str]:
     return [file_hash(file) for file in sorted(Path(model).glob("*.safetensors"))]
 
 
-def best_rate(trials: dict[float, dict]) -> float:
-    """The learning rate of the trial with the lowest validation loss; one that has diverged has none.
+def rows_sha256(folder: str) -> str | None:
+    """SHA-256 of what `scripts.prepare_data` counted, which tells rows prepared anew from those before; None where
+    the folder is not its."""
+    counts = Path(folder).parent / COUNTS_NAME
+    return file_hash(counts) if counts.is_file() else None
+
+
+def best_rate(trials: dict[float, dict]) -> float | None:
+    """The learning rate of the trial with the lowest validation loss; None where all have diverged.
 
     Args:
         trials: what the trials' files say, by learning rate.
     """
     losses = {rate: trial["checkpoints"][-1]["task_loss"] for rate, trial in trials.items()}
-    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+    return min((rate for rate in losses if math.isfinite(losses[rate])), key=losses.get, default=None)
 
 
 def read_experiment(file: str | Path) -> Experiment:

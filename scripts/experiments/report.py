@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
 
 from scripts.experiments.figures import draw
-from scripts.experiments.plan import MIXTURE, best_rate
+from scripts.experiments.plan import BASE, MIXTURE, best_rate
 from scripts.experiments.results import (
     MEASURES,
     by_arm,
@@ -49,6 +49,10 @@ one in twenty is bold by chance."""
 GROWTH = """\
 What a run ends with, minus what one with the next smaller number of rows ends with, for each seed that both have; 0
 rows is the base model."""
+ALONG_RUNS = """\
+Knowledge at the first checkpoint of each training, at its end, and the second minus the first. *Lost* is the share of
+the facts known to the base model that the first checkpoint does not recall, *back* the share of these that the end
+recalls, although no row holds any of them: what comes back had not been forgotten."""
 OVER_SIZES = """\
 As the comparison at targets above, but along the numbers of rows instead of along one training, in which the learning
 rate falls as well: each run here is the base model and the ends of the runs of one arm and seed, up to that many
@@ -58,8 +62,9 @@ Share of the probe facts that the model recalls, by relation, at the largest num
 *Guessed* is what the one best answer to all questions of a relation gets right: rows about other facts teach such
 answers, so only what is above it is knowledge."""
 TASKS = """\
-Exact match of each task at the largest size that all arms have: of the base model, at the first checkpoint of the
-training (*first*, without an interval), and at its end (*trained*)."""
+Exact match of each task at the largest size that all arms have: what the one best answer to all rows of a task gets
+(*guessed*), of the base model, at the first checkpoint of the training (*first*, without an interval), and at its end
+(*trained*)."""
 HARNESS = """\
 The main metric of each task, which its column names: exact_match, else acc_norm, acc or f1, else the first that the
 task has."""
@@ -68,7 +73,9 @@ Columns as in the first table, with all arms of the grid that were trained on as
 the runs in this table."""
 GROUPS = """\
 Mean weight of the second group of experts, which the constraint draws to rows of type 1, by the type of held-out rows;
-the first group has the rest."""
+the first group has the rest. Without the constraint it is chance which experts come to serve which rows, and in which
+group they are. *Distance* notices them wherever they are: for each Linear the total variation distance between the mean
+weights on rows of the two types, 0 where they are the same and 1 where no expert serves both; mean over the Linears."""
 TUNING = """\
 Validation loss per answer token at the end of a trial, mean over the tasks. The lowest one's learning rate is that of
 the arm; knowledge has no part in the choice, and shows what it costs."""
@@ -174,6 +181,33 @@ def _growth(cells: list[dict]) -> str:
     return table(["type 1 rows", "arm", "rows", "seeds", *fields.values()], rows) if rows else ""
 
 
+def _along_runs(cells: list[dict]) -> str:
+    base, rows = _base(cells), []
+    for place, here in by_place(_trained(cells) if base else []).items():
+        for arm, runs in by_arm(here).items():
+            ends = [(run["checkpoints"][1], run["checkpoints"][-1]) for run in runs]
+            knowledge = [(first["knowledge"], last["knowledge"]) for first, last in ends]
+            changes = [last - first for first, last in knowledge]
+            known = base["checkpoints"][0]["recalled"]
+            lost_and_back = [_lost_and_back(known, *pair) for pair in ends]
+            rows_seen = _all(f"{first['rows']:,}" for first, _ in ends)
+            texts = [_columns(knowledge), [_difference(changes)], _columns(lost_and_back)]
+            rows.append([*_place(place), arm, len(runs), rows_seen, *chain(*texts)])
+    header = ["type 1 rows", "rows", "arm", "seeds", "first, after rows", "first", "end", "difference", "lost", "back"]
+    return table(header, rows) if rows else ""
+
+
+def _columns(by_run: list[tuple]) -> list[str]:
+    return [_text(values) for values in zip(*by_run, strict=True)]
+
+
+def _lost_and_back(known: str, first: dict, last: dict) -> tuple[float, float | None]:
+    """Shares of the known facts that a checkpoint does not recall, and of these that a later one does."""
+    lost = [number for number, fact in enumerate(known) if fact == "1" and first["recalled"][number] == "0"]
+    back = sum(last["recalled"][number] == "1" for number in lost)
+    return len(lost) / known.count("1"), back / len(lost) if lost else None
+
+
 def _over_sizes(cells: list[dict]) -> str:
     fields = {f"matched_{measure}": f"knowledge at target {measure.removeprefix('task_')}" for measure, *_ in MEASURES}
     rows = []
@@ -190,19 +224,18 @@ def _over_sizes(cells: list[dict]) -> str:
 
 
 def _relations(cells: list[dict]) -> str:
-    bases = [cell for cell in cells if cell["arm"] == "base"]
-    trained = [cell for cell in _of_stage(cells, "grid") if cell["arm"] != "base"]
-    if not (bases and trained):
+    base, trained = _base(cells), _trained(cells)
+    if not (base and trained):
         return ""
-    guessed = bases[0]["guessed"] | {"all": guessed_share(bases[0])}
+    guessed = base["guessed"] | {"all": guessed_share(base)}
     facts: dict[str, list[int]] = {relation: [] for relation in guessed}
-    for number, relation in enumerate(bases[0]["relations"]):
+    for number, relation in enumerate(base["relations"]):
         facts[relation].append(number)
         facts["all"].append(number)
     arms, rows = by_arm(trained), []
     for place, runs in largest_common(trained, arms).items():
         for relation, chance in guessed.items():
-            shares = [[_recalled(run, facts[relation]) for run in same] for same in [bases, *by_arm(runs).values()]]
+            shares = [[_recalled(run, facts[relation]) for run in same] for same in [[base], *by_arm(runs).values()]]
             rows.append([*_place(place), relation, len(facts[relation]), f"{chance:.3f}", *map(_text, shares)])
     return table(["type 1 rows", "rows", "relation", "facts", "guessed", "base", *arms], rows) if rows else ""
 
@@ -213,15 +246,16 @@ def _recalled(run: dict, facts: list[int]) -> float:
 
 
 def _tasks(cells: list[dict]) -> str:
-    trained = [cell for cell in _of_stage(cells, "grid") if cell["arm"] != "base"]
-    arms = by_arm(trained)
-    rows = []
+    base, trained = _base(cells), _trained(cells)
+    if not (base and trained):
+        return ""
+    arms, rows = by_arm(trained), []
     for place, runs in largest_common(trained, arms).items():
-        for task, base in runs[0]["checkpoints"][0]["tasks"].items():
+        for task, untrained in base["checkpoints"][0]["tasks"].items():
             progress = [text for same in by_arm(runs).values() for text in _progress(same, task)]
-            rows.append([*_place(place), task, f"{base:.3f}", *progress])
+            rows.append([*_place(place), task, f"{base['guessed_tasks'][task]:.3f}", f"{untrained:.3f}", *progress])
     stages = [f"{arm}, {stage}" for arm in arms for stage in ("first", "trained")]
-    return table(["type 1 rows", "rows", "task", "base", *stages], rows) if rows else ""
+    return table(["type 1 rows", "rows", "task", "guessed", "base", *stages], rows) if rows else ""
 
 
 def _progress(runs: list[dict], task: str) -> list[str]:
@@ -245,13 +279,14 @@ def _harness(cells: list[dict]) -> str:
 
 def _groups(cells: list[dict]) -> str:
     rows = []
-    for place, here in by_place(cell for cell in _of_stage(cells, "grid") if cell["routing"]).items():
+    for place, here in by_place(cell for cell in cells if cell["routing"]).items():
         for arm, runs in by_arm(here).items():
             by_type = [[shares[1] for shares in run["routing"]["group_shares"]] for run in runs]
             shares = [_text([on_1 for _, on_1 in by_type]), _text([on_0 for on_0, _ in by_type])]
             difference = _difference([on_1 - on_0 for on_0, on_1 in by_type])
-            rows.append([*_place(place), arm, len(runs), *shares, difference])
-    header = ["type 1 rows", "rows", "arm", "seeds", "on rows of type 1", "on rows of type 0", "difference"]
+            distance = _text([run["routing"].get("type_distance") for run in runs])
+            rows.append([*_place(place), arm, len(runs), *shares, difference, distance])
+    header = ["type 1 rows", "rows", "arm", "seeds", "on rows of type 1", "on rows of type 0", "difference", "distance"]
     return table(header, rows) if rows else ""
 
 
@@ -261,7 +296,7 @@ def _tuning(cells: list[dict]) -> str:
         by_rate = {trial["learning_rate"]: trial for trial in sorted(trials, key=itemgetter("learning_rate"))}
         best = best_rate(by_rate)
         rows += [
-            [arm, f"{rate:g}", f"{end['task_loss']:.3f}", f"{end['knowledge']:.3f}", "chosen" if rate == best else ""]
+            [arm, f"{rate:g}", f"{end['task_loss']:.3f}", _text([end["knowledge"]]), "chosen" if rate == best else ""]
             for rate, end in ((rate, trial["checkpoints"][-1]) for rate, trial in by_rate.items())
         ]
     return table(["arm", "learning rate", "validation loss", "knowledge", ""], rows) if rows else ""
@@ -296,6 +331,7 @@ SECTIONS = {
     "World knowledge and task scores": (SCORES, _grid),
     "Differences between arms": (DIFFERENCES, _differences),
     "Growing numbers of rows": (GROWTH, _growth),
+    "Along the trainings": (ALONG_RUNS, _along_runs),
     "Matched over numbers of rows": (OVER_SIZES, _over_sizes),
     "Knowledge by relation": (RELATIONS, _relations),
     "The tasks one by one": (TASKS, _tasks),
@@ -309,6 +345,14 @@ SECTIONS = {
 
 def _of_stage(cells: list[dict], stage: str) -> list[dict]:
     return [cell for cell in cells if cell["stage"] == stage]
+
+
+def _base(cells: list[dict]) -> dict | None:
+    return next((cell for cell in cells if cell["arm"] == BASE), None)
+
+
+def _trained(cells: list[dict]) -> list[dict]:
+    return [cell for cell in _of_stage(cells, "grid") if cell["arm"] != BASE]
 
 
 def _place(place: tuple[float, int]) -> list[str]:

@@ -28,7 +28,8 @@ CELL_FIELDS = {
 CHECKPOINT_FIELDS = {
     "knowledge": NUMBER, "knowledge_known": NUMBER_OR_NULL, "tasks": dict, "task_score": NUMBER, "task_loss": NUMBER,
 }  # fmt: skip
-BASE_FIELDS = {"relations": list, "guessed": dict}
+DIVERGED = {"knowledge": NUMBER_OR_NULL, "task_score": NUMBER_OR_NULL}  # of trials
+BASE_FIELDS = {"relations": list, "guessed": dict, "guessed_tasks": dict}
 ROUTING_FIELDS = {"experts_by_task": dict, "group_shares": list}
 # How well the tasks are done, with what picks the better and the worse of several values.
 MEASURES = (("task_score", max, min), ("task_loss", min, max))
@@ -82,11 +83,11 @@ def _check_cell(cell: object) -> None:
     if not cell["checkpoints"]:
         raise InputError("checkpoints is empty")
     for number, checkpoint in enumerate(cell["checkpoints"]):
-        recalled = {"recalled": str} if cell["stage"] == "grid" else {}
-        _check_fields(checkpoint, CHECKPOINT_FIELDS | recalled, f"checkpoints[{number}]")
+        special = {"grid": {"recalled": str}, "tuning": DIVERGED}.get(cell["stage"], {})
+        _check_fields(checkpoint, CHECKPOINT_FIELDS | special, f"checkpoints[{number}]")
     if cell["arm"] == BASE:
         _check_fields(cell, BASE_FIELDS, "the file")
-    if cell["stage"] == "grid" and cell["arm"] != "base" and len(cell["checkpoints"]) == 1:
+    if cell["stage"] == "grid" and cell["arm"] != BASE and len(cell["checkpoints"]) == 1:
         raise InputError("checkpoints holds the start of the training alone")
     if cell["routing"]:
         _check_fields(cell["routing"], ROUTING_FIELDS, "routing")

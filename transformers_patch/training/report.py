@@ -18,11 +18,15 @@ from transformers_patch.training.routing_plot import plot_routing
 from transformers_patch.training.run_folder import write_json
 
 CITATION = """@inproceedings{dou2024loramoe,
-  title     = {{LoRAMoE}: Alleviate World Knowledge Forgetting in Large Language Models via {MoE}-Style Plugin},
-  author    = {Dou, Shihan and others},
+  title     = {{LoRAMoE}: Alleviating World Knowledge Forgetting in Large Language Models via {MoE}-Style Plugin},
+  author    = {Dou, Shihan and Zhou, Enyu and Liu, Yan and Gao, Songyang and Shen, Wei and Xiong, Limao and Zhou, Yuhao
+               and Wang, Xiao and Xi, Zhiheng and Fan, Xiaoran and Pu, Shiliang and Zhu, Jiang and Zheng, Rui and
+               Gui, Tao and Zhang, Qi and Huang, Xuanjing},
   booktitle = {Proceedings of the 62nd Annual Meeting of the Association for Computational Linguistics},
+  volume    = {1: Long Papers},
+  pages     = {1932--1945},
   year      = {2024},
-  note      = {arXiv:2312.09979}
+  doi       = {10.18653/v1/2024.acl-long.106}
 }"""
 NUM_SAMPLES = 3
 MAX_NEW_TOKENS = 40
