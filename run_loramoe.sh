@@ -34,7 +34,7 @@ seed=${seed:-41}                                    # of initialisation, data or
 per_device_train_batch_size=${per_device_train_batch_size:-8}  # rows per process and micro-batch
 per_device_eval_batch_size=${per_device_eval_batch_size:-8}    # rows per process in evaluation
 gradient_accumulation_steps=${gradient_accumulation_steps:-1}  # micro-batches per optimizer step
-gradient_checkpointing=${gradient_checkpointing:-false}        # recompute activations: less memory, half the time more
+gradient_checkpointing=${gradient_checkpointing:-false}        # recompute activations: less memory, 1.5 times the time
 
 # ---- output ----------------------------------------------------------------------------------------------------------
 output_dir=${output_dir:-outputs}                   # folder of all runs

@@ -55,8 +55,8 @@ def test_the_verbs_take_the_flags_that_the_pages_give_them(command):
     parse_flags(program.COMMAND, "", program.KINDS, shlex.split(flags))
 
 
-def python_block() -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def python_block(page: str = "README.md") -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     return block
 
 
@@ -75,6 +75,18 @@ def test_the_python_block_runs_as_printed(tmp_path, model_dir, monkeypatch, caps
         **names["prompt"], max_new_tokens=10, do_sample=False
     )
     assert names["answer"].tolist() == alone.tolist()
+
+
+def test_the_loss_is_made_of_what_the_page_of_the_method_says(tmp_path, model_dir, monkeypatch):
+    base = tmp_path / "models" / "SmolLM2-135M-Instruct"
+    base.parent.mkdir()
+    base.symlink_to(model_dir)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(python_block("docs/METHOD.md"), "METHOD.md", "exec"), names)
+    output, beta = names["output"], names["model"].active_peft_config.blc_weight
+    assert output.balance_loss > 0
+    assert output.loss.item() == pytest.approx((output.lm_loss + beta * output.balance_loss).item())
 
 
 @pytest.mark.slow

@@ -190,6 +190,8 @@ class RunArguments(TrainingArguments):
     train_sampling_strategy: str = flag(
         "group_by_length", f"order of the rows ({', '.join(ORDERS)}); grouping by length saves padding"
     )
+    activation_checkpointing: bool = flag(False, "recompute activations: less memory, about 1.5 times the time")
+    push_to_hub: bool = flag(False, "upload the finished run once, at its end")
     hub_strategy: str = flag("end", "when --push_to_hub uploads; the end is all there is")
     # Every adapter parameter takes part in every step, so DDP need not look for unused ones.
     ddp_find_unused_parameters: bool | None = flag(False, "let DDP look for parameters without a gradient")
