@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from data.facts import QUESTIONS, STATEMENTS, fact_row, load_facts, statement
+from data.facts import QUESTIONS, STATEMENTS, fact_row, instruction_facts, load_facts, statement
 from data.rows import row_problem
 from data.tasks import TASKS, make_rows
 
@@ -44,7 +44,7 @@ def test_facts_are_rows_of_type_1(phrasing):
 
 def training_rows() -> list[dict]:
     """Every kind of row for instruction tuning that is made from this repository."""
-    rows = [fact_row(fact, phrasing) for fact in load_facts("training") for phrasing in range(3)]
+    rows = [fact_row(fact, phrasing) for fact in instruction_facts() for phrasing in range(3)]
     rows += [row for task in TASKS for row in make_rows(task, 2000, seed=1)]
     return rows
 
