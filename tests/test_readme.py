@@ -104,3 +104,11 @@ def test_every_file_that_the_pages_link_to_exists():
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_interval_on_the_page_of_results_stands_in_a_table():
+    tables = " ".join(file.read_text() for file in (ROOT / "docs" / "results").glob("*/table.md"))
+    page = " ".join((ROOT / "docs" / "RESULTS.md").read_text().split())
+    intervals = re.findall(r"\d\.\d{3} ± \d\.\d{3}", page)
+    assert len(intervals) > 20
+    assert not [interval for interval in intervals if interval not in tables]

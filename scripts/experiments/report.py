@@ -52,7 +52,8 @@ rows is the base model."""
 ALONG_RUNS = """\
 Knowledge at the first checkpoint of each training, at its end, and the second minus the first. *Lost* is the share of
 the facts known to the base model that the first checkpoint does not recall, *back* the share of these that the end
-recalls, although no row holds any of them: what comes back had not been forgotten."""
+recalls, although no row holds any of them: beyond what guessing gets, these had not been lost but could not be brought
+out."""
 OVER_SIZES = """\
 As the comparison at targets above, but along the numbers of rows instead of along one training, in which the learning
 rate falls as well: each run here is the base model and the ends of the runs of one arm and seed, up to that many
