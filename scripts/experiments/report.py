@@ -145,6 +145,7 @@ def _differences(cells: list[dict]) -> str:
 def _difference_table(cells: list[dict], pairs: Iterable[tuple[str, str]]) -> str:
     fields = {
         "knowledge": "knowledge",
+        "knowledge_known": "of the known",
         "matched_task_score": "knowledge at target score",
         "matched_task_loss": "knowledge at target loss",
         "task_score": "task score",
@@ -168,7 +169,8 @@ def _paired(
 
 
 def _growth(cells: list[dict]) -> str:
-    fields = {"knowledge": "knowledge", "task_score": "task score", "task_loss": "task loss"}
+    fields = {"knowledge": "knowledge", "knowledge_known": "of the known"}
+    fields |= {"task_score": "task score", "task_loss": "task loss"}
     grid = _of_stage(cells, "grid")
     base = [cell for cell in grid if cell["size"] == 0]
     places = by_place(cell for cell in grid if cell["size"])
