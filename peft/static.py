@@ -91,7 +91,8 @@ class Calibration:
     def _collect(self, name: str):
         @torch.no_grad()
         def hook(experts: LoraExperts, inputs: tuple[Tensor]) -> None:
-            x_NI = inputs[0][self.mask_BT.bool().to(inputs[0].device)].to(experts.lora_A.dtype)
+            counts_N = self.mask_BT.flatten().bool().to(inputs[0].device)
+            x_NI = inputs[0].flatten(0, -2)[counts_N].to(experts.lora_A.dtype)
             weights_NE = experts.router(x_NI).double()
             hidden_NS = F.linear(x_NI, stacked_a(experts)).double()
             routed_NS = hidden_NS * weights_NE.repeat_interleave(experts.rank, dim=1)

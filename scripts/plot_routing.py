@@ -97,7 +97,7 @@ def route_prompt(trained: TrainedModel, text: str) -> dict:
     ids = encode_prompt(trained.tokenizer, trained.template(), text, "")
     with torch.no_grad(), RoutingRecorder(trained.model) as recorder:
         trained.model(input_ids=torch.tensor([ids], device=trained.model.device), logits_to_keep=1)
-    weights_TE = torch.stack([weights_BTE[0].cpu() for weights_BTE in recorder.weights.values()]).mean(dim=0)
+    weights_TE = torch.stack([weights.flatten(0, -2).cpu() for weights in recorder.weights.values()]).mean(dim=0)
     tokens = [trained.tokenizer.decode([token]) for token in ids]
     return {"text": text, "tokens": tokens, "expert_weights": weights_TE.double().numpy().round(6).tolist()}
 

@@ -6,12 +6,15 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from conftest import fill_adapter
+from conftest import fill_adapter, tiny_tokenizer
+from reference import balance_loop
 from transformers import PretrainedConfig, PreTrainedModel
 
-from peft import LoraConfig, LoraLayer, PeftModel, TaskType, get_peft_model
+from peft import Calibration, LoraConfig, LoraExperts, LoraLayer, PeftModel, TaskType, get_peft_model
+from scripts.plot_routing import route_prompt
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 from transformers_patch.auto import DEFAULT_TARGETS
+from transformers_patch.inference import TrainedModel
 
 LAYERS = 2
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -72,10 +75,20 @@ ARCHITECTURES = {
         transformers.Qwen3MoeConfig, SIZES | EXPERTS | {"head_dim": 8, "moe_intermediate_size": 16}, ATTENTION
     ),
 }  # fmt: skip
-# Decoders that nobody prepared for, by the generic path.
+# Decoders that nobody prepared for, by the generic path. The last two put all tokens in one row ahead of their MLP.
 UNPREPARED = {
     "cohere2": Architecture(transformers.Cohere2Config, SIZES | {"logit_scale": 1.0}, GATED),
     "stablelm": Architecture(transformers.StableLmConfig, SIZES, GATED),
+    "qwen2_moe": Architecture(
+        transformers.Qwen2MoeConfig,
+        SIZES | EXPERTS | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+        GATED,
+    ),
+    "opt": Architecture(
+        transformers.OPTConfig,
+        SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+        ("fc1", "fc2"),
+    ),
 }
 
 # Settings of the adapter that every architecture has to work with.
@@ -125,6 +138,8 @@ def checkpoint(tmp_path_factory):
 
 def adapted(folder, filled: bool = True, **settings) -> PeftModel:
     values = {"task_type": TaskType.CAUSAL_LM, "r": 2, "lora_alpha": 4, "lora_nums": 4, "lora_dropout": 0.0}
+    if folder.name in UNPREPARED:
+        values["target_modules"] = UNPREPARED[folder.name].targets
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**(values | settings)))
     return fill_adapter(model) if filled else model
 
@@ -224,7 +239,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(name, settings, checkpoint, 
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint(name)), tmp_path)
     assert torch.equal(again(**batch).logits, model(**batch).logits)
-    assert again.active_peft_config.target_modules == sorted(DEFAULT_TARGETS.get(name, GATED))
+    assert again.active_peft_config.target_modules == sorted(DEFAULT_TARGETS.get(name) or UNPREPARED[name].targets)
 
 
 @each_architecture
@@ -290,6 +305,37 @@ def test_the_router_loss_of_a_mixture_of_experts_base_is_its_own_and_reported_ap
     assert any(gradient.abs().max() > 0 for gradient in gradients(model, batch, "aux_loss").values())
     model.config.output_router_logits = False
     assert model(**batch).aux_loss is None
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_balance_term_of_a_base_that_flattens_its_tokens_is_that_of_its_rows(masked, reference, checkpoint):
+    model, batch = adapted(checkpoint("opt"), blc_reference=reference).train(), make_batch((0, 1, 0))
+    if not masked:
+        del batch["attention_mask"]
+    with RoutingRecorder(model) as recorder:
+        output = model(**batch)
+    lengths = [10, 7, 5] if masked and not reference else [10, 10, 10]
+    weights = [weights.view(3, 10, 4) for weights in recorder.weights.values()]
+    torch.testing.assert_close(output.balance_loss, balance_loop(weights, lengths, [0, 1, 0], [2, 2], 0.1))
+
+
+def test_calibration_on_a_base_that_flattens_its_tokens_leaves_padding_out(checkpoint):
+    model, batch = adapted(checkpoint("opt")).eval(), make_batch()
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, LoraExperts)}
+    with torch.no_grad(), RoutingRecorder(model) as recorder, Calibration(experts) as calibration:
+        calibration.mask_BT = batch["attention_mask"]
+        model(batch["input_ids"], batch["attention_mask"])
+    counts = batch["attention_mask"].flatten().bool()
+    for name in experts:
+        expected = recorder.weights[f"{name}.router"][counts].mean(dim=0)
+        torch.testing.assert_close(calibration.mean_weights(name).float(), expected)
+
+
+def test_the_routing_of_a_prompt_on_a_base_that_flattens_its_tokens(checkpoint):
+    trained = TrainedModel(adapted(checkpoint("opt")).eval(), tiny_tokenizer(), {"prompt_template": "plain"}, "")
+    routed = route_prompt(trained, "the cat")
+    assert torch.tensor(routed["expert_weights"]).shape == (len(routed["tokens"]), 4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3"])

@@ -256,6 +256,6 @@ def test_routers_on_several_devices_are_recorded_on_the_first():
         mask_BT = torch.ones(3, 9, device="cuda:0")
         with pytest.raises(RuntimeError, match="at least two devices"):
             torch.stack(list(recorder.weights.values()))
-        for statistics_LBE in (recorder.sample_shares(mask_BT), recorder.sample_shares(), recorder.sample_sums()):
+        for statistics_LBE in (recorder.sample_shares(mask_BT), recorder.sample_sums(mask_BT.shape)):
             assert statistics_LBE.shape == (2, 3, 4)
             assert statistics_LBE.device == torch.device("cuda:0")

@@ -119,12 +119,13 @@ class LoRAMoEMixin:
         output.balance_loss = output.lm_loss.new_zeros(())
         if records:
             trains = self.training and torch.is_grad_enabled()
+            mask_BT = torch.ones_like(labels) if attention_mask is None else attention_mask
             with torch.set_grad_enabled(trains and config.balances):
-                term = self._balance_term(recorder, attention_mask, task_types, over_ranks=trains)
+                term = self._balance_term(recorder, mask_BT, task_types, over_ranks=trains)
                 output.balance_loss = term.to(loss.device)
             if self.training:
                 with torch.no_grad():
-                    output.routing_shares = recorder.sample_shares(attention_mask)
+                    output.routing_shares = recorder.sample_shares(mask_BT)
             if self.training and config.balances:
                 output.loss = output.loss + config.blc_weight * balance_scale * output.balance_loss
         if self.training and output.aux_loss is not None:
@@ -132,20 +133,20 @@ class LoRAMoEMixin:
         return output
 
     def _balance_term(
-        self, recorder: RoutingRecorder, mask_BT: Tensor | None, task_types_B: Tensor | None, over_ranks: bool
+        self, recorder: RoutingRecorder, mask_BT: Tensor, task_types_B: Tensor | None, over_ranks: bool
     ) -> Tensor:
         """The term of this micro-batch; with `over_ranks`, of the samples of all ranks together (a collective).
 
         With `blc_reference` it is the authors' statistic: sums over all positions, of this rank's samples alone.
         """
         config = self._balance_config
-        if mask_BT is not None and mask_BT.ndim != 2:
+        if mask_BT.ndim != 2:
             raise ValueError(
                 f"attention_mask has {mask_BT.ndim} dimensions; training with the balance term needs one of shape "
                 "(batch, length), which tells padding from text"
             )
         _refuse_detached(recorder)
-        shares_LBE = recorder.sample_sums() if config.blc_reference else recorder.sample_shares(mask_BT)
+        shares_LBE = recorder.sample_sums(mask_BT.shape) if config.blc_reference else recorder.sample_shares(mask_BT)
         num_samples = shares_LBE.shape[1]
         if task_types_B is None:
             task_types_B = torch.full((num_samples,), -1, device=shares_LBE.device)

@@ -1,5 +1,7 @@
 """How routing leaves the layers: forward hooks on the routers, alive for one forward pass."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +19,8 @@ class RoutingRecorder:
     tensors with and without them, and the recorded weights carry their gradient (with non-re-entrant checkpointing).
 
     Attributes:
-        weights: router weights (B, T, E) by the router's dotted name, in the order of the calls; routers of inactive
-            adapters do not appear.
+        weights: router weights (B, T, E) by the router's dotted name, in the order of the calls; (B*T, E) where the
+            base model puts all tokens in one row ahead of the Linear. Routers of inactive adapters do not appear.
     """
 
     def __init__(self, model: nn.Module):
@@ -36,17 +38,24 @@ class RoutingRecorder:
             hook.remove()
         self._hooks.clear()
 
-    def sample_shares(self, mask_BT: Tensor | None = None) -> Tensor:
+    def sample_shares(self, mask_BT: Tensor) -> Tensor:
         """Mean weight of each expert over the real tokens of each sample, (L, B, E) over the L recorded routers.
 
         The routers may be on several devices; the result is on that of the first.
         """
-        masks = (None if mask_BT is None else mask_BT.to(weights.device) for weights in self.weights.values())
-        return _stacked(list(map(sample_shares, self.weights.values(), masks)))
+        rows = self._rows(mask_BT.shape)
+        return _stacked([sample_shares(weights_BTE, mask_BT.to(weights_BTE.device)) for weights_BTE in rows])
 
-    def sample_sums(self) -> Tensor:
-        """Summed weight of each expert over all positions of each sample, padding included, (L, B, E)."""
-        return _stacked(list(map(sample_sums, self.weights.values())))
+    def sample_sums(self, shape: torch.Size) -> Tensor:
+        """Summed weight of each expert over all positions of each sample, padding included, (L, B, E).
+
+        Args:
+            shape: of the batch, (B, T).
+        """
+        return _stacked([sample_sums(weights_BTE) for weights_BTE in self._rows(shape)])
+
+    def _rows(self, shape: torch.Size) -> Iterator[Tensor]:
+        return (weights.view(*shape, weights.shape[-1]) for weights in self.weights.values())
 
     def _keep(self, name: str):
         def hook(module, inputs, output):
