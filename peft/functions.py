@@ -105,7 +105,10 @@ def _thin_product(x_TI: Tensor, weight_HI: Tensor, mask_TI: Tensor | None, dtype
 def _gated_sum(output_TO: Tensor, hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor, scale: float) -> Tensor:
     gated, B = _rows(_gated(hidden, weights_TE, lora_B)), lora_B.to(hidden.dtype)
     if output_TO.dtype == hidden.dtype:
-        return torch.addmm(_rows(output_TO), gated, B.T, alpha=scale).view(output_TO.shape)
+        # No view, which model code could not change in place where a Function returns it.
+        total_TO = output_TO.clone(memory_format=torch.contiguous_format)
+        _rows(total_TO).addmm_(gated, B.T, alpha=scale)
+        return total_TO
     return output_TO + (scale * gated @ B.T).to(output_TO.dtype).view(output_TO.shape)
 
 

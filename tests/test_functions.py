@@ -185,6 +185,15 @@ def test_a_module_may_be_used_twice():
     torch.testing.assert_close(found, torch.autograd.grad(twice(layer, x).square().sum(), leaves))
 
 
+def test_the_output_may_be_changed_in_place():
+    """As some base models do, whose next step is `add_` or an activation."""
+    layer = make_layer()
+    x = torch.randn(*TOKENS, 6, requires_grad=True)
+    leaves = [x, *layer.experts.parameters()]
+    found, expected = (torch.autograd.grad(call(layer(x)).square().sum(), leaves) for call in (torch.relu_, torch.relu))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_full_backward_hooks_on_every_module_change_nothing():
     layer = make_layer()
     x = torch.randn(*TOKENS, 6, requires_grad=True)
