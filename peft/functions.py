@@ -84,7 +84,7 @@ class _GatedSum(torch.autograd.Function):
     def backward(ctx, gradient_TO: Tensor):
         hidden, weights_TE, lora_B = ctx.saved_tensors
         rows_TO = _rows(gradient_TO).to(hidden.dtype)
-        gated_gradient = (ctx.scale * (rows_TO @ lora_B.to(hidden.dtype))).view(*hidden.shape[:-1], -1)
+        gated_gradient = (ctx.scale * (rows_TO @ lora_B.to(hidden.dtype))).view(*hidden.shape[:-1], lora_B.shape[1])
         weights_gradient_TE = B_gradient = None
         if ctx.needs_input_grad[3]:
             B_gradient = rows_TO.T @ (ctx.scale * _rows(_gated(hidden, weights_TE, lora_B)))
@@ -126,7 +126,7 @@ def _gated(hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor) -> Tensor:
 
 def _per_expert(hidden: Tensor, weights_TE: Tensor, lora_B: Tensor) -> Tensor:
     """hidden as (T, E, R), or (T, 1, R) where the experts share it."""
-    return hidden.view(*weights_TE.shape[:-1], -1, lora_B.shape[1] // weights_TE.shape[-1])
+    return hidden.unflatten(-1, (-1, lora_B.shape[1] // weights_TE.shape[-1]))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -160,6 +160,15 @@ def test_nothing_is_kept_without_gradients():
         torch.testing.assert_close(layer(x).clone(), layer(x))
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_no_tokens_have_gradients_of_zero(count):
+    layer = make_layer(count)
+    x = torch.randn(1, 0, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not any(parameter.grad.any() for parameter in layer.experts.parameters())
+
+
 def twice(layer: LoraLayer, x: Tensor) -> Tensor:
     """One module in two places of a graph."""
     return layer(torch.nn.functional.pad(layer(x), (0, 1)))

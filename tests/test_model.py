@@ -93,9 +93,10 @@ def test_logits_are_those_of_the_labelled_positions(targets):
     assert model(batch["input_ids"], batch["attention_mask"]).logits.shape == (3, 11, 300)
 
 
+@pytest.mark.parametrize("settings", [{}, {"lora_nums": 1, "target_modules": ["up_proj", "lm_head"]}])
 @pytest.mark.parametrize("count", [None, 5])
-def test_a_batch_without_labels_has_a_loss_of_zero_and_zero_gradients(count):
-    model, batch = filled_model(blc_weight=0.0).train(), make_batch()
+def test_a_batch_without_labels_has_a_loss_of_zero_and_zero_gradients(count, settings):
+    model, batch = filled_model(blc_weight=0.0, **settings).train(), make_batch()
     batch["labels"].fill_(-100)
     output = model(**batch, num_items_in_batch=count)
     assert output.loss == 0
