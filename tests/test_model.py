@@ -392,6 +392,15 @@ def test_nothing_is_recorded_in_inference(monkeypatch):
     model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2)
 
 
+def test_a_compiled_model_gives_the_same_logits_and_losses():
+    model, batch = filled_model().eval(), make_batch()
+    compiled = torch.compile(model, backend="eager")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    for part in ("lm_loss", "balance_loss"):
+        torch.testing.assert_close(getattr(compiled(**batch), part), getattr(model(**batch), part))
+
+
 def test_bad_task_types_and_masks_are_named():
     model, batch = filled_model().train(), make_batch()
     with pytest.raises(ValueError, match=r"task_types has shape \(2,\); this batch needs \(3,\)"):

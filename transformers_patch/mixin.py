@@ -1,14 +1,14 @@
 """What turns any causal language model of transformers into one that knows task types and the balance term."""
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from peft import FILLER_TASK_TYPE, LoraConfig, balance_coefficients, gather_samples, localized_balance_term
 from transformers_patch.labels import LabelledPositions
@@ -88,36 +88,33 @@ class LoRAMoEMixin:
                 text, or `logits_to_keep` is given beside labels, which choose the positions themselves.
             RuntimeError: re-entrant checkpointing cut the routing off from its gradient.
         """
-        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
-            raise ValueError("logits_to_keep cannot be given with labels: logits are then those of labelled positions")
         if labels is None and hasattr(self, "router_aux_loss_coef"):
             # The base model's own router loss: stock forwards cannot compute it for a part of the mask, with a cache.
             kwargs.setdefault("output_router_logits", False)
-        config = self._balance_config
-        records = labels is not None and config is not None and config.lora_nums > 1
-        positions = LabelledPositions(labels) if labels is not None else None
-        with (
-            RoutingRecorder(self) if records else nullcontext() as recorder,
-            positions.only(self) if positions else nullcontext(),
-        ):
-            outputs = super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                return_dict=True,
-                **kwargs,
-            )
-        known = {name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS}
-        if positions is None:
-            return LoRAMoEOutput(**known)
+        stock_forward = partial(
+            super().forward,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        if labels is None:
+            return LoRAMoEOutput(**_known(stock_forward()))
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            raise ValueError("logits_to_keep cannot be given with labels: logits are then those of labelled positions")
+        positions = LabelledPositions(labels)
+        with RoutingRecorder(self) as recorder, positions.only(self):
+            outputs = stock_forward()
         loss = positions.loss(self, outputs.logits, **kwargs)
-        output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **known)  # Trainer scales `loss` in place
+        output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **_known(outputs))  # Trainer scales `loss` in place
         output.balance_loss = output.lm_loss.new_zeros(())
-        if records:
+        config = self._balance_config
+        if config is not None and config.lora_nums > 1:
             trains = self.training and torch.is_grad_enabled()
             mask_BT = torch.ones_like(labels) if attention_mask is None else attention_mask
             with torch.set_grad_enabled(trains and config.balances):
@@ -169,6 +166,10 @@ class LoRAMoEMixin:
             config.architectures = [stock.__name__]
             config.use_cache = True  # off while training
             config.save_pretrained(save_directory)
+
+
+def _known(outputs: ModelOutput) -> dict:
+    return {name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS}
 
 
 def _refuse_detached(recorder: RoutingRecorder) -> None:
