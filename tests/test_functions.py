@@ -92,12 +92,15 @@ def test_gradients_are_those_of_finite_differences(monkeypatch, count, dropout):
     assert torch.autograd.gradcheck(call, (x, base, *experts.parameters()))
 
 
-def test_dropout_scales_what_stays_by_the_exact_probability():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dropout_scales_what_stays_by_the_exact_probability(compiled):
+    """Compiled, it is one graph without a break."""
     experts = make_experts(1, dropout=0.3)
     with torch.no_grad():
         experts.lora_A.copy_(torch.eye(2, 6))
         experts.lora_B.copy_(torch.eye(5, 2))
-    outputs = experts(torch.ones(1, 5000, 6), torch.zeros(1, 5000, 5))[..., :2]
+    call = torch.compile(experts, fullgraph=True, backend="aot_eager") if compiled else experts
+    outputs = call(torch.ones(1, 5000, 6), torch.zeros(1, 5000, 5))[..., :2]
     kept = 1 - round(0.3 * 2**16) / 2**16
     torch.testing.assert_close(outputs.unique(), torch.tensor([0.0, experts.scaling / kept]))
     assert outputs.mean().item() == pytest.approx(experts.scaling, rel=0.02)
@@ -224,11 +227,12 @@ def test_second_derivatives_are_those_of_plain_autograd():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_compiled_layer_has_no_graph_break_and_equal_results(monkeypatch, dropout):
-    monkeypatch.setattr("peft.layer.dropout_mask", fixed_mask)
+def test_a_compiled_layer_has_no_graph_break_and_with_equal_masks_equal_results(monkeypatch, dropout):
     layer = make_layer(dropout=dropout).train()
     x = torch.randn(*TOKENS, 6, requires_grad=True)
     leaves = [x, *layer.experts.parameters()]
+    torch.compile(layer, fullgraph=True)(x).sum().backward()
+    monkeypatch.setattr("peft.layer.dropout_mask", fixed_mask)
     results = []
     for call in (layer, torch.compile(layer, fullgraph=True)):
         output = call(x)
