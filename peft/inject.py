@@ -54,10 +54,18 @@ class LoraModel(nn.Module):
 
     Args:
         model: the base model, changed in place.
+
+    Raises:
+        ValueError: it is wrapped already.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        if any(isinstance(module, LoraLayer | TrainedCopy) for module in model.modules()):
+            raise ValueError(
+                "the model has an adapter already: put another one beside it with the PeftModel's add_adapter or "
+                "load_adapter, or load the base model anew"
+            )
         self.model = model
         model.requires_grad_(False)
 

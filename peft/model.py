@@ -94,13 +94,13 @@ class PeftModel(nn.Module):
             ValueError: the folder is incomplete or damaged, its tensors do not fit the model, or its settings are not
                 those of the adapter whose weights it would replace.
         """
-        config = LoraConfig.from_pretrained(directory)
+        config, tensors = LoraConfig.from_pretrained(directory), load_adapter_weights(directory)
         if adapter_name in self.peft_config:
             _refuse_other_settings(config, directory, self.peft_config[adapter_name], adapter_name)
         else:
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config)
-        set_peft_model_state_dict(self, load_adapter_weights(directory), adapter_name)
+        set_peft_model_state_dict(self, tensors, adapter_name)
 
     def save_pretrained(
         self,
@@ -133,12 +133,13 @@ class PeftModel(nn.Module):
             is_trainable: continue training; otherwise the adapter is frozen too and the model is in eval mode.
 
         Raises:
-            ValueError: the folder is incomplete or damaged, or its tensors do not fit the model.
+            ValueError: the folder is incomplete or damaged, its tensors do not fit the model, or the model has an
+                adapter already.
         """
-        config = LoraConfig.from_pretrained(directory)
+        config, tensors = LoraConfig.from_pretrained(directory), load_adapter_weights(directory)
         config.inference_mode = not is_trainable
         peft_model = get_peft_model(model, config, adapter_name)
-        set_peft_model_state_dict(peft_model, load_adapter_weights(directory), adapter_name)
+        set_peft_model_state_dict(peft_model, tensors, adapter_name)
         return peft_model.train(is_trainable)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -170,7 +171,7 @@ def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str 
     """Put a fresh adapter onto a base model; the base is wrapped in place and frozen.
 
     Raises:
-        ValueError: a target module does not exist or is no Linear.
+        ValueError: a target module does not exist or is no Linear, or the model has an adapter already.
         TypeError: the balance term has weight, but the base model does not compute it.
     """
     return PeftModelForCausalLM(model, peft_config, adapter_name)

@@ -252,6 +252,25 @@ def test_damaged_adapter_folders_are_named(tmp_path, name, damage):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
+def test_a_damaged_adapter_leaves_the_model_as_it_was(tmp_path):
+    model, base = filled_model(), tiny_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is damaged"):
+        model.load_adapter(tmp_path, "other")
+    with pytest.raises(ValueError, match="is damaged"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert list(model.peft_config) == ["default"]
+    assert not any(isinstance(module, LoraLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_with_an_adapter_is_not_wrapped_again(inside):
+    model = filled_model(target_modules=["up_proj"])
+    with pytest.raises(ValueError, match="has an adapter already: put another one beside it"):
+        get_peft_model(model.get_base_model() if inside else model, LoraConfig(target_modules=["gate_proj"]))
+
+
 def test_several_adapters_on_one_base(tmp_path):
     batch = make_batch()
     first, second = filled_model().eval(), fill_adapter(filled_model(lora_nums=2), seed=2).eval()
