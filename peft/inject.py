@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import nn
 
@@ -122,14 +121,6 @@ class LoraModel(nn.Module):
             layer.active_adapter = name if name in own else None
         if hasattr(self.model, "configure_balance"):
             self.model.configure_balance(config)
-
-    @contextmanager
-    def disabled(self, name: str, config: LoraConfig):
-        self.activate(None, None)
-        try:
-            yield
-        finally:
-            self.activate(name, config)
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)

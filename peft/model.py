@@ -1,7 +1,8 @@
 """The adapted model as users and trainers see it."""
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class PeftModel(nn.Module):
         super().__init__()
         self.base_model = LoraModel(model)
         self.peft_config: dict[str, LoraConfig] = {}
+        self._disabled = False
         self.add_adapter(adapter_name, peft_config)
         self.set_adapter(adapter_name)
 
@@ -70,7 +72,8 @@ class PeftModel(nn.Module):
             raise ValueError(f"there is no adapter named {adapter_name!r}; this model has {known}")
         self.active_adapter = adapter_name
         config = self.peft_config[adapter_name]
-        self.base_model.activate(adapter_name, config)
+        if not self._disabled:
+            self.base_model.activate(adapter_name, config)
         for name in self.peft_config:
             for parameter in adapter_parameters(self, name).values():
                 parameter.requires_grad_(name == adapter_name and not config.inference_mode)
@@ -83,9 +86,17 @@ class PeftModel(nn.Module):
     def active_peft_config(self) -> LoraConfig:
         return self.peft_config[self.active_adapter]
 
-    def disable_adapter(self) -> AbstractContextManager:
-        """A context in which the model is the base model, bit for bit."""
-        return self.base_model.disabled(self.active_adapter, self.active_peft_config)
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model is the base model, bit for bit; `set_adapter` inside it counts behind it."""
+        before, self._disabled = self._disabled, True
+        self.base_model.activate(None, None)
+        try:
+            yield
+        finally:
+            self._disabled = before
+            if not before:
+                self.base_model.activate(self.active_adapter, self.active_peft_config)
 
     def load_adapter(self, directory: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
         """Load an adapter folder under a name. A name that exists already has its weights replaced.

@@ -16,7 +16,9 @@ from peft import (
     TaskType,
     find_targets,
     get_peft_model,
+    get_peft_model_state_dict,
     prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
 )
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 
@@ -195,6 +197,19 @@ def test_disable_adapter_gives_the_base_model_back():
     assert torch.equal(output.logits, expected.logits)
     assert torch.equal(output.loss, expected.loss)
     assert model(**batch).balance_loss > 0
+
+
+def test_disabling_nests_and_keeps_the_adapter_that_is_chosen_meanwhile():
+    model, batch = filled_model(), make_batch()
+    second = fill_adapter(filled_model(), seed=2)
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=4, lora_nums=4, lora_dropout=0.0))
+    set_peft_model_state_dict(model, get_peft_model_state_dict(second), "second")
+    base, expected = tiny_model()(**batch).logits, second(**batch).logits
+    with model.disable_adapter():
+        with model.disable_adapter():
+            model.set_adapter("second")
+        assert torch.equal(model(**batch).logits, base)
+    assert torch.equal(model(**batch).logits, expected)
 
 
 def test_a_step_moves_every_adapter_tensor_and_no_base_weight():
