@@ -153,6 +153,20 @@ class PeftModel(nn.Module):
         set_peft_model_state_dict(peft_model, tensors, adapter_name)
         return peft_model.train(is_trainable)
 
+    def tie_weights(self, *args, **kwargs) -> None:
+        """Nothing: weights were tied before wrapping and stay so, and the base model cannot reach into the wrappers."""
+
+    def push_to_hub(self, *args, **kwargs):
+        """Not offered: the base model's would upload the whole base model, under names that nothing loads.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "an adapter is uploaded from its folder: train with --push_to_hub, or write the folder with "
+            "save_pretrained and give it to huggingface_hub.upload_folder"
+        )
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters, whatever way they are packed or partitioned."""
         trainable, total = 0, 0

@@ -472,6 +472,15 @@ def test_a_fully_tuned_model_is_saved_as_a_stock_llama(tmp_path):
     assert torch.equal(stock(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
 
 
+def test_an_adapted_base_model_is_neither_saved_nor_uploaded(tmp_path):
+    model = filled_model()
+    with pytest.raises(ValueError, match="save the PeftModel"):
+        model.get_base_model().save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="train with --push_to_hub, or write the folder with save_pretrained"):
+        model.push_to_hub("someone/mine")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_base_models_train_with_checkpointing(tmp_path, bits):
     from transformers import BitsAndBytesConfig

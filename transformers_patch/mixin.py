@@ -10,7 +10,15 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from peft import FILLER_TASK_TYPE, LoraConfig, balance_coefficients, gather_samples, localized_balance_term
+from peft import (
+    FILLER_TASK_TYPE,
+    LoraConfig,
+    LoraLayer,
+    TrainedCopy,
+    balance_coefficients,
+    gather_samples,
+    localized_balance_term,
+)
 from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
 
@@ -158,7 +166,13 @@ class LoRAMoEMixin:
         return localized_balance_term(shares_LBE, coefficients_BE)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save as the stock class, so that the folder (full fine-tuning, a merged model) loads anywhere."""
+        """Save as the stock class, so that the folder (full fine-tuning, a merged model) loads anywhere.
+
+        Raises:
+            ValueError: an adapter is around its modules, whose weights would have other names.
+        """
+        if any(isinstance(module, LoraLayer | TrainedCopy) for module in self.modules()):
+            raise ValueError("this base model has an adapter on it: save the PeftModel, which writes the adapter alone")
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("transformers."))
