@@ -9,12 +9,15 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, THINKING, example_rows, filled_model, tiny_tokenizer
+from conftest import ROOT, THINKING, example_rows, fill_adapter, filled_model, tiny_config, tiny_tokenizer
 
 from data import Collator, InputError, encode_prompt, encode_target
+from peft import LoraConfig, get_peft_model
 from scripts import evaluate
+from transformers_patch import LlamaLoRAMoEForCausalLM
 from transformers_patch.evaluation import METRICS, label_tasks
 from transformers_patch.generation import DecodingArguments, generate_answers
+from transformers_patch.inference import TrainedModel
 from transformers_patch.metrics import TEXT_METRICS
 from transformers_patch.scoring import most_likely_options, score_answers
 
@@ -200,6 +203,22 @@ def test_the_harness_asks_in_the_adapters_template(adapter_dir):
     for lm, template in ((plain, "plain"), (chat, "chat")):
         wanted = encode_prompt(trained.tokenizer, template, "the cat", "")
         assert lm.tok_encode(lm.apply_chat_template(turns)) == wanted
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
+)
+def test_the_harness_takes_an_adapter_on_tied_embeddings(settings):
+    """It ties the weights of every model that it is given."""
+    from transformers_patch.harness import TemplateLM
+
+    base = LlamaLoRAMoEForCausalLM(tiny_config(tie_word_embeddings=True))
+    model = fill_adapter(get_peft_model(base, LoraConfig(**settings))).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    lm = TemplateLM(TrainedModel(model, tiny_tokenizer(), {}, ""), "plain", 2)
+    assert torch.equal(lm.model(ids).logits, expected)
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
 
 
 @pytest.mark.parametrize(
