@@ -157,6 +157,8 @@ class LoraConfig(PeftConfig):
         super().__post_init__()
         if isinstance(self.target_modules, str) and re.fullmatch(r"[\w.]+", self.target_modules):
             self.target_modules = [self.target_modules]
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         for name in ("target_modules", "layers_to_transform", "modules_to_save"):
             if isinstance(value := getattr(self, name), list | tuple | set):
                 setattr(self, name, sorted(set(value)))

@@ -162,7 +162,8 @@ def _in_layers(targets: dict[str, nn.Module], layers: list[int]) -> dict[str, nn
 
 
 def _check_copies(chosen: dict[str, nn.Module], targets: dict[str, nn.Module], model: nn.Module) -> None:
-    """Raises ValueError where a module is adapted as well, is quantised, or shares a weight with one that stays."""
+    """Raises ValueError where a module is adapted as well, has no weight of its own, has quantised ones, or shares one
+    with a module that stays."""
     owners: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
@@ -170,10 +171,16 @@ def _check_copies(chosen: dict[str, nn.Module], targets: dict[str, nn.Module], m
         if name in targets or isinstance(module, LoraLayer):
             raise ValueError(f"{name!r} is in modules_to_save and in target_modules; it can be only one of them")
         frozen = module.base_layer if isinstance(module, TrainedCopy) else module
-        parameters = list(frozen.parameters())
-        if not parameters or not all(parameter.is_floating_point() for parameter in parameters):
-            raise ValueError(f"{name!r} is in modules_to_save, but its weights are quantised or missing")
-        sharing = {owner for parameter in parameters for owner in owners[parameter]}
+        parameters = dict(frozen.named_parameters())
+        if "weight" not in parameters:
+            kind = type(frozen).__name__
+            raise ValueError(
+                f"{name!r} is in modules_to_save, but it is a {kind}, which has no weight of its own; name embeddings, "
+                "Linears or normalisations"
+            )
+        if not all(parameter.is_floating_point() for parameter in parameters.values()):
+            raise ValueError(f"{name!r} is in modules_to_save, but its weights are quantised")
+        sharing = {owner for parameter in parameters.values() for owner in owners[parameter]}
         if others := sorted(owner for owner in sharing if owner not in chosen and not owner.startswith(name + ".")):
             raise ValueError(
                 f"{name!r} is in modules_to_save and shares its weight with {', '.join(map(repr, others))} in this "

@@ -307,6 +307,15 @@ def test_the_router_loss_of_a_mixture_of_experts_base_is_its_own_and_reported_ap
     assert model(**batch).aux_loss is None
 
 
+@pytest.mark.parametrize("config", [transformers.PhimoeConfig, transformers.Llama4TextConfig])
+def test_all_linear_leaves_routers_that_return_more_than_a_tensor_alone(config):
+    model = AutoModelForCausalLM.from_config(config(**SIZES, **EXPERTS, head_dim=8, intermediate_size_mlp=48))
+    adapter = LoraConfig(r=2, lora_nums=4, target_modules="all-linear")
+    model = fill_adapter(get_peft_model(model, adapter)).train()
+    assert {n.split(".")[-1] for n, module in model.named_modules() if isinstance(module, LoraLayer)} >= set(ATTENTION)
+    gradients(model, make_batch(), "loss")
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("reference", [False, True])
 def test_the_balance_term_of_a_base_that_flattens_its_tokens_is_that_of_its_rows(masked, reference, checkpoint):

@@ -69,6 +69,7 @@ PROBLEMS = {
     "no such layer": ({"layers_to_transform": [1, 7]}, r"names 7, but there are target modules in layers 0, 1 only"),
     "no layers": ({"layers_to_transform": []}, r"layers_to_transform is \[\], but has to be a list of layer numbers"),
     "no such module": ({"modules_to_save": ["embed"]}, r"'embed' does not exist in the model; did you mean 'embed_tok"),
+    "no weight": ({"modules_to_save": ["mlp"]}, r"'model.layers.0.mlp' .* is a LlamaMLP, which has no weight of its"),
     "both": ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "it can be only one of them"),
 }
 
@@ -77,6 +78,13 @@ PROBLEMS = {
 def test_what_cannot_be_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(tiny_model(), LoraConfig(**settings))
+
+
+def test_a_single_module_to_save_may_be_a_string():
+    model = get_peft_model(tiny_model(), LoraConfig(modules_to_save="lm_head"))
+    assert [name for name, module in model.named_modules() if isinstance(module, TrainedCopy)] == [
+        "base_model.model.lm_head"
+    ]
 
 
 def model_with_embeddings(tied: bool, **settings) -> PeftModel:
