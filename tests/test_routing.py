@@ -17,6 +17,7 @@ from data import InputError, encode_prompt
 from peft import FILLER_TASK_TYPE, LoraConfig, PeftModel
 from scripts import plot_routing
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder, inference
+from transformers_patch.rows import batches, load_rows
 from transformers_patch.training.report import routing_lines
 from transformers_patch.training.routing import (
     COLLAPSE_STEPS,
@@ -225,6 +226,12 @@ def test_plot_routing_writes_both_files_for_an_adapter_and_a_prompt(adapter_dir,
 
 def filled_base(adapter_dir) -> str:
     return json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_batches_of_rows_leave_gradients_switched_on(adapter_dir, data_file, tmp_path):
+    trained = plot_routing.load_trained(plot_routing.InferenceArguments(adapter=str(adapter_dir)))
+    _, rows = load_rows(trained, str(data_file), "validation_file", str(tmp_path))
+    assert [torch.is_grad_enabled() for _ in batches(trained, rows, 5, "reading")] == [True] * 3
 
 
 def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
@@ -37,5 +36,4 @@ def batches(trained: TrainedModel, rows: Dataset, batch_size: int, name: str) ->
         batch = collate(
             [dict(zip(batch_rows, values, strict=True)) for values in zip(*batch_rows.values(), strict=True)]
         )
-        with torch.no_grad():
-            yield {field: batch[field].to(trained.model.device) for field in ("input_ids", "attention_mask", "labels")}
+        yield {field: batch[field].to(trained.model.device) for field in ("input_ids", "attention_mask", "labels")}
