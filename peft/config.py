@@ -130,8 +130,8 @@ class LoraConfig(PeftConfig):
             but the output embedding. A string of letters, digits, underscores and dots alone is a name. None for the
             defaults of the base model's architecture, which are filled in when the adapter is put on a model.
         layers_to_transform: numbers of the layers, from 0, whose Linears are adapted; None for all.
-        modules_to_save: names of further modules (`embed_tokens`, `lm_head`) of which the adapter holds a copy of its
-            own that is trained in full; compared like the names in `target_modules`.
+        modules_to_save: names of further modules (`embed_tokens`, `lm_head`), or a single one, of which the adapter
+            holds a copy of its own that is trained in full; compared like the names in `target_modules`.
 
     Raises:
         ValueError: at least one value is out of range; the message has a line for every problem.
@@ -151,7 +151,7 @@ class LoraConfig(PeftConfig):
     lora_shared_A: bool = False
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | None = None
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[str] | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
