@@ -21,7 +21,7 @@ def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
     """
     dropped = min(round(probability * 2**16), 2**16 - 1)
     size, kind = ((x.numel() + 3) // 4,), {"dtype": torch.int64, "device": x.device}
-    if torch.compiler.is_compiling():  # which cannot trace random_; a seed has other masks there
+    if torch.compiler.is_compiling():  # random_ cannot be traced; randint has other words for the same seed
         words = torch.randint(-(2**63), 2**63 - 1, size, **kind)
     else:
         words = torch.empty(size, **kind).random_(-(2**63), None)
@@ -109,7 +109,7 @@ def _thin_product(x_TI: Tensor, weight_HI: Tensor, mask_TI: Tensor | None, dtype
 def _gated_sum(output_TO: Tensor, hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor, scale: float) -> Tensor:
     gated, B = _rows(_gated(hidden, weights_TE, lora_B)), lora_B.to(hidden.dtype)
     if output_TO.dtype == hidden.dtype:
-        # No view, which model code could not change in place where a Function returns it.
+        # Not a view: where a Function returns one, model code cannot change it in place.
         total_TO = output_TO.clone(memory_format=torch.contiguous_format)
         _rows(total_TO).addmm_(gated, B.T, alpha=scale)
         return total_TO
