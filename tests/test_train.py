@@ -222,7 +222,8 @@ TORN = {
     "adapter_model.safetensors": ["truncate", "delete"],
     "trainer_state.json": ["truncate", "delete"],
     "adapter_config.json": ["truncate", "delete"],
-    "optimizer.pt": ["truncate"],
+    "optimizer.pt": ["truncate", "delete"],
+    "scheduler.pt": ["delete"],
 }
 
 

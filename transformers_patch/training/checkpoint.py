@@ -26,22 +26,29 @@ WEIGHTS = {
     "model.safetensors.index.json": "config.json",
 }
 STATE = "trainer_state.json"
+# What training goes on with. DeepSpeed keeps both in a folder of its own.
+OPTIMIZER_STATE = ("optimizer.pt", "scheduler.pt")
+DEEPSPEED_STATE = "global_step*"
 TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container.*unexpected pos|basic_ios::clear")
 
 
-def checkpoint_problem(folder: Path, files: str = "**/*") -> str | None:
+def checkpoint_problem(folder: Path, finished: bool = False) -> str | None:
     """What keeps a checkpoint from being resumed, or None. Reads headers and tables of contents, not the tensors.
 
     Args:
-        files: pattern of the files that count. A finished run's folder is like a checkpoint, with others in it.
+        finished: it is a finished run's folder: like a checkpoint, but without the optimizer's state, and with others
+            in it, which do not count.
     """
     weights = [name for name in WEIGHTS if (folder / name).is_file()]
     if not weights:
         return f"it has none of {', '.join(WEIGHTS)}"
-    for name in (WEIGHTS[weights[0]], STATE):
+    needed = [WEIGHTS[weights[0]], STATE]
+    if not finished and not any(folder.glob(DEEPSPEED_STATE)):
+        needed += OPTIMIZER_STATE
+    for name in needed:
         if not (folder / name).is_file():
             return f"it has no {name}"
-    for file in sorted(folder.glob(files)):
+    for file in sorted(folder.glob("*" if finished else "**/*")):
         if problem := _file_problem(file):
             return f"{file.relative_to(folder)} is damaged or incomplete ({problem})"
     return None

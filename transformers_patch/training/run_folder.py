@@ -81,7 +81,7 @@ class RunFolder:
             if (self.path / RESULTS_NAME).is_file() or any(self.path.glob("checkpoint-*")):
                 raise InputError(f"{self.path} holds checkpoints or results but no {CONFIG_NAME}; {_WAY_OUT}")
             return
-        if (self.path / RESULTS_NAME).is_file() and (problem := checkpoint_problem(self.path, files="*")):
+        if (self.path / RESULTS_NAME).is_file() and (problem := checkpoint_problem(self.path, finished=True)):
             raise InputError(
                 f"{self.path} holds a finished run, but {problem}. Put that file back from a copy; or delete "
                 f"{RESULTS_NAME} there, and the same command ends the run again from its last checkpoint; or start "
