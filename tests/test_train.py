@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -426,6 +427,24 @@ def test_the_best_checkpoint_can_be_loaded_at_the_end(run):
     results = run(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, learning_rate=0.3)
     losses = [entry["eval_lm_loss"] for entry in run.log() if "eval_lm_loss" in entry and entry["step"]]
     assert results["eval_lm_loss_after"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def trainer_of(run, **flags) -> Trainer:
+    """The trainer of a finished run."""
+    build, built = train.build_trainer, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_trainer", lambda *arguments: built.append(build(*arguments)) or built[0])
+        run(**flags)
+    return built[0]
+
+
+def test_an_adapter_that_is_not_partitioned_is_saved_without_gathering_the_base_model(run, monkeypatch):
+    trainer = trainer_of(run, max_steps=1)
+    engine = SimpleNamespace(config={"zero_optimization": {"stage": 2}}, save_checkpoint=lambda folder: None)
+    trainer.is_deepspeed_enabled, trainer.deepspeed, trainer.model_wrapped = True, engine, engine
+    monkeypatch.setattr(trainer.accelerator, "get_state_dict", lambda model: pytest.fail("gathered"))
+    trainer.save_model(str(run.folder / "again"))
+    assert same_adapter(run.folder / "again", run.output)
 
 
 def test_full_tuning_takes_the_same_path(run, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction, ProgressCallback, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import rotate_checkpoints
@@ -156,6 +157,13 @@ class LoRAMoETrainer(Trainer):
         number = {task: index for index, task in enumerate(self._task_names)}
         rows = zip(self.eval_dataset["source"], self.eval_dataset["task"], strict=True)
         return {source: number[task] for source, task in rows if task}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. Where no adapter is partitioned, DeepSpeed has nothing to gather, least of all the base model."""
+        if isinstance(self.model, PeftModel) and not is_deepspeed_zero3_enabled():
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial) -> str:
         return str(self._aside or super()._get_output_dir(trial))
