@@ -114,6 +114,15 @@ def test_evaluation_is_per_token_whatever_the_batch_size(run):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_evaluation_drops_no_row_where_training_does(run):
+    """Five evaluation rows in batches of two."""
+    losses = [
+        run(output_dir=run.folder / drops, max_steps=1, per_device_eval_batch_size=2, dataloader_drop_last=drops)
+        for drops in ("false", "true")
+    ]
+    assert losses[0]["eval_lm_loss_before"] == losses[1]["eval_lm_loss_before"]
+
+
 def test_a_second_identical_call_repeats_the_results(run, capsys, monkeypatch):
     first = run()
     capsys.readouterr()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -97,6 +98,14 @@ class LoRAMoETrainer(Trainer):
             generator=torch.Generator(),
         )
 
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """As Trainer's, but with the last rows whatever `dataloader_drop_last` says, which is about training."""
+        drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops_last
+
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         micro_batches = self.current_gradient_accumulation_steps
         inputs = {**inputs, "balance_scale": 1 / (micro_batches * self.accelerator.num_processes)}
@@ -159,7 +168,7 @@ class LoRAMoETrainer(Trainer):
         return {source: number[task] for source, task in rows if task}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's. Where no adapter is partitioned, DeepSpeed has nothing to gather, least of all the base model."""
+        """As Trainer's; but an adapter that is not partitioned is saved as it is, without a copy of the base model."""
         if isinstance(self.model, PeftModel) and not is_deepspeed_zero3_enabled():
             self._save(output_dir)
         else:
