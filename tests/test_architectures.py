@@ -378,6 +378,24 @@ def test_what_does_not_fit_is_refused_with_a_reason_and_what_is_tested(config, r
         AutoModelForCausalLM.from_config(config)
 
 
+OTHER_FORMS = {
+    "an older name": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**SIZES | {"intermediate_size": 48})
+    ),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_FORMS.values(), ids=OTHER_FORMS)
+def test_a_checkpoint_whose_tensors_have_other_names_is_read_as_stock_reads_it(make, tmp_path):
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path)
+    batch = make_batch()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
+
+
 def test_a_base_without_known_linears_asks_for_names():
     values = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 300}
     model = AutoModelForCausalLM.from_config(transformers.GPTNeoXConfig(**values, intermediate_size=48))

@@ -6,6 +6,7 @@ from functools import cache
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from transformers_patch.mixin import LoRAMoEMixin
@@ -84,7 +85,11 @@ def _patch(stock: type[PreTrainedModel], model_type: str) -> type[PreTrainedMode
         "__doc__": f"`{stock.__name__}` whose forward takes `task_types` and returns the losses apart.",
         "__module__": __name__,
         "default_target_modules": DEFAULT_TARGETS.get(model_type, GATED_MLP),
+        # transformers would read the tensors of custom code as they are named; these checkpoints are the stock class's.
+        "is_custom_code": classmethod(lambda cls: False),
     }
+    if conversions := get_checkpoint_conversion_mapping(stock.__name__):
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return type(name, (LoRAMoEMixin, stock), members)
 
 
