@@ -378,9 +378,14 @@ def test_what_does_not_fit_is_refused_with_a_reason_and_what_is_tested(config, r
         AutoModelForCausalLM.from_config(config)
 
 
+HYBRID = {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+IMAGES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 OTHER_FORMS = {
     "an older name": lambda: transformers.GPTNeoXForCausalLM(
         transformers.GPTNeoXConfig(**SIZES | {"intermediate_size": 48})
+    ),
+    "images beside text": lambda: transformers.Qwen3_5ForConditionalGeneration(
+        transformers.Qwen3_5Config(text_config=SIZES | HYBRID, vision_config=IMAGES)
     ),
 }
 

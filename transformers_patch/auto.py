@@ -53,12 +53,26 @@ class AutoModelForCausalLM:
         """
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **where)
+        config = _text_config(config)
         return patched_class(config).from_pretrained(name_or_path, config=config, **kwargs)
 
     @staticmethod
     def from_config(config: PretrainedConfig) -> nn.Module:
         """A model with random weights; under `torch.device("meta")`, one without any, to look at its modules."""
+        config = _text_config(config)
         return patched_class(config)(config)
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """What the stock class builds the language model from: where a model reads images as well, the part about text."""
+    part = config.sub_configs.get("text_config")
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if part is None or getattr(stock, "config_class", None) is not part:
+        return config
+    text = config.get_text_config()
+    if quantization := getattr(config, "quantization_config", None):
+        text.quantization_config = quantization
+    return text
 
 
 def patched_class(config: PretrainedConfig) -> type[PreTrainedModel]:

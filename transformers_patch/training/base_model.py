@@ -61,10 +61,10 @@ def check_base_model(
     except ValueError as error:
         raise InputError(_shortened(str(error))) from error
     last_token = max(tokenizer.get_vocab().values())
-    if last_token >= config.vocab_size:
+    if last_token >= skeleton.config.vocab_size:
         raise InputError(
             f"the tokenizer has token ids up to {last_token}, but the vocabulary of {name} ends at "
-            f"{config.vocab_size - 1}; use the model's own tokenizer"
+            f"{skeleton.config.vocab_size - 1}; use the model's own tokenizer"
         )
     return skeleton
 
