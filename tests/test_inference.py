@@ -43,6 +43,16 @@ def test_an_adapter_folder_alone_gives_the_trained_model(adapter_dir, model_dir)
     assert trained.run_config["max_seq_length"] == 128
 
 
+def test_a_checkpoint_has_the_configuration_of_its_run(adapter_dir, monkeypatch):
+    checkpoint = adapter_dir / "checkpoint-5"
+    checkpoint.mkdir()
+    for file in [file for file in adapter_dir.iterdir() if file.is_file() and file.name != "run_config.json"]:
+        shutil.copy(file, checkpoint)
+    assert load(checkpoint).run_config == load(adapter_dir).run_config
+    monkeypatch.chdir(checkpoint)
+    assert load(".").template() == "plain"
+
+
 def test_the_tokenizer_is_the_base_models_where_the_folder_has_none(adapter_dir):
     for name in ("tokenizer.json", "tokenizer_config.json", "run_config.json", "chat_template.jinja"):
         (adapter_dir / name).unlink(missing_ok=True)

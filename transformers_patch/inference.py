@@ -22,6 +22,7 @@ from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.command_line import flag
 from transformers_patch.generation import end_tokens
 from transformers_patch.training.base_model import check_base_model, first_line, load_tokenizer, quantization
+from transformers_patch.training.checkpoint import NAME as CHECKPOINT_NAME
 from transformers_patch.training.publish import PUBLISHED
 from transformers_patch.training.run_folder import CONFIG_NAME as RUN_CONFIG_NAME
 
@@ -139,7 +140,7 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
     put_adapter = partial(PeftModel.from_pretrained, directory=folder) if config else nn.Module.eval
     check_base_model(base, tokenizer, put_adapter)
-    run_config = _read_json(folder / RUN_CONFIG_NAME) if (folder / RUN_CONFIG_NAME).is_file() else {}
+    run_config = _run_config(folder)
     model = _load_weights(base, args)
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id,
@@ -174,6 +175,18 @@ def _adapter_config(folder: Path) -> LoraConfig | None:
         raise InputError(str(error)) from error
 
 
+def _run_config(folder: Path) -> dict:
+    """The configuration of the run that made a folder, or made the checkpoint that it is; {} where there is none."""
+    is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.absolute().name)
+    file = (folder.absolute().parent if is_checkpoint else folder) / RUN_CONFIG_NAME
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}): the file is damaged, restore it") from None
+
+
 def _load_weights(base: str, args: InferenceArguments) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -204,10 +217,3 @@ def _device_problem(device: str) -> str | None:
     if kind == "cpu":
         return None
     return None if kind == "cuda" and torch.cuda.is_available() else "there is no such device on this machine"
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): the file is damaged, restore it") from None
