@@ -39,11 +39,17 @@ def get_peft_model_state_dict(
         model: a PeftModel.
         state_dict: tensors by the model's own parameter names, to be used instead of the parameters (what trainers
             pass that have gathered the tensors themselves).
+
+    Raises:
+        ValueError: the adapter has parameters that `state_dict` does not have.
     """
     parameters = adapter_parameters(model, adapter_name)
     if state_dict is not None:
         keys = ((adapter_key(name, adapter_name), value) for name, value in state_dict.items())
-        return {key: value for key, value in keys if key in parameters}
+        given = {key: value for key, value in keys if key in parameters}
+        if missing := sorted(parameters.keys() - given.keys()):
+            raise ValueError("these tensors are not the whole adapter, missing: " + ", ".join(missing))
+        return given
     with gathered(parameters.values()):
         return {key: parameter.detach().clone() for key, parameter in parameters.items()}
 

@@ -239,6 +239,16 @@ def test_saved_keys_are_exact_and_reloading_is_bit_equal(tmp_path):
     assert trainable.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
 
 
+def test_gathered_tensors_that_lack_some_of_the_adapter_are_not_saved(tmp_path):
+    model = filled_model()
+    tensors = model.state_dict()
+    key = next(name for name in tensors if name.endswith("lora_A"))
+    del tensors[key]
+    with pytest.raises(ValueError, match=f"missing: {key.replace('.default', '')}$"):
+        model.save_pretrained(tmp_path, state_dict=tensors)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_loading_names_every_key_that_does_not_fit(tmp_path):
     filled_model().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

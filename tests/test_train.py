@@ -592,6 +592,13 @@ def test_bad_flags_are_named_before_any_weight_is_read(run, no_weights, changes,
     assert not run.output.exists()
 
 
+def test_full_tuning_that_zero_3_would_not_gather_is_refused(run, no_weights):
+    file = run.folder / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(InputError, match=r"set stage3_gather_16bit_weights_on_model_save to true, in .* of .*own.json"):
+        run(tuning="full", deepspeed=file, prepare_only=True)
+
+
 def test_fsdp_that_accelerate_launch_asks_for_is_refused(run, no_weights, monkeypatch):
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}.items():
         monkeypatch.setenv(name, value)

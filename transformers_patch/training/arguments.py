@@ -40,6 +40,9 @@ FLAG_OF_FIELD = {
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
+# The setting of DeepSpeed without which weights that ZeRO-3 has partitioned are not saved as a model.
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
 # Flag, what it may be, and why it may be nothing else.
 UNSUPPORTED = (
     ("label_smoothing_factor", (0,), "--label_smoothing_factor bypasses the model's own loss and its balance term"),
@@ -343,7 +346,12 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
         return [f"--deepspeed {flags.deepspeed}: has to be a JSON object"]
     if not flags.prepare_only and "RANK" not in os.environ:
         return ["--deepspeed needs a launcher, for one process too: use run_loramoe.sh or torchrun"]
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage == 3 and flags.tuning == "full" and not zero.get(GATHER):
+        return [
+            f"--tuning full would leave no weights: set {GATHER} to true, in zero_optimization of {flags.deepspeed}"
+        ]
     if stage == 3 and flags.load_in_kbits in (4, 8):
         return [f"--load_in_kbits {flags.load_in_kbits} cannot be sharded by ZeRO-3; use scripts/deepspeed/zero2.json"]
     return []
