@@ -25,7 +25,13 @@ from data import (
 )
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
-from transformers_patch.training.base_model import build_model, check_base_model, load_tokenizer, with_adapter
+from transformers_patch.training.base_model import (
+    build_model,
+    check_base_model,
+    check_lengths,
+    load_tokenizer,
+    with_adapter,
+)
 from transformers_patch.training.checkpoint import STATE, filling, find_checkpoint, writing
 from transformers_patch.training.publish import open_repository, publish
 from transformers_patch.training.report import (
@@ -56,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         model_args.resolve_targets(skeleton.default_target_modules)
         train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
+        check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args)
     folder = RunFolder(args.output_dir)
     repository = open_repository(args)

@@ -16,6 +16,7 @@ from transformers_patch.command_line import flag, parse_flags, run_verb
 from transformers_patch.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from transformers_patch.generation import DecodingArguments
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
+from transformers_patch.training.base_model import check_lengths
 from transformers_patch.training.run_folder import write_json
 
 COMMAND = "python -m scripts.evaluate"
@@ -130,6 +131,7 @@ def load_sets(
     sets = []
     for path in paths:
         rows, statistics = load_data(path, trained.tokenizer, encoding, args.data_cache_dir)
+        check_lengths(trained.model, rows)
         if unknown := sorted(set(args.label_tasks) - set(rows["task"])):
             raise InputError(f"--label_tasks {' '.join(unknown)}: {path} has no row of such a task")
         sets.append((path, rows.select(range(min(args.limit or len(rows), len(rows)))), statistics))

@@ -15,6 +15,7 @@ from test_train import Runner
 
 from data import InputError
 from peft import LoraConfig, PeftModel
+from scripts import evaluate
 from transformers_patch import AutoModelForCausalLM
 from transformers_patch.training import base_model
 from transformers_patch.training.arguments import ModelArguments
@@ -73,6 +74,22 @@ def test_the_main_job_runs_on_another_architecture(runner, architecture, tmp_pat
     assert results["eval_lm_loss_after"] < results["eval_lm_loss_before"]
     assert "first training row" in outcome.stdout
     assert "[[number" in outcome.stdout
+
+
+def test_rows_samples_and_answers_end_where_a_table_of_positions_ends(runner, tmp_path):
+    """This GPT-2 has 128 positions; prompts of 113 tokens leave 15, fewer than samples and the longest answer take."""
+    run = runner("gpt2")
+    held_out = [{"instruction": "x" * 110, "output": "b"}] * 4 + [{"instruction": "x", "output": "b" * 30}]
+    run.flags["validation_file"].write_text(json.dumps([{"instruction": "x" * 150, "output": "b"}, *held_out]))
+    with pytest.raises(
+        InputError, match=r"rows of 155 tokens, but .* \(gpt2\) has 128 positions; set --max_seq_length 128"
+    ):
+        run(max_steps=1)
+    run.flags["validation_file"].write_text(json.dumps(held_out))
+    assert len(run(max_steps=1)["samples"]) == 3
+    flags = ["--adapter", run.output, "--output", tmp_path / "measured.json", "--data_cache_dir", tmp_path / "cache"]
+    evaluate.main([*map(str, flags), "--metrics", "exact_match"])
+    assert json.loads((tmp_path / "measured.json").read_text())["data"][0]["max_new_tokens"] == 31
 
 
 def test_the_router_loss_of_a_mixture_of_experts_base_is_logged_apart(runner):

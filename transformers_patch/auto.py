@@ -37,6 +37,9 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "qwen3_moe": ATTENTION,
 }
 
+# The names that transformers gives to a table of positions.
+POSITION_TABLES = {"wpe", "embed_positions", "position_embeddings"}
+
 # Which version of a model is meant and how it is fetched: the same for configuration and weights.
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
@@ -89,6 +92,21 @@ def patched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"{', '.join(sorted(DEFAULT_TARGETS))}; most other decoders of transformers work as well"
         )
     return LlamaLoRAMoEForCausalLM if config.model_type == "llama" else _patch(stock, config.model_type)
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """The length in tokens at which a model's table of positions ends; None where positions are computed."""
+    has_table = any(
+        isinstance(module, nn.Embedding) and not POSITION_TABLES.isdisjoint(name.split("."))
+        for name, module in model.named_modules()
+    )
+    return model.config.max_position_embeddings if has_table else None
+
+
+def most_new_tokens(model: nn.Module, prompts: list[list[int]], wanted: int) -> int:
+    """`wanted`, or as many tokens as there are positions left for behind the longest of the prompts."""
+    positions = most_positions(model)
+    return wanted if positions is None else min(wanted, positions - max(map(len, prompts)))
 
 
 @cache

@@ -3,15 +3,16 @@
 from collections.abc import Callable
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from data import InputError
+from data import InputError, row_lengths
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.saving import load_adapter_weights
-from transformers_patch.auto import AutoModelForCausalLM, patched_class
+from transformers_patch.auto import AutoModelForCausalLM, most_positions, patched_class
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
 
 MOST_LINES_SHOWN = 12
@@ -67,6 +68,17 @@ def check_base_model(
             f"{skeleton.config.vocab_size - 1}; use the model's own tokenizer"
         )
     return skeleton
+
+
+def check_lengths(model: nn.Module, *sets: Dataset) -> None:
+    """Raises InputError where a row is longer than the model's table of positions."""
+    positions = most_positions(model)
+    longest = max(row_lengths(rows).max() for rows in sets)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"there are rows of {longest} tokens, but this base model ({model.config.model_type}) has {positions} "
+            f"positions; set --max_seq_length {positions}"
+        )
 
 
 def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from data import resolve_template, row_lengths
 from peft import LoraConfig
+from transformers_patch.auto import most_new_tokens
 from transformers_patch.generation import end_tokens, generate_answers
 from transformers_patch.training.routing import Routing, group_shares, group_spans, span_text
 from transformers_patch.training.routing_plot import plot_routing
@@ -93,8 +94,9 @@ def generate_samples(
         template: the prompt template of the rows; `auto` is what it means for the tokenizer.
     """
     picked = _one_of_each_kind(rows)
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
     settings = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=most_new_tokens(model, prompts, MAX_NEW_TOKENS),
         do_sample=False,
         temperature=None,
         top_p=None,
@@ -104,7 +106,6 @@ def generate_samples(
         eos_token_id=end_tokens(model, tokenizer, resolve_template(template, tokenizer)),
     )
     model.eval()
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
     answers = tokenizer.batch_decode(generate_answers(model, prompts, settings), skip_special_tokens=True)
     return [
         ("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"], answer.strip())
