@@ -313,6 +313,18 @@ def test_a_value_that_some_runs_lack_is_said():
     assert row[7].endswith("(1 of 2 runs)")
 
 
+def test_a_base_model_that_knows_no_fact_is_reported():
+    """Of nothing no share is known, lost or kept: these fields are empty, and all others as ever."""
+    nothing = {"knowledge_known": None, "recalled": "0000"}
+    text = markdown([each | {"checkpoints": [point | nothing for point in each["checkpoints"]]} for each in grid()])
+    assert {row[7] for row in rows_of(text, "World knowledge and task scores")} == {"-"}
+    assert {row[5] for row in rows_of(text, "Differences between arms")} == {"-"}
+    growth = rows_of(text, "Growing numbers of rows")
+    assert growth[0][:6] == ["0 %", "full", "0 to 4,000", "2", growth[0][4], "-"]
+    assert growth[0][4].startswith("**-0.175")
+    assert {tuple(row[-2:]) for row in rows_of(text, "Along the trainings")} == {("-", "-")}
+
+
 def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
     files = report(write(tmp_path, [*grid(), *tuning()]))
     assert [file.name for file in files] == [

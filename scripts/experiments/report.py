@@ -204,8 +204,11 @@ def _columns(by_run: list[tuple]) -> list[str]:
     return [_text(values) for values in zip(*by_run, strict=True)]
 
 
-def _lost_and_back(known: str, first: dict, last: dict) -> tuple[float, float | None]:
-    """Shares of the known facts that a checkpoint does not recall, and of these that a later one does."""
+def _lost_and_back(known: str, first: dict, last: dict) -> tuple[float | None, float | None]:
+    """Shares of the known facts that a checkpoint does not recall, and of these that a later one does; None where
+    there are none to lose or none lost."""
+    if "1" not in known:
+        return None, None
     lost = [number for number, fact in enumerate(known) if fact == "1" and first["recalled"][number] == "0"]
     back = sum(last["recalled"][number] == "1" for number in lost)
     return len(lost) / known.count("1"), back / len(lost) if lost else None

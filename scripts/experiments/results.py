@@ -279,11 +279,11 @@ def guessed_share(base: dict) -> float:
 
 def paired_growth(runs: list[dict], sizes: tuple[int, int], field: str) -> list[float | None]:
     """`field` of `outcome` at the second size minus that at the first, for every seed that both have; size 0 is the
-    base model, which has one run for all seeds."""
+    base model, which has one run for all seeds; None where a run lacks it."""
     first, second = ({run["seed"]: outcome(run, {})[field] for run in runs if run["size"] == size} for size in sizes)
     if sizes[0] == 0:
         first = dict.fromkeys(second, *first.values())
-    return [second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())]
+    return _difference_by_seed(second, first)
 
 
 def paired_differences(
@@ -291,5 +291,10 @@ def paired_differences(
 ) -> list[float | None]:
     """`field` of `outcome`, first arm minus second, for every seed that both have; None where a run lacks it."""
     first, second = ({run["seed"]: outcome(run, targets)[field] for run in runs if run["arm"] == arm} for arm in arms)
+    return _difference_by_seed(first, second)
+
+
+def _difference_by_seed(first: dict[int, float | None], second: dict[int, float | None]) -> list[float | None]:
+    """First minus second for every seed that both have."""
     pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
