@@ -34,6 +34,13 @@ STYLES = {
     "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": "#009E73", "marker": "D", "linestyle": "--"},
     "loramoe": {"label": "LoRAMoE", "color": "#0072B2", "marker": "o", "linestyle": "-"},
 }
+# Each arm's labels at a corner of their own, since points of different arms lie close together.
+RATE_LABELS = {
+    "full": {"xytext": (-5, 5), "ha": "right", "va": "bottom"},
+    "lora": {"xytext": (5, -5), "ha": "left", "va": "top"},
+    "loramoe_beta0": {"xytext": (5, 5), "ha": "left", "va": "bottom"},
+    "loramoe": {"xytext": (-5, -5), "ha": "right", "va": "top"},
+}
 ROUTED = ("loramoe_beta0", "loramoe")
 DODGE = 1.06  # factor between the arms along the axis of sizes, so that interval bars do not cover each other
 MAX_NUMBERED_EXPERTS = 8
@@ -151,9 +158,11 @@ def _rates(trials: list[dict]) -> Figure | None:
         ends = {run["learning_rate"]: run["checkpoints"][-1] for run in runs}
         points = {rate: (ends[rate]["task_loss"], ends[rate]["knowledge"]) for rate in sorted(ends)}
         axes.plot(*zip(*points.values(), strict=True), markersize=5, linewidth=1, **STYLES[arm])
-        for rate, (loss, knowledge) in points.items():
-            if math.isfinite(loss):
-                axes.annotate(f"{rate:g}", (loss, knowledge), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        for rate, point in points.items():
+            if math.isfinite(point[0]):
+                style = {"color": STYLES[arm]["color"], "fontsize": 7} | RATE_LABELS[arm]
+                axes.annotate(f"{rate:g}", point, textcoords="offset points", **style)
+    axes.margins(0.12)
     place = trials[0]["knowledge_share"], trials[0]["size"]
     axes.set(title=_place(place), xlabel="validation loss per answer token", ylabel="probe facts recalled")
     _show_losses(axes)
