@@ -147,10 +147,14 @@ def make_loras(trained: TrainedModel, args: ExportArguments, batch_size: int) ->
         weights_E = torch.full((num_experts,), 1 / num_experts)
         return {name: static_lora(module, weights_E) for name, module in experts.items()}
     _, rows = rows_of_type(trained, args.calibration_data, "dataset_dir", args)
+    # An adapted output layer has to see every token; any other would only take time.
+    logits_to_keep = 0 if isinstance(trained.model.get_base_model().get_output_embeddings(), LoraLayer) else 1
     with torch.no_grad(), Calibration(experts) as calibration:
         for batch in batches(trained, rows, batch_size, "calibrating"):
             calibration.mask_BT = batch["attention_mask"]
-            trained.model(input_ids=batch["input_ids"], attention_mask=calibration.mask_BT, logits_to_keep=1)
+            trained.model(
+                input_ids=batch["input_ids"], attention_mask=calibration.mask_BT, logits_to_keep=logits_to_keep
+            )
     if args.weights == "calibrated":
         return {name: static_lora(module, calibration.mean_weights(name)) for name, module in experts.items()}
     rank = args.rank or num_experts * trained.model.active_peft_config.r

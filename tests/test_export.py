@@ -48,12 +48,12 @@ def logits(model) -> torch.Tensor:
         return model.eval()(INPUT).logits
 
 
-def with_adapter_file(model_dir, folder) -> LlamaForCausalLM:
+def with_adapter_file(model_dir, folder, linears: int = 6) -> LlamaForCausalLM:
     """A stock Llama, the exported LoRA added to its weights straight from the file, in the way of PyPI's `peft`."""
     model = LlamaForCausalLM.from_pretrained(model_dir)
     config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / WEIGHTS)
     modules = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("lora_A.weight")}
-    assert len(tensors) == 2 * len(modules) == 12
+    assert len(tensors) == 2 * len(modules) == 2 * linears
     for name in modules:
         delta = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
         with torch.no_grad():
@@ -62,9 +62,9 @@ def with_adapter_file(model_dir, folder) -> LlamaForCausalLM:
     return model
 
 
-def constant_router(folder, model_dir) -> PeftModel:
+def constant_router(folder, model_dir, **settings) -> PeftModel:
     """Zero the routers in an adapter folder: every weight is 1 / E, whatever the input."""
-    model = filled_model(base_model_name_or_path=str(model_dir))
+    model = filled_model(base_model_name_or_path=str(model_dir), **settings)
     for module in model.modules():
         if isinstance(module, Router):
             torch.nn.init.zeros_(module.weight)
@@ -80,6 +80,15 @@ def test_with_a_constant_router_the_exported_lora_equals_the_mixture(export, ada
     torch.testing.assert_close(logits(with_adapter_file(model_dir, folder)), logits(mixture), rtol=1e-5, atol=1e-5)
     (line,) = (line for line in shown.splitlines() if line.startswith(weights))
     assert float(line.split()[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("weights", KINDS)
+def test_an_adapted_output_layer_is_exported_and_merged_like_any_linear(export, adapter_dir, model_dir, weights):
+    mixture = constant_router(adapter_dir, model_dir, target_modules=["up_proj", "lm_head"])
+    exported = with_adapter_file(model_dir, export(weights=weights)[0], linears=3)
+    torch.testing.assert_close(logits(exported), logits(mixture), rtol=1e-5, atol=1e-5)
+    merged = LlamaForCausalLM.from_pretrained(export("--merge", weights=weights)[0])
+    torch.testing.assert_close(logits(merged), logits(mixture), rtol=1e-5, atol=1e-5)
 
 
 def test_the_configuration_is_that_of_a_plain_lora_and_keeps_the_scaling(export):
