@@ -93,7 +93,7 @@ class Calibration:
         def hook(experts: LoraExperts, inputs: tuple[Tensor]) -> None:
             counts_N = self.mask_BT.flatten().bool().to(inputs[0].device)
             x_NI = inputs[0].flatten(0, -2)[counts_N].to(experts.lora_A.dtype)
-            weights_NE = experts.router(x_NI).double()
+            weights_NE = (x_NI.new_ones(len(x_NI), 1) if experts.router is None else experts.router(x_NI)).double()
             hidden_NS = F.linear(x_NI, stacked_a(experts)).double()
             routed_NS = hidden_NS * weights_NE.repeat_interleave(experts.rank, dim=1)
             sums = [weights_NE.sum(dim=0), hidden_NS.T @ hidden_NS, routed_NS.T @ hidden_NS]

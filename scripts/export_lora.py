@@ -107,7 +107,7 @@ def check_export(trained: TrainedModel, args: ExportArguments) -> None:
     if args.task_type is not None and not 0 <= args.task_type < config.num_task_types:
         raise InputError(f"--task_type is {args.task_type}; this adapter has 0 to {config.num_task_types - 1}")
     if args.rank and args.rank > config.r * config.lora_nums:
-        raise InputError(f"--rank is {args.rank}, but the mixture has rank {config.r * config.lora_nums} at most")
+        raise InputError(f"--rank is {args.rank}, but the adapter has rank {config.r * config.lora_nums} at most")
     if not args.merge:
         return
     if kinds := {type(layer.base_layer) for _, layer in adapted(base)} - {nn.Linear}:
@@ -143,7 +143,7 @@ def make_loras(trained: TrainedModel, args: ExportArguments, batch_size: int) ->
     """The plain LoRA of each adapted Linear, by the Linear's name."""
     experts = {name: layer.experts["default"] for name, layer in adapted(trained.model.get_base_model())}
     num_experts = trained.model.active_peft_config.lora_nums
-    if args.weights == "uniform" or num_experts == 1:
+    if args.weights == "uniform" or (num_experts == 1 and args.rank is None):
         weights_E = torch.full((num_experts,), 1 / num_experts)
         return {name: static_lora(module, weights_E) for name, module in experts.items()}
     _, rows = rows_of_type(trained, args.calibration_data, "dataset_dir", args)

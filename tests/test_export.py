@@ -208,6 +208,17 @@ def test_a_plain_lora_is_exported_as_it_is(export, adapter_dir, model_dir):
     torch.testing.assert_close(logits(with_adapter_file(model_dir, folder)), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def test_a_plain_lora_is_fitted_to_the_rank_that_is_asked_for(export, adapter_dir, model_dir):
+    model = filled_model(lora_nums=1, base_model_name_or_path=str(model_dir))
+    model.save_pretrained(adapter_dir)
+    whole = with_adapter_file(model_dir, export(rank=2)[0])
+    torch.testing.assert_close(logits(whole), logits(model), rtol=1e-5, atol=1e-5)
+    folder, _ = export(rank=1)
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / WEIGHTS)
+    assert (config["r"], config["lora_alpha"]) == (1, 2)
+    assert {min(tensor.shape) for tensor in tensors.values()} == {1}
+
+
 def test_a_quantised_base_exports_an_adapter_but_cannot_be_merged_into(export, adapter_dir, quantisable_dir):
     base = LlamaForCausalLM.from_pretrained(quantisable_dir)
     config = LoraConfig(
@@ -220,7 +231,7 @@ def test_a_quantised_base_exports_an_adapter_but_cannot_be_merged_into(export, a
 
 
 REFUSED = {
-    "--rank is 9, but the mixture has rank 8": {"rank": 9},
+    "--rank is 9, but the adapter has rank 8": {"rank": 9},
     "--rank is 0": {"rank": 0},
     "--rank chooses the rank of --weights fitted": {"rank": 2, "weights": "uniform"},
     "--task_type is 2; this adapter has 0 to 1": {"task_type": 2},
