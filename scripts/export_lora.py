@@ -87,8 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(rows)} rows of {path}, each answer with its end token", *cost_lines(costs, name), sep="\n")
     with whole_folder(output) as folder:
         if args.merge:
+            base = trained.model.get_base_model()
+            base.generation_config = trained.proposed_generation
             with other():
-                trained.model.get_base_model().save_pretrained(folder)
+                base.save_pretrained(folder)
             trained.tokenizer.save_pretrained(folder)
         else:
             write_adapter(loras, config, trained.base_model, folder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import example_rows, fill_adapter, filled_model, tiny_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from data import Encoding, InputError, load_data
 from peft import Calibration, LoraConfig, PeftModel, Router, get_peft_model, static_lora
@@ -109,6 +109,15 @@ def test_a_merged_model_is_one_for_stock_transformers(export, model_dir, weights
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert not (folder / "adapter_config.json").exists()
     assert AutoTokenizer.from_pretrained(folder)("the cat").input_ids == tiny_tokenizer()("the cat").input_ids
+
+
+def test_a_merged_model_generates_as_the_base_models_folder_proposes(export, model_dir, tmp_path):
+    base, fields = tmp_path / "base", {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 3]}
+    shutil.copytree(model_dir, base)
+    GenerationConfig(**fields).save_pretrained(base)
+    folder, _ = export("--merge", weights="uniform", base_model=base)
+    found, wanted = (json.loads((place / "generation_config.json").read_text()) for place in (folder, base))
+    assert found == wanted
 
 
 def test_the_printed_costs_are_those_of_each_row_by_itself(export, model_dir, adapter_dir, data_file, tmp_path):

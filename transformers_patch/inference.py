@@ -2,7 +2,7 @@
 
 import json
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -75,12 +75,14 @@ class TrainedModel:
         run_config: the run's `run_config.json` (its `prompt_template`, `max_seq_length`, `validation_file` ...);
             empty where the folder has none.
         base_model: where the base model comes from.
+        proposed_generation: the generation settings that its folder proposes, for a model that is saved from this one.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     run_config: dict
     base_model: str
+    proposed_generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def template(self, wanted: str | None = None) -> str:
         """`plain` or `chat`: what was asked for, else what the run was trained with.
@@ -142,12 +144,13 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
     check_base_model(base, tokenizer, put_adapter)
     run_config = _run_config(folder)
     model = _load_weights(base, args)
+    proposed = model.generation_config
     model.generation_config = GenerationConfig(
-        eos_token_id=model.generation_config.eos_token_id,
-        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=proposed.eos_token_id,
+        bos_token_id=proposed.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return TrainedModel(put_adapter(model).eval(), tokenizer, run_config, base)
+    return TrainedModel(put_adapter(model).eval(), tokenizer, run_config, base, proposed)
 
 
 def _local_folder(name: str) -> Path:
