@@ -23,6 +23,7 @@ from scripts.footprint import Footprint, Shape, count_step
 from scripts.instruments import SavedBytes
 from scripts.processes import run_alone
 from scripts.variants import Variant, load_base, random_batch, resident_memory
+from transformers_patch.command_line import listed
 from transformers_patch.training.arguments import FLAG_OF_FIELD
 
 # Dense bf16 TFLOP/s and GiB of memory, from the data sheets.
@@ -172,7 +173,7 @@ def adapter_config(flags: argparse.Namespace) -> LoraConfig:
         lora_nums=flags.lora_nums,
         lora_dropout=flags.lora_dropout,
         blc_weight=0,  # stock classes, which other architectures than Llama have, do not know the term
-        target_modules=[name.strip() for name in flags.trainable.split(",") if name.strip()],
+        target_modules=listed(flags.trainable),
     )
 
 

@@ -14,6 +14,7 @@ from transformers_patch import inference
 from transformers_patch.command_line import parse_flags
 from transformers_patch.generation import DecodingArguments
 from transformers_patch.inference import InferenceArguments, load_trained
+from transformers_patch.training.arguments import ModelArguments
 
 INPUT = torch.arange(5, 25)[None]
 
@@ -64,6 +65,14 @@ def test_a_folder_of_a_whole_model_works_but_has_no_base(model_dir):
     assert not isinstance(trained.model, PeftModel)
     with pytest.raises(InputError, match="holds a whole model"):
         trained.as_base()
+
+
+def test_the_names_of_a_fully_tuned_models_task_types_are_read_as_train_reads_them(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "tuned")
+    flags = {"task_types": "other, world knowledge ,", "num_task_types": 2}
+    (folder / "run_config.json").write_text(json.dumps(flags))
+    assert load(folder).task_type_names == ("other", "world knowledge")
+    assert ModelArguments(**flags).task_type_names == ["other", "world knowledge"]
 
 
 def test_sampling_that_the_base_models_folder_proposes_is_not_taken_over(adapter_dir, model_dir, tmp_path):

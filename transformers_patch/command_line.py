@@ -17,6 +17,11 @@ def flag(default, text: str, **metadata):
     return field(default=default, metadata={"help": text, **metadata})
 
 
+def listed(text: str | None) -> list[str] | None:
+    """The items of a flag's value, separated by commas and perhaps spaces; None where the flag was not given."""
+    return None if text is None else [item.strip() for item in text.split(",") if item.strip()]
+
+
 class FlagParser(HfArgumentParser):
     """Raises InputError instead of exiting, with the nearest names for a flag that does not exist.
 

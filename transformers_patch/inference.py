@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
-from transformers_patch.command_line import flag
+from transformers_patch.command_line import flag, listed
 from transformers_patch.generation import end_tokens
 from transformers_patch.training.base_model import check_base_model, first_line, load_tokenizer, quantization
 from transformers_patch.training.checkpoint import NAME as CHECKPOINT_NAME
@@ -106,7 +106,7 @@ class TrainedModel:
     def task_type_names(self) -> tuple[str, ...]:
         if isinstance(self.model, PeftModel):
             return tuple(self.model.active_peft_config.task_type_names or ())
-        return tuple((self.run_config.get("task_types") or "").split(",")) if self.run_config.get("task_types") else ()
+        return tuple(listed(self.run_config.get("task_types")) or ())
 
     def as_base(self) -> AbstractContextManager:
         """A context in which the model is the base model.

@@ -17,7 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from data import ORDERS, TEMPLATES, InputError
 from peft import LoraConfig, TaskType
-from transformers_patch.command_line import FlagParser, flag, refuse
+from transformers_patch.command_line import FlagParser, flag, listed, refuse
 
 # LoraConfig's field names, as the command line spells them.
 FLAG_OF_FIELD = {
@@ -131,12 +131,12 @@ class ModelArguments:
             lora_shared_A=bool(self.lora_shared_A),
             target_modules=_targets(self.trainable),
             layers_to_transform=_numbers("layers_to_transform", self.layers_to_transform),
-            modules_to_save=_names(self.modules_to_save),
+            modules_to_save=listed(self.modules_to_save),
         )
 
     @property
     def task_type_names(self) -> list[str] | None:
-        return _names(self.task_types)
+        return listed(self.task_types)
 
     def resolve_targets(self, defaults: tuple[str, ...]) -> None:
         """Put the names that `auto` stands for in its place, so that the run's configuration tells what was trained."""
@@ -148,22 +148,18 @@ class ModelArguments:
             self.num_task_types = len(self.task_type_names or (0, 1))
 
 
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _numbers(field_name: str, text: str | None) -> list[int] | None:
-    names = _names(text)
-    if names is not None and not all(name.isdecimal() for name in names):
+    numbers = listed(text)
+    if numbers is not None and not all(number.isdecimal() for number in numbers):
         raise ValueError(f"{field_name} is {text!r}, but has to be whole numbers separated by commas")
-    return names and [int(name) for name in names]
+    return numbers and [int(number) for number in numbers]
 
 
 def _targets(text: str) -> list[str] | str | None:
     """What `LoraConfig.target_modules` is for `--trainable`: a text of more than names and commas is a pattern."""
     if text == "auto":
         return None
-    return _names(text) if re.fullmatch(r"[\w.,\s]*", text) else text
+    return listed(text) if re.fullmatch(r"[\w.,\s]*", text) else text
 
 
 @dataclass
