@@ -14,7 +14,7 @@ from data.dataset import (
     row_lengths,
     task_types,
 )
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.prompt import (
     TEMPLATE_VARIABLES,
     TEMPLATES,
@@ -43,6 +43,7 @@ __all__ = [
     "encode_prompt",
     "encode_target",
     "file_hash",
+    "first_line",
     "load_data",
     "marked_row",
     "resolve_template",

@@ -30,7 +30,7 @@ import pyarrow
 from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
-from data import InputError
+from data import InputError, first_line
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import RECIPES, Source, evaluation_parts
 from scripts.provenance import provenance
@@ -175,7 +175,7 @@ def open_part(source: Source, seed: int) -> datasets.IterableDataset:
         # takes threads, and five seconds at the end of each set to stop them.
         shuffled = records.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
     except UNREADABLE as error:
-        raise unreadable(source, error) from error
+        raise unreadable(source, first_line(error)) from error
     if missing := set(source.columns) - set(records.column_names):
         raise unreadable(source, f"it has no column {', '.join(sorted(missing))}")
     return shuffled
@@ -190,11 +190,10 @@ def read(source: Source, records: datasets.IterableDataset) -> Iterator[dict]:
     try:
         yield from records
     except UNREADABLE as error:
-        raise unreadable(source, error) from error
+        raise unreadable(source, first_line(error)) from error
 
 
-def unreadable(source: Source, reason: object) -> InputError:
-    reason = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
+def unreadable(source: Source, reason: str) -> InputError:
     return InputError(
         f"{source.name} could not be read from the hub ({source.files}): {reason}\n"
         f"once it can, the same command goes on; --without {source.hub_id} does without it"

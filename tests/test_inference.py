@@ -139,6 +139,14 @@ def test_an_adapter_that_neither_folder_nor_hub_has(name):
     assert f"--adapter {name}: no such folder, and it could not be had from the hub: " in refusal(name)
 
 
+def test_a_failure_without_a_message_is_named(monkeypatch):
+    def fail(name, allow_patterns):
+        raise TimeoutError
+
+    monkeypatch.setattr(inference, "snapshot_download", fail)
+    assert refusal("someone/adapter").endswith("could not be had from the hub: TimeoutError")
+
+
 def test_a_base_model_that_is_not_there(adapter_dir, tmp_path):
     message = refusal(adapter_dir, base_model=str(tmp_path / "nowhere"))
     assert "no such folder (--base_model)" in message

@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from data import InputError, resolve_template
+from data import InputError, first_line, resolve_template
 from peft import LoraConfig, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.command_line import flag, listed
 from transformers_patch.generation import end_tokens
-from transformers_patch.training.base_model import check_base_model, first_line, load_tokenizer, quantization
+from transformers_patch.training.base_model import check_base_model, load_tokenizer, quantization
 from transformers_patch.training.checkpoint import NAME as CHECKPOINT_NAME
 from transformers_patch.training.publish import PUBLISHED
 from transformers_patch.training.run_folder import CONFIG_NAME as RUN_CONFIG_NAME

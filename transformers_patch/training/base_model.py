@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from data import InputError, row_lengths
+from data import InputError, first_line, row_lengths
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.saving import load_adapter_weights
 from transformers_patch.auto import AutoModelForCausalLM, most_positions, patched_class
@@ -171,7 +171,3 @@ def _shortened(message: str) -> str:
     lines = message.splitlines()
     more = len(lines) - MOST_LINES_SHOWN
     return message if more <= 0 else "\n".join([*lines[:MOST_LINES_SHOWN], f"  ... and {more} more"])
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from data import InputError
+from data import InputError, first_line
 from data.errors import UNWRITABLE
 
 # Where a checkpoint lies, inside the run's folder, while it is being written. Hidden, and not named like a checkpoint.
@@ -134,7 +134,7 @@ def _unwritten_message(run_folder: Path, name: str, error: Exception) -> str:
     last, _ = find_checkpoint(run_folder)
     free = shutil.disk_usage(run_folder.parent).free // 1_000_000
     return (
-        f"{run_folder / name} could not be written: {str(error).splitlines()[0]} ({free:,} MB are free on this disk). "
+        f"{run_folder / name} could not be written: {first_line(error)} ({free:,} MB are free on this disk). "
         f"The last good checkpoint is {last or 'none'}; make room and run the same command again to go on from it"
     )
 

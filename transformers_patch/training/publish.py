@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from data import InputError
+from data import InputError, first_line
 from transformers_patch.training.arguments import RunArguments
 
 # Optimizer states, logs and the run's configuration, which may hold paths of this machine, stay here.
@@ -35,7 +35,7 @@ def open_repository(args: RunArguments) -> str | None:
     try:
         return HfApi().create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True).repo_id
     except (HTTPError, OSError, HFValidationError) as error:
-        raise InputError(f"--push_to_hub: the repository {name} cannot be opened: {_first_line(error)}") from error
+        raise InputError(f"--push_to_hub: the repository {name} cannot be opened: {first_line(error)}") from error
 
 
 def publish(folder: Path, repository: str, args: RunArguments) -> str:
@@ -55,11 +55,7 @@ def publish(folder: Path, repository: str, args: RunArguments) -> str:
         )
     except (HTTPError, OSError) as error:
         raise InputError(
-            f"the run is finished, but its upload to {repository} failed: {_first_line(error)}; the same command "
+            f"the run is finished, but its upload to {repository} failed: {first_line(error)}; the same command "
             "tries the upload again"
         ) from error
     return str(commit.repo_url)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
