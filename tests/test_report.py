@@ -8,14 +8,17 @@ import pytest
 import torch
 from conftest import filled_model, tiny_tokenizer
 from test_train import Runner
+from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
 from data import Encoding, encode_prompt, encode_target, load_data
 from peft import LoraConfig, PeftModel
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
+from transformers_patch.labels import LabelledPositions
 from transformers_patch.training import report
 from transformers_patch.training.report import MAX_NEW_TOKENS, routing_lines
 from transformers_patch.training.routing import Routing, routing_summary
+from transformers_patch.training.trainer import LoRAMoETrainer
 
 TASK_TYPES = (0, 1, 1, None, 0, 1)
 
@@ -87,6 +90,38 @@ def finished(tmp_path_factory, model_dir) -> FinishedRun:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
         return FinishedRun(tmp_path_factory.mktemp("report"), model_dir)
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_evaluation_computes_one_cross_entropy_and_what_a_forward_with_labels_gives(
+    tmp_path, model_dir, monkeypatch, experts
+):
+    step, entropy, batches, calls = LoRAMoETrainer.prediction_step, functional.cross_entropy, [], []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return entropy(*args, **kwargs)
+
+    def compared(trainer, model, inputs, *args, **kwargs):
+        labelled = {name: value for name, value in inputs.items() if name != "sources"}
+        with torch.no_grad(), RoutingRecorder(model) as recorder:
+            output = model(**labelled)
+        expected = [LabelledPositions(inputs["labels"]).likelihood(output.logits)]
+        nll, tokens = expected[0].sum(dim=0)
+        torch.testing.assert_close(nll / tokens, output.lm_loss)
+        if experts > 1:
+            expected.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1))
+        batches.append(inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "cross_entropy", counted)
+            loss, found, labels = step(trainer, model, dict(inputs), *args, **kwargs)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        return loss, found, labels
+
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setattr(LoRAMoETrainer, "prediction_step", compared)
+    Runner(tmp_path, model_dir)(max_steps=2, lora_nums=experts, per_device_eval_batch_size=2)
+    assert len(calls) == len(batches) == 6
 
 
 def assert_close(found: list, expected: torch.Tensor) -> None:

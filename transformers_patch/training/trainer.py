@@ -139,13 +139,17 @@ class LoRAMoETrainer(Trainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
-        """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares."""
+        """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares.
+
+        The model gets no labels: with them it would compute losses of the batch, of which nothing is reported.
+        """
         inputs = self._prepare_inputs(inputs)
-        sources = inputs.pop("sources")
-        recorder = RoutingRecorder(self.accelerator.unwrap_model(model))
-        with torch.no_grad(), self.compute_loss_context_manager(), recorder:
+        sources, positions = inputs.pop("sources"), LabelledPositions(inputs.pop("labels"))
+        plain_model = self.accelerator.unwrap_model(model)
+        recorder = RoutingRecorder(plain_model)
+        with torch.no_grad(), self.compute_loss_context_manager(), recorder, positions.only(plain_model):
             logits_1NV = model(**inputs).logits
-        predictions = [LabelledPositions(inputs["labels"]).likelihood(logits_1NV)]
+        predictions = [positions.likelihood(logits_1NV)]
         if recorder.weights:
             self._routed_modules = list(recorder.weights)
             predictions.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1).contiguous())
