@@ -473,6 +473,9 @@ def test_training_continues_from_an_adapter(run, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
     with pytest.raises(InputError, match=r"--lora_rank is 4, the adapter has 2; --lora_alpha is 32, the adapter has 4"):
         run(peft_path=tmp_path / "adapter")
+    differing = "--expert_groups is 1,3, the adapter has none; --trainable is up_proj, the adapter has down_proj,"
+    with pytest.raises(InputError, match=differing):
+        run(**same, expert_groups="1, 3", trainable="up_proj")
 
 
 @pytest.fixture

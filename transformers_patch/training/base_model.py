@@ -126,12 +126,19 @@ def _adapter_config(model_args: ModelArguments) -> LoraConfig:
     found = LoraConfig.from_pretrained(model_args.peft_path)
     wanted.target_modules = wanted.target_modules or found.target_modules
     differing = [
-        f"{FLAG_OF_FIELD[name]} is {getattr(wanted, name)}, the adapter has {getattr(found, name)}"
+        f"{FLAG_OF_FIELD[name]} is {_typed(getattr(wanted, name))}, the adapter has {_typed(getattr(found, name))}"
         for name in wanted.fixed_differences(found)
     ]
     if differing:
         raise ValueError(f"the adapter in --peft_path was made with other settings: {'; '.join(differing)}")
     return wanted
+
+
+def _typed(value: object) -> str:
+    """A field of the adapter's configuration as it is typed on the command line."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
 
 
 def _weight_dtype(model_args: ModelArguments, args: RunArguments) -> torch.dtype:
