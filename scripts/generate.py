@@ -142,6 +142,8 @@ def load_prompts(path: str) -> list[dict]:
 
 def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
     """What answers depend on, besides the rows: a half-written file with other values is not gone on with."""
+    # batch_size is left out, though padding moves answers within rounding and draws with a temperature follow it: it is
+    # what a user has to lower in order to go on after memory ran out.
     weights = Path(inference.adapter) / WEIGHTS_NAME
     decoding = answerer.settings.to_diff_dict()
     return {
