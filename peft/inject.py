@@ -11,8 +11,8 @@ from peft.layer import LoraLayer
 from peft.linear import linear_size
 from peft.trained_copy import TrainedCopy
 
-# Of a base model that does not name its own.
-DEFAULT_TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")
+# The feed-forward Linears of Llama and of most others; the default for a base model that does not name its own.
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def find_targets(
@@ -128,7 +128,7 @@ class LoraModel(nn.Module):
 
 def _default_targets(model: nn.Module) -> list[str]:
     """Raises ValueError where the model has no Linears of the default names."""
-    names = getattr(model, "default_target_modules", DEFAULT_TARGET_MODULES)
+    names = getattr(model, "default_target_modules", GATED_MLP)
     try:
         find_targets(model, list(names))
     except ValueError:

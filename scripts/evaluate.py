@@ -16,12 +16,12 @@ from transformers_patch.command_line import flag, parse_flags, run_verb
 from transformers_patch.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from transformers_patch.generation import DecodingArguments
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
+from transformers_patch.training.arguments import DataArguments
 from transformers_patch.training.base_model import check_lengths
 from transformers_patch.training.run_folder import write_json
 
 COMMAND = "python -m scripts.evaluate"
 PACKAGES = ("torch", "transformers", "rouge-score", "sacrebleu", "lm-eval")
-DEFAULT_LENGTH = 1024
 
 
 @dataclass
@@ -42,7 +42,9 @@ class EvaluateArguments:
         metadata={"help": "tasks that choose among labels, for accuracy; by default those with few different outputs"},
     )
     template: str | None = flag(None, f"prompt template, {', '.join(TEMPLATES)}; by default the run's")
-    max_seq_length: int | None = flag(None, "longest row in tokens; by default the run's, or else 1024")
+    max_seq_length: int | None = flag(
+        None, f"longest row in tokens; by default the run's, or else {DataArguments.max_seq_length}"
+    )
     max_new_tokens: int | None = flag(None, "longest decoded answer in tokens; by default the data's longest answer")
     lm_eval: list[str] = field(
         default_factory=list, metadata={"help": "tasks of lm-evaluation-harness; tiny_data is one that works offline"}
@@ -139,7 +141,7 @@ def load_sets(
 
 
 def max_length(trained: TrainedModel, args: EvaluateArguments) -> int:
-    return args.max_seq_length or trained.run_config.get("max_seq_length", DEFAULT_LENGTH)
+    return args.max_seq_length or trained.max_seq_length
 
 
 def evaluate_set(

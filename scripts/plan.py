@@ -18,13 +18,14 @@ from transformers import PretrainedConfig
 
 from data import InputError
 from peft import LoraConfig, TaskType
+from peft.inject import GATED_MLP
 from scripts.architectures import ARCHITECTURES, find_architecture
 from scripts.footprint import Footprint, Shape, count_step
 from scripts.instruments import SavedBytes
 from scripts.processes import run_alone
 from scripts.variants import Variant, load_base, random_batch, resident_memory
 from transformers_patch.command_line import listed
-from transformers_patch.training.arguments import FLAG_OF_FIELD
+from transformers_patch.training.arguments import FLAG_OF_FIELD, DataArguments
 
 # Dense bf16 TFLOP/s and GiB of memory, from the data sheets.
 GPUS = {
@@ -260,9 +261,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lora_nums", type=int, default=6, help="experts per adapted Linear")
     add("--lora_rank", type=int, default=4, help="rank of each expert")
     add("--lora_dropout", type=float, default=0.05, help="dropout of the experts' input; its mask takes memory")
-    add("--trainable", default="gate_proj,up_proj,down_proj", help="names of the adapted Linears")
+    add("--trainable", default=",".join(GATED_MLP), help="names of the adapted Linears")
     add("--batch", type=int, default=8, help="rows per GPU and micro-batch")
-    add("--length", type=int, default=1024, help="tokens per row, padding included")
+    add("--length", type=int, default=DataArguments.max_seq_length, help="tokens per row, padding included")
     add("--labelled", type=float, default=1.0, help="share of positions with a label, in (0, 1]; others have no logits")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision of the computation; fp16 counts as bf16")
     add("--gpus", type=int, default=1, help="GPUs over all nodes")

@@ -9,10 +9,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from peft.inject import GATED_MLP
 from transformers_patch.mixin import LoRAMoEMixin
 from transformers_patch.modeling_llama import LlamaLoRAMoEForCausalLM
 
-GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 FUSED_MLP = ("gate_up_proj", "down_proj")
 PLAIN_MLP = ("c_fc", "c_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -21,6 +21,7 @@ from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.command_line import flag, listed
 from transformers_patch.generation import end_tokens
+from transformers_patch.training.arguments import DataArguments
 from transformers_patch.training.base_model import check_base_model, load_tokenizer, quantization
 from transformers_patch.training.checkpoint import NAME as CHECKPOINT_NAME
 from transformers_patch.training.publish import PUBLISHED
@@ -91,6 +92,11 @@ class TrainedModel:
             InputError: see `data.resolve_template`.
         """
         return resolve_template(wanted or self.run_config.get("prompt_template", "auto"), self.tokenizer)
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest row in tokens: the run's, or else the default of a run."""
+        return self.run_config.get("max_seq_length", DataArguments.max_seq_length)
 
     def end_tokens(self, template: str) -> list[int]:
         """See `generation.end_tokens`."""

@@ -19,6 +19,7 @@ from peft import (
     gather_samples,
     localized_balance_term,
 )
+from peft.inject import GATED_MLP
 from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
 
@@ -59,7 +60,7 @@ class LoRAMoEMixin:
     """
 
     # The Linears that are adapted where a LoraConfig names none; `auto.py` knows those of other architectures.
-    default_target_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    default_target_modules: tuple[str, ...] = GATED_MLP
     _balance_config: LoraConfig | None = None
 
     def configure_balance(self, config: LoraConfig | None) -> None:

@@ -23,8 +23,7 @@ def load_rows(trained: TrainedModel, path: str | None, field: str, cache_dir: st
     path = path or trained.run_config.get(field)
     if not path:
         raise InputError(f"name a data file: the adapter's folder has no run_config.json that names a {field}")
-    length = trained.run_config.get("max_seq_length", 1024)
-    encoding = Encoding(trained.template(), length, trained.num_task_types, trained.task_type_names)
+    encoding = Encoding(trained.template(), trained.max_seq_length, trained.num_task_types, trained.task_type_names)
     rows, _ = load_data(path, trained.tokenizer, encoding, cache_dir)
     return path, rows
 
