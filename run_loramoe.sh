@@ -72,10 +72,17 @@ if [[ $pretrained_model == models/SmolLM2-135M-Instruct ]]; then
 fi
 
 # Ask torch for the number of GPUs, since it minds CUDA_VISIBLE_DEVICES, and for their half precision.
-read -r gpus half < <("$python" -c '
-import torch
-gpus = torch.cuda.device_count()
+found=$("$python" -c '
+import sys, torch
+gpus = torch.cuda.device_count()  # of the driver; CUDA may not start on them all the same
+if gpus and not torch.cuda.is_available():
+    sys.exit(
+        f"error: there are GPUs ({gpus}), but CUDA does not start: see whether nvidia-smi shows a driver that is too "
+        f"old for CUDA {torch.version.cuda}, which this torch is built for, and what CUDA_VISIBLE_DEVICES says; "
+        "CUDA_VISIBLE_DEVICES= bash run_loramoe.sh trains on the CPU"
+    )
 print(gpus, "bf16" if gpus and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")')
+read -r gpus half <<<"$found"
 if ((gpus > 0)); then
     hardware=(--"$half" true)
     [[ $deepspeed_config_file == auto ]] && deepspeed_config_file=scripts/deepspeed/zero2.json

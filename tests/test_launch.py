@@ -233,6 +233,19 @@ def test_bad_input_gives_one_message_and_exit_code_1(run, shell, variables, mess
     assert not (run.folder / "outputs").exists()
 
 
+def test_gpus_that_cuda_does_not_start_on_are_named(run, shell):
+    """As with a driver that is too old: it counts its GPUs, but CUDA finds none."""
+    (run.folder / "sitecustomize.py").write_text(
+        "import torch.cuda\ntorch.cuda.device_count = lambda: 2\ntorch.cuda.is_available = lambda: False\n"
+    )
+    outcome = shell(PYTHONPATH=run.folder)
+    assert outcome.returncode == 1
+    assert outcome.stderr.count("error: ") == 1
+    assert "error: there are GPUs (2), but CUDA does not start" in outcome.stderr
+    assert "CUDA_VISIBLE_DEVICES= bash run_loramoe.sh trains on the CPU" in outcome.stderr
+    assert not (run.folder / "outputs").exists()
+
+
 @pytest.mark.parametrize(
     ("processes", "number", "send"),
     [
