@@ -4,8 +4,9 @@
 #   exp_name=llama2 pretrained_model=MODEL bash scripts/run_on_hosts.sh hostfile --weight_decay 0.01
 #
 # The file has a host a line, the first being node 0; what follows the name on a line (DeepSpeed's "slots=8") is passed
-# over. Every host sees this folder under the same path. Hyperparameters that are set here hold on all of them. Ctrl-C and
-# SIGTERM reach the runs, which save a checkpoint. The exit code is 0 where all ended with 0, else the first other one.
+# over. The others reach node 0 by that name, without a user@ in front, or by master_addr. Every host sees this folder under
+# the same path. Hyperparameters that are set here hold on all of them. Ctrl-C and SIGTERM reach the runs, which save a
+# checkpoint. The exit code is 0 where all ended with 0, else the first other one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,12 +14,13 @@ if [[ ! -r ${1:-} ]]; then
     echo "error: '${1:-}' is no readable file; give a file with one host a line: bash scripts/run_on_hosts.sh HOSTFILE" >&2
     exit 1
 fi
-mapfile -t hosts < <(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$1")
+mapfile -t hosts < <(awk '{ sub(/\r$/, "") } !/^[[:space:]]*(#|$)/ { print $1 }' "$1")
 if ((${#hosts[@]} == 0)); then
     echo "error: $1 names no host" >&2
     exit 1
 fi
 shift
+master_addr=${master_addr:-${hosts[0]##*@}}
 
 # Everything that is set of what run_loramoe.sh can be told, quoted for the shell on the other side.
 settings=()
@@ -29,7 +31,7 @@ flags=$(printf ' %q' "$@")
 
 sessions=()
 for rank in "${!hosts[@]}"; do
-    launch="nnodes=${#hosts[@]} node_rank=$rank master_addr=${hosts[0]}"
+    launch="nnodes=${#hosts[@]} node_rank=$rank"
     # With a terminal on the other side, the run there is told when this session ends.
     ssh -tt -o BatchMode=yes "${hosts[rank]}" \
         "cd $(printf %q "$PWD") && ${settings[*]} $launch exec bash run_loramoe.sh${*:+$flags}" </dev/null &

@@ -99,7 +99,7 @@ def hosts(tmp_path) -> dict[str, str]:
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "run_on_hosts.sh", tmp_path / "scripts")
     script = (ROOT / "run_loramoe.sh").read_text()
-    variables = "\n".join(line for line in script.splitlines() if line.startswith("exp_name="))
+    variables = "\n".join(line for line in script.splitlines() if line.startswith(("exp_name=", "master_addr=")))
     (tmp_path / "run_loramoe.sh").write_text(f"{variables}\nmaster_port=${{master_port:-29500}}\n{RUN}")
     (tmp_path / "ssh").write_text(SSH)
     (tmp_path / "ssh").chmod(0o755)
@@ -113,6 +113,19 @@ def test_every_host_of_a_file_runs_with_the_settings_made_here(tmp_path, hosts):
     assert sorted((tmp_path / "hosts").read_text().split()) == ["node-a", "node-b"]
     for rank in range(2):
         assert (tmp_path / f"node-{rank}").read_text() == f"2 {rank} node-a 29500 it's $HOME --run_name two $words\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "address"), [({}, "node-a"), ({"master_addr": "10.0.0.1"}, "10.0.0.1")], ids=["file", "variable"]
+)
+def test_the_first_nodes_address_has_no_user_and_can_be_set(tmp_path, hosts, variables, address):
+    """From a file whose lines end as on Windows."""
+    (tmp_path / "hostfile").write_bytes(b"me@node-a\r\n\r\nme@node-b\r\n")
+    command = ["bash", "scripts/run_on_hosts.sh", "hostfile"]
+    subprocess.run(command, cwd=tmp_path, env=hosts | {"exp_name": "x"} | variables, check=True, timeout=60)
+    assert sorted((tmp_path / "hosts").read_text().split("\n")) == ["", "me@node-a", "me@node-b"]
+    for rank in range(2):
+        assert (tmp_path / f"node-{rank}").read_text() == f"2 {rank} {address} 29500 x \n"
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "is no readable file"), ("# none\n", "names no host")])
