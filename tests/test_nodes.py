@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# Starts the command once for each node. As srun does, it answers SIGTERM with SIGKILL to its tasks.
+# Starts the command once for each node. As srun does, it answers SIGTERM with SIGKILL to its tasks, and gives them one
+# CPU where it is told no other number.
 SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
+cpus=1
+while [[ $1 == --* ]]; do
+    [[ $1 == --cpus-per-task=* ]] && cpus=${1#*=}
+    shift
+done
 tasks=()
-for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
+for node in 0 1; do SLURM_NODEID=$node SLURM_CPUS_PER_TASK=$cpus "$@" & tasks+=($!); done
 trap 'kill -KILL "${tasks[@]}"' TERM
 status=0
 for task in "${tasks[@]}"; do wait "$task" || status=$?; done
@@ -24,6 +29,7 @@ if [[ $1 == show ]]; then printf 'node-a\\nnode-b\\n'; else echo "$@" >>requeued
 """
 RUN = """#!/usr/bin/env bash
 echo "$nnodes $node_rank $master_addr $master_port $exp_name $*" >>"node-$node_rank"
+echo "${SLURM_CPUS_PER_TASK-}" >"cpus-$node_rank"
 if [[ $exp_name == long ]]; then
     trap 'exit 143' TERM
     touch "started-$node_rank"
@@ -47,6 +53,7 @@ def job(tmp_path) -> tuple[list[str], dict[str, str]]:
         "SLURM_JOB_NODELIST": "node-[a-b]",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_ID": "1234567",
+        "SLURM_CPUS_PER_TASK": "32",
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
     }
     return ["bash", "scripts/slurm/train.sbatch", "--run_name", "two words"], os.environ | slurm
@@ -57,6 +64,7 @@ def test_each_node_gets_its_number_and_the_first_nodes_address(tmp_path, job):
     subprocess.run(command, cwd=tmp_path, env=environment | {"exp_name": "short"}, check=True, timeout=60)
     for rank in range(2):
         assert (tmp_path / f"node-{rank}").read_text() == f"2 {rank} node-a 24567 short --run_name two words\n"
+        assert (tmp_path / f"cpus-{rank}").read_text() == "32\n"
     assert not (tmp_path / "requeued").exists()
 
 
