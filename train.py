@@ -245,11 +245,13 @@ def close_process_group() -> None:
 if __name__ == "__main__":
     # DeepSpeed calls collectives by names that torch has deprecated; the user can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    is_main = rank == "0"
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}" if is_main else 1)
+        # Once a node, since what is wrong may be wrong on this node alone.
+        sys.exit(f"error{'' if is_main else f' on rank {rank}'}: {error}" if local_rank == "0" else 1)
     except KeyboardInterrupt:
         sys.exit(
             "error: interrupted; the same command goes on from the last checkpoint, if there is one" if is_main else 1

@@ -360,6 +360,24 @@ def test_ctrl_c_is_one_message(monkeypatch):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "said"),
+    [
+        (0, 0, "error: --lora_rank is 0, but has to be a whole number of at least 1"),
+        (8, 0, "error on rank 8: --lora_rank is 0, but has to be a whole number of at least 1"),
+        (9, 1, 1),
+    ],
+)
+def test_bad_input_is_said_once_on_each_node(run, monkeypatch, rank, local_rank, said):
+    """A text ends a process with exit code 1, too."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(sys, "argv", ["train.py", *run.arguments(lora_rank=0)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert caught.value.code == said
+
+
 # What writes, the largest file that there is room for, and what is named.
 FULL_AT_THE_END = {
     "adapter": ("LoRAMoETrainer.save_model", 500, "adapter_model.safetensors"),
