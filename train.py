@@ -124,7 +124,11 @@ def run(
 def load_rows(
     tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, data_args: DataArguments, args: RunArguments
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation rows, encoded. Says what was found, and warns of rows that are in both."""
+    """Training and evaluation rows, encoded. Says what was found, and warns of rows that are in both.
+
+    Raises:
+        InputError: a file or a row cannot be used, or there are too few rows for a single micro-batch that is kept.
+    """
     names = model_args.task_type_names or ()
     encoding = Encoding(data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types, tuple(names))
 
@@ -132,6 +136,12 @@ def load_rows(
         return load_data(path, tokenizer, encoding, data_args.data_cache_dir, data_args.preprocessing_num_workers)
 
     train_data, train_counts = load(data_args.dataset_dir)
+    micro_batch = args.per_device_train_batch_size * args.num_processes
+    if args.dataloader_drop_last and len(train_data) < micro_batch:
+        raise InputError(
+            f"--dataloader_drop_last leaves no training rows: there are {len(train_data)}, and a micro-batch has "
+            f"{micro_batch} over all processes; leave it out or lower --per_device_train_batch_size"
+        )
     messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]
     eval_data = None
     if data_args.validation_file:

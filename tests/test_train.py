@@ -724,6 +724,14 @@ def test_bad_rows_are_found_before_any_weight_is_read(run, no_weights):
     assert not run.output.exists()
 
 
+@pytest.mark.parametrize(("size", "processes"), [(13, 1), (5, 3)])
+def test_rows_of_which_drop_last_leaves_none_are_refused(run, no_weights, size, processes):
+    flags = run.arguments(dataloader_drop_last="true", per_device_train_batch_size=size, num_processes=processes)
+    with pytest.raises(InputError, match=rf"there are 12, and a micro-batch has {size * processes} over all processes"):
+        train.main([*flags, "--prepare_only"])
+    assert not run.output.exists()
+
+
 def test_every_deepspeed_file_is_accepted():
     for file in Path(arguments.__file__).parents[2].glob("scripts/deepspeed/*.json"):
         flags = ["--model_name_or_path", "m", "--dataset_dir", "d", "--output_dir", "o", "--prepare_only"]
