@@ -63,6 +63,10 @@ for name in num_processes nnodes node_rank; do
         exit 1
     fi
 done
+if ((node_rank >= nnodes)); then
+    echo "error: node_rank is $node_rank, but with nnodes=$nnodes the nodes have the numbers 0 to $((nnodes - 1))" >&2
+    exit 1
+fi
 
 python=$(bash scripts/setup.sh)
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
@@ -93,6 +97,10 @@ else
     [[ $deepspeed_config_file == auto ]] && deepspeed_config_file=""
 fi
 num_processes=${num_processes:-$((gpus > 0 ? gpus : 1))}
+if ((gpus > 0 && num_processes > gpus)); then
+    echo "error: num_processes is $num_processes, but each needs a GPU of its own, and $gpus can be seen here" >&2
+    exit 1
+fi
 if [[ $validation_file == auto ]]; then
     if [[ $dataset_dir == data/tiny_data/train ]]; then validation_file=data/tiny_data/test.json; else validation_file=""; fi
 fi

@@ -52,8 +52,8 @@ TRAIN_VARIABLES = {
 }
 LAUNCHER_VARIABLES = {
     "num_processes": ("--nproc_per_node", "117"),
-    "nnodes": ("--nnodes", "118"),
-    "node_rank": ("--node_rank", "119"),
+    "nnodes": ("--nnodes", "119"),
+    "node_rank": ("--node_rank", "118"),
     "master_addr": ("--master_addr", "node.example"),
     "master_port": ("--master_port", "120"),
 }
@@ -366,7 +366,7 @@ def test_every_hyperparameter_reaches_its_flag(dry_run):
     assert shared[-2:] == more
     assert flag_values(shared) == dict(TRAIN_VARIABLES.values()) | {
         "--output_dir": "my runs/my run",
-        "--num_processes": str(117 * 118),
+        "--num_processes": str(117 * 119),
         "--eval_strategy": "steps",
         "--use_cpu": "true",
         "--weight_decay": "0.121",
@@ -406,6 +406,21 @@ def test_on_gpus_there_is_a_process_for_each_with_zero2_and_half_precision(dry_r
     launcher = train[2 : train.index("train.py")]
     assert launcher.pop() == "--standalone"
     assert flag_values(launcher) == SIGNALS | {"--nproc_per_node": "3"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"nnodes": "2", "node_rank": "2"}, "node_rank is 2, but with nnodes=2 the nodes have the numbers 0 to 1"),
+        ({"num_processes": "4"}, "num_processes is 4, but each needs a GPU of its own, and 3 can be seen here"),
+    ],
+    ids=["node", "GPU"],
+)
+def test_nodes_and_gpus_that_there_are_not_are_refused(dry_run, capfd, variables, message):
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        dry_run(gpus="3 bf16", **variables)
+    assert caught.value.returncode == 1
+    assert capfd.readouterr().err == f"error: {message}\n"
 
 
 def test_several_nodes_meet_at_the_first_one(dry_run):
