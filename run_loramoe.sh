@@ -68,6 +68,9 @@ if ((node_rank >= nnodes)); then
     exit 1
 fi
 
+# As a shell completes the name of a folder.
+pretrained_model=${pretrained_model%/} dataset_dir=${dataset_dir%/}
+
 python=$(bash scripts/setup.sh)
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 

@@ -395,6 +395,15 @@ def test_the_tiny_data_alone_brings_its_held_out_rows(dry_run):
     assert not {"--validation_file", "--eval_strategy", "--eval_steps"} & {*flag_values(prepare[1:])}
 
 
+def test_a_slash_behind_a_folder_changes_nothing(dry_run):
+    fetch, prepare, _ = dry_run(pretrained_model="models/SmolLM2-135M-Instruct/", dataset_dir="data/tiny_data/train/")
+    assert fetch == ["-m", "scripts.fetch_base_model"]
+    flags = flag_values(prepare[1:])
+    assert flags["--model_name_or_path"] == "models/SmolLM2-135M-Instruct"
+    assert flags["--dataset_dir"] == "data/tiny_data/train"
+    assert flags["--validation_file"] == "data/tiny_data/test.json"
+
+
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 def test_on_gpus_there_is_a_process_for_each_with_zero2_and_half_precision(dry_run, half):
     *_, prepare, train = dry_run(gpus=f"3 {half}", validation_file="")
