@@ -52,6 +52,12 @@ master_port=${master_port:-}                        # free port on node 0; empty
 
 # ======================================================================================================================
 for flag in "$@"; do
+    if [[ $flag == -h || $flag == --help ]]; then # what stands above, as name=default
+        sed -n '1d; /^# ===/q; /^set \|^cd /d
+            s/^\([a-z_]*\)=\${\1:\{0,1\}-\(.*\)} *# /\1=\2\t/; s/^# //; p' run_loramoe.sh | expand -t 48
+        echo "The flags of train.py: python train.py --help"
+        exit
+    fi
     if [[ $flag == --output_dir* ]]; then
         echo "error: the run's folder is output_dir/exp_name: set these two variables in place of --output_dir" >&2
         exit 1

@@ -321,6 +321,16 @@ def test_every_hyperparameter_is_explained_and_overridable():
     assert sorted(overridable) == sorted(SHELL_VARIABLES)
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_the_scripts_own_and_starts_nothing(tmp_path, flag):
+    shutil.copy(ROOT / "run_loramoe.sh", tmp_path)
+    outcome = subprocess.run(["bash", "run_loramoe.sh", flag], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert sorted(re.findall(r"^(\w+)=.*  \S", outcome.stdout, re.MULTILINE)) == sorted(SHELL_VARIABLES)
+    assert "python train.py --help" in outcome.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["run_loramoe.sh"]
+
+
 # Stands in for Python: writes its arguments down, and tells of as many GPUs as $GPUS where it is asked for them.
 STUB = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then echo "$GPUS"; exit; fi
