@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output)
     with writing(folder):
         aside, counts = begin(folder, args, argv)
+        save(aside, counts)
         parts = evaluation_parts(args.sources)
         every = tqdm([*args.sources, *parts], "finding sets", leave=False)
         opened = {part: open_part(part, args.seed) for part in every}
@@ -223,6 +224,9 @@ def write_training(
     aside: Path, opened: dict[Source, Iterable], asked: set[int], args: PrepareArguments, counts: dict
 ) -> None:
     """Write the kinds of task that are not finished, one after the other, and count what each set gives."""
+    for file in (aside / "train").glob("*.jsonl"):
+        if file.stem not in counts["train"]:  # unfinished, and perhaps of sets that are left out now
+            file.unlink()
     tasks = list(dict.fromkeys(source.task for source in opened))
     with tqdm(total=args.rows, initial=rows_so_far(counts), unit="row") as bar:
         for place, task in enumerate(tasks):
@@ -289,6 +293,7 @@ def write_without_overlap(aside: Path, counts: dict) -> None:
     """Write the rows of closed-book evaluation sets none of whose right answers is one of a training row."""
     sets = {name: list(read_rows(aside / "evaluation" / f"{name}.jsonl")) for name in counts["evaluation"]}
     sets = {name: rows for name, rows in sets.items() if rows[0]["task"] == CLOSED_BOOK}
+    shutil.rmtree(aside / "evaluation_without_overlap", ignore_errors=True)
     right = {key for rows in sets.values() for row in rows for key in answer_keys(row)}
     taught: set[int] = set()  # of the right answers alone, so that it does not grow with the training rows
     for row in read_rows(aside / "train" / f"{CLOSED_BOOK}.jsonl"):
@@ -345,6 +350,7 @@ def read_rows(file: Path) -> Iterator[dict]:
 
 
 def save(aside: Path, counts: dict) -> None:
+    aside.mkdir(parents=True, exist_ok=True)
     whole = aside / f"{COUNTS_NAME}.tmp"
     whole.write_text(json.dumps(counts, indent=2) + "\n")
     whole.replace(aside / COUNTS_NAME)

@@ -12,7 +12,7 @@ from conftest import full_disk, tiny_tokenizer
 
 from data import Encoding, InputError, load_data
 from data.facts import TASK as CLOSED_BOOK
-from data.recipes import PAPER, Source, evaluation_parts
+from data.recipes import PAPER, RECIPES, Source, evaluation_parts
 from data.rows import row_problem
 from data.tasks import TASKS
 from scripts.prepare_data import main, question_key
@@ -554,9 +554,32 @@ def test_an_interrupted_program_is_gone_on_with(hub, tmp_path, monkeypatch):
     assert files_in(tmp_path / "mix") == files_in(tmp_path / "undisturbed")
 
 
+def test_a_kind_that_is_left_out_after_an_interruption_leaves_no_rows(hub, tmp_path, monkeypatch):
+    """Interrupted in the first kind, all of whose sets are then left out."""
+    flags = [*FEW, "--size", "15"]
+
+    def interrupted(question: str, answers: list) -> tuple:
+        if question.endswith("train 5"):
+            raise KeyboardInterrupt
+        return question, "", answers
+
+    with monkeypatch.context() as patch:
+        recipe = [source._replace(to_texts=interrupted) if source == NQ else source for source in PAPER]
+        patch.setitem(RECIPES, "paper", recipe)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "mix", *flags)
+    assert (tmp_path / "mix.incomplete" / "train" / f"{CLOSED_BOOK}.jsonl").exists()
+    with pytest.raises(InputError, match="seed: 41 there, 3 now"):
+        prepare(tmp_path / "mix", *flags, "--seed", "3")
+    counts = prepare(tmp_path / "mix", *flags, "--without", *FEW[1:], NQ.hub_id)
+    files = {file.stem: len(rows_in(file)) for file in (tmp_path / "mix" / "train").iterdir()}
+    assert files == {task: count["got"] for task, count in counts["train"].items()}
+    assert CLOSED_BOOK not in files
+
+
 def test_a_full_disk_is_one_message(hub, tmp_path):
     with full_disk(1000), pytest.raises(InputError, match="mix cannot be written: File too large; once it can"):
-        prepare(tmp_path / "mix", *FEW)
+        prepare(tmp_path / "mix", *FEW, "--size", "10")
     prepare(tmp_path / "mix", *FEW, "--size", "10")
 
 
@@ -565,13 +588,13 @@ def test_a_set_that_cannot_be_read_is_named(hub, tmp_path):
     file = next(hub.folder.glob("stanfordnlp/*/*/*/*/train/*.parquet"))
     hub.write(snli, [{"premise": "It rains.", "hypothesis": "It is wet."}])
     with pytest.raises(InputError, match=f"{snli.name} could not be read .* it has no column label\n.*--without stanf"):
-        prepare(tmp_path / "mix", *FEW)
+        prepare(tmp_path / "mix", *FEW, "--size", "10")
     file.write_bytes(b"no Parquet")
     with pytest.raises(InputError, match=f"{snli.name} could not be read from the hub"):
-        prepare(tmp_path / "mix", *FEW)
+        prepare(tmp_path / "mix", *FEW, "--size", "10")
     file.unlink()
     with pytest.raises(InputError, match=f"{snli.name} could not be read from the hub"):
-        prepare(tmp_path / "mix", *FEW)
+        prepare(tmp_path / "mix", *FEW, "--size", "10")
     prepare(tmp_path / "mix", *FEW, "stanfordnlp/snli", "--size", "10")
 
 
