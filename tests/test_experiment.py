@@ -93,6 +93,18 @@ def test_small_sizes_come_first(config):
         (("loramoe:", "mixture:"), "an arm is named mixture, but has to be one of full, lora, loramoe_beta0, loramoe"),
         (("  loramoe: {blc_weight: 0.1}\n", ""), "lora_rank is equal, but there is no arm loramoe to be equal to"),
         (("logging_steps: 1", "prompt_template: plain"), "prompt_template cannot be set"),
+        (("lora: [0.002]", "lora: [2e-3]"), r"learning_rates is .*float.*; 2e-3 is text to YAML, .* such as 1\.0e-5"),
+        (("{lora_nums: 2}", "{learning_rate: 1e-5}"), "learning_rate of experts_2 is '1e-5', .*; 1e-5 is text to YAML"),
+        (
+            ("sizes:\n  96: [0, 1]\n  384: [0]", "sizes: [96]"),
+            r"sizes is \[96\], but has to be dict\[int, list\[int\]\]",
+        ),
+        (("facts: 60", "facts: true"), r"facts is True, but has to be int \| None"),
+        (
+            ("knowledge_shares: [0.2]", "knowledge_shares: 0.2"),
+            r"knowledge_shares is 0\.2, but has to be list\[float\]",
+        ),
+        (("full: {tuning: full}", "full:"), r"arms is .*None.*, but has to be dict\[str, dict\]"),
     ],
 )
 def test_a_wrong_configuration_is_refused(config, change, message):

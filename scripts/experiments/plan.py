@@ -3,9 +3,12 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
+from inspect import formatannotation
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import yaml
 
@@ -253,7 +256,7 @@ def read_experiment(file: str | Path) -> Experiment:
     """Read a configuration.
 
     Raises:
-        InputError: the file is no YAML, or its fields are not those of `Experiment`.
+        InputError: the file is no YAML, or its fields are not those of `Experiment`, in names or types.
     """
     try:
         values = yaml.safe_load(Path(file).read_text())
@@ -279,6 +282,12 @@ def read_experiment(file: str | Path) -> Experiment:
         problems.append("checkpoints has to be at least 2")
     if experiment.ablations and experiment.ablations.of not in experiment.arms:
         problems.append(f"ablations are of {experiment.ablations.of}, which is no arm")
+    changes = experiment.ablations.changes if experiment.ablations else {}
+    problems += [
+        f"the learning_rate of {name} is {rate!r}, but has to be float{_number_as_text(rate)}"
+        for name, change in changes.items()
+        if not _fits(rate := change.get("learning_rate", 0.0), float)
+    ]
     names = [] if problems else [cell.name for cell in experiment.cells()]
     problems += [f"two cells would be named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
     if problems:
@@ -293,6 +302,39 @@ def _checked(file: str | Path, values: object, kind: type) -> dict:
     needed = {name for name, each in known.items() if each.default is each.default_factory is MISSING}
     problems = [f"there is no field {name}" for name in values.keys() - known]
     problems += [f"the field {name} is missing" for name in sorted(needed - values.keys())]
+    problems += [
+        f"{name} is {value!r}, but has to be {formatannotation(known[name].type)}{_number_as_text(value)}"
+        for name, value in values.items()
+        if name in known and not _fits(value, known[name].type)
+    ]
     if problems:
         raise InputError(f"{file}: {'; '.join(problems)}")
     return dict(values)
+
+
+def _fits(value: object, kind: type | UnionType) -> bool:
+    """Whether a value of a YAML file is of a field's type. A whole number is a `float` as well."""
+    if is_dataclass(kind):
+        return True  # a mapping, which is checked on its own
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind in (int, float):
+        return type(value) in (int, kind)
+    if not isinstance(value, get_origin(kind) or kind):
+        return False
+    if get_origin(kind) is dict:
+        return all(_fits(key, parts[0]) and _fits(each, parts[1]) for key, each in value.items())
+    return all(_fits(each, part) for part in parts for each in value)
+
+
+def _number_as_text(value: object) -> str:
+    """A hint where a value is, or holds, a number in the one notation that YAML does not know."""
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return next(filter(None, map(_number_as_text, inside)), "")
+    try:
+        float(value if isinstance(value, str) else "")
+    except ValueError:
+        return ""
+    return f"; {value} is text to YAML, whose numbers have a point and a sign in the exponent, such as 1.0e-5"
