@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from data import InputError
 from data.facts import fact_row, load_facts
 from data.rows import row_problem
-from data.tasks import TASKS
+from data.tasks import MOST_ROWS, TASKS, make_rows
 from scripts import experiment as verb
 from scripts import prepare_data
 from scripts.experiments import mixture as mixture_module
@@ -181,6 +181,25 @@ def test_held_out_rows_are_missed_before_anything_is_trained(config, tmp_path):
     write_rows(tmp_path / "evaluation" / "wmt.jsonl", [{"instruction": "x", "output": "x", "task": "translation"}] * 70)
     check_rows(experiment)
     assert {row["task"] for row in task_rows(experiment, "grid")} == {"translation"}
+
+
+def test_more_rows_than_can_be_generated_are_refused_before_anything_is_trained(config):
+    experiment = read_experiment(config)
+    check_rows(experiment)
+    tuning = replace(experiment.tuning, size=6 * MOST_ROWS["train"] + 1)
+    with pytest.raises(InputError, match=r"54,001 different train rows .* only 54,000 can be generated: lower the la"):
+        check_rows(replace(experiment, tuning=tuning))
+    check_rows(replace(experiment, sizes={600_000: [0]}, knowledge_shares=[0.5]))
+    with pytest.raises(InputError, match=r"100,000 different train rows of each kind of task are asked for"):
+        check_rows(replace(experiment, sizes={600_000: [0]}, knowledge_shares=[0.5, 0]))
+    with pytest.raises(InputError, match=r"5,501 different test rows .* only 5,500 can be generated: lower rows_per_"):
+        check_rows(replace(experiment, rows_per_task=MOST_ROWS["test"] - mixture_module.VALIDATION_ROWS + 1))
+
+
+@pytest.mark.parametrize("part", MOST_ROWS)
+def test_as_many_rows_as_are_promised_can_be_generated(part):
+    """Of the kind that has the fewest."""
+    assert len(make_rows("coreference", MOST_ROWS[part], seed=3, part=part)) == MOST_ROWS[part]
 
 
 @pytest.mark.parametrize("shape", [SHAPE | {"vocab_size": 3000}, {"hidden_size": 576, "intermediate_size": 1536}])

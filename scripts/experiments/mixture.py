@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import InputError
 from data.facts import QUESTIONS, TASK, fact_row, instruction_facts, load_facts
-from data.tasks import TASKS, make_rows
+from data.tasks import MOST_ROWS, TASKS, make_rows
 from scripts.experiments.plan import Cell, Experiment
 from scripts.prepare_data import read_rows
 from transformers_patch.metrics import normalized
@@ -74,15 +74,24 @@ def check_rows(experiment: Experiment) -> None:
     Raises:
         InputError: it cannot, or there are none.
     """
+    wanted = max(cell.size - round(cell.size * cell.knowledge_share) for cell in experiment.cells())
     if experiment.rows:
         if not evaluation_files(experiment.rows):
             folder = Path(experiment.rows).parent / "evaluation"
             raise InputError(f"there are no .jsonl files in {folder} to measure on")
         files = _files(experiment.rows)
         del files[TASK]
-        most = {task: _count(file) for task, file in files.items()}
-        wanted = max(experiment.sizes) * (1 - min(experiment.knowledge_shares))
-        _split_evenly(round(wanted), most, experiment.rows)
+        _split_evenly(wanted, {task: _count(file) for task, file in files.items()}, experiment.rows)
+        return
+    each = {"train": math.ceil(wanted / len(TASKS)), "test": experiment.rows_per_task + VALIDATION_ROWS}
+    problems = [
+        f"{count:,} different {part} rows of each kind of task are asked for, but only {MOST_ROWS[part]:,} can be "
+        f"generated: lower {name}, or name prepared rows"
+        for (part, count), name in zip(each.items(), ("the largest size", "rows_per_task"), strict=True)
+        if count > MOST_ROWS[part]
+    ]
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 def evaluation_files(folder: str) -> list[Path]:
