@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import InputError
@@ -32,36 +34,53 @@ class AnswerFile:
         rows_hash = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
         self._head = json.loads(json.dumps({**settings, "rows_sha256": rows_hash}))
         self.answers: dict[int, dict] = {}
-        try:
+        with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._take_up():
                 self.partial.write_text(json.dumps(self._head) + "\n")
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def append(self, answers: dict[int, dict]) -> None:
-        """Write answers, by the row's index, to the disk."""
+        """Write answers, by the row's index, to the disk.
+
+        Raises:
+            InputError: they cannot be written.
+        """
         self.answers.update(answers)
         lines = [json.dumps({"index": index, **answer}) for index, answer in answers.items()]
-        with self.partial.open("a") as stream:
+        with self._writing(), self.partial.open("a") as stream:
             stream.write("\n".join(lines) + "\n")
 
     def finish(self) -> None:
-        """Put the whole file in its place: each row with its answer's fields."""
+        """Put the whole file in its place: each row with its answer's fields.
+
+        Raises:
+            InputError: it cannot be written.
+        """
         rows = [{**row, **self.answers[index]} for index, row in enumerate(self._rows)]
         if self.path.suffix == ".jsonl":
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
             text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
         whole = self.path.with_name(f"{self.path.name}.tmp")
-        whole.write_text(text)
-        whole.replace(self.path)
-        self.partial.unlink()
+        with self._writing():
+            whole.write_text(text, encoding="utf-8")
+            whole.replace(self.path)
+            self.partial.unlink()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A context in which what cannot be written is one message."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror}; once it can, the same command goes on"
+            ) from error
 
     def _take_up(self) -> bool:
         """Read what an interrupted program has left; False where there is nothing."""
         lines = self.partial.read_bytes().splitlines(keepends=True) if self.partial.is_file() else []
-        if not lines:
+        if not lines or lines == [lines[0].rstrip(b"\n")]:  # nothing, or settings that were torn while being written
             return False
         head = _parsed(lines[0]) or {}
         differing = [
@@ -80,6 +99,16 @@ class AnswerFile:
         if not lines[-1].endswith(b"\n"):  # Torn while being written.
             self.partial.write_bytes(b"".join(lines[:-1]))
         return True
+
+
+def unwritable_field(row: dict) -> str | None:
+    """What of a row cannot be written into a file of answers, or None."""
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            return f"{name!r} cannot be written as JSON: {error}"
+    return None
 
 
 def _parsed(line: bytes) -> dict | None:

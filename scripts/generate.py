@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
 from data import TEMPLATE_VARIABLES, TEMPLATES, AnswerFile, InputError, encode_prompt, file_hash
+from data.answers import unwritable_field
 from data.rows import find_files, read_block, row_problem, split_files
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.command_line import flag, parse_flags, refuse, run_verb
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_prompts(path: str) -> list[dict]:
-    """The rows of a file or folder, as they are; only instruction and input have to be right.
+    """The rows of a file or folder, as they are; only instruction and input have to be right, the rest to be JSON.
 
     Raises:
         InputError: a file or row is bad, or there is no row.
@@ -131,7 +132,7 @@ def load_prompts(path: str) -> list[dict]:
         for number, row in read_block(block):
             # What the row expects as an answer is of no concern here.
             texts = {**row, "output": "any", "task_type": None} if isinstance(row, dict) else row
-            if problem := row_problem(texts, num_task_types=1):
+            if problem := row_problem(texts, num_task_types=1) or unwritable_field(row):
                 problems.append(f"{block.file}: row {number}: {problem}")
             rows.append(row)
     refuse(problems)

@@ -1,11 +1,14 @@
 """The verb `generate`: prompts, files that are gone on with, conversations."""
 
+import datetime
 import io
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
-from conftest import THINKING, example_rows, filled_model, tiny_tokenizer
+from conftest import THINKING, example_rows, filled_model, full_disk, tiny_tokenizer
 
 from data import AnswerFile, InputError, encode_prompt
 from scripts import generate
@@ -133,6 +136,43 @@ def test_half_a_file_of_other_rows_is_refused(tmp_path):
     assert AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0}).answers == {0: {"generated": "x"}}
     with pytest.raises(InputError, match="rows_sha256"):
         AnswerFile(tmp_path / "a.json", [{"instruction": "two"}], {"seed": 0})
+
+
+def test_settings_that_were_torn_while_being_written_are_no_half_file(tmp_path):
+    AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0})
+    partial = tmp_path / "a.json.partial"
+    whole = partial.read_bytes()
+    for torn in (whole[:20], whole[:-1]):
+        partial.write_bytes(torn)
+        assert AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0}).answers == {}
+        assert partial.read_bytes() == whole
+
+
+def test_a_full_disk_is_one_message_and_the_answers_before_are_gone_on_with(tmp_path):
+    rows = [{"instruction": "one"}, {"instruction": "two"}]
+    file = AnswerFile(tmp_path / "a.json", rows, {"seed": 0})
+    file.append({0: {"generated": "x"}})
+    message = "a.json cannot be written: File too large; once it can, the same command goes on"
+    with full_disk(200), pytest.raises(InputError, match=message):
+        file.append({1: {"generated": "y" * 200}})
+    file = AnswerFile(tmp_path / "a.json", rows, {"seed": 0})
+    assert file.answers == {0: {"generated": "x"}}
+    file.append({1: {"generated": "y" * 200}})
+    with full_disk(200), pytest.raises(InputError, match=message):
+        file.finish()
+    file = AnswerFile(tmp_path / "a.json", rows, {"seed": 0})
+    file.finish()
+    assert json.loads((tmp_path / "a.json").read_text())[1] == {"instruction": "two", "generated": "y" * 200}
+
+
+def test_fields_that_cannot_be_written_are_refused_before_the_model_is_loaded(run, tmp_path):
+    surrogate, times = tmp_path / "prompts.json", tmp_path / "prompts.parquet"
+    surrogate.write_text(json.dumps([{"instruction": "x", "note": ["\ud800"]}]))
+    table = pyarrow.Table.from_pylist([{"instruction": "x", "asked": datetime.datetime(2024, 1, 1)}])
+    pyarrow.parquet.write_table(table, times)
+    for file, field in ((surrogate, "note"), (times, "asked")):
+        with pytest.raises(InputError, match=f"row 1: '{field}' cannot be written as JSON"):
+            run("--input", file, "--output", tmp_path / "y.json", adapter=tmp_path)
 
 
 def test_a_conversation_remembers_with_a_chat_template_and_forgets_on_reset(run, monkeypatch):
