@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from data.errors import UNWRITABLE, InputError
 from data.prompt import encode_rows, resolve_template
-from data.rows import Block, check_rows, complete_rows, find_files, split_files
+from data.rows import Block, check_rows, complete_rows, find_files, passed_over, split_files
 from data.workers import map_blocks, worker_count
 
 # Part of every cache key: raise it when the encoding of a row or the files of an entry change.
 FORMAT_VERSION = 7
 ROWS_NAME = "rows.arrow"
 STATISTICS_NAME = "statistics.json"
+MOST_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DataStatistics:
         dropped: rows left out because their prompt alone fills `max_seq_length`, so no label is left.
         tokens: tokens of the kept rows.
         supervised_tokens: those of them that carry a label.
+        passed_over: names of what lies in the folder and is no data file.
     """
 
     rows: int
@@ -48,6 +50,7 @@ class DataStatistics:
     dropped: int
     tokens: int
     supervised_tokens: int
+    passed_over: tuple[str, ...] = ()
 
     def summary(self, max_seq_length: int) -> str:
         text = f"{self.kept:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
@@ -55,6 +58,10 @@ class DataStatistics:
             text += f"; {self.truncated:,} rows cut at {max_seq_length} tokens"
         if self.dropped:
             text += f"; {self.dropped:,} rows dropped, since their prompt alone fills {max_seq_length} tokens"
+        if self.passed_over:
+            more = ", ..." if len(self.passed_over) > MOST_NAMES_SHOWN else ""
+            names = ", ".join(self.passed_over[:MOST_NAMES_SHOWN])
+            text += f"; no data files, and so passed over: {names}{more}"
         return text
 
 
@@ -106,7 +113,8 @@ def load_data(
         with _writing_into(folder.parent), FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build(files, tokenizer, encoding, folder, num_proc)
-    statistics = DataStatistics(**json.loads((folder / STATISTICS_NAME).read_text()))
+    counts = json.loads((folder / STATISTICS_NAME).read_text())
+    statistics = DataStatistics(**counts, passed_over=passed_over(path))
     if not statistics.kept:
         raise InputError(
             f"{path}: no row has a label left within max_seq_length {encoding.max_seq_length}; raise max_seq_length"
@@ -201,7 +209,7 @@ def _build(
                 stream.write_batch(batch)
                 counts.update(of_block)
                 bar.update(of_block["rows"])
-        (aside / STATISTICS_NAME).write_text(json.dumps(asdict(DataStatistics(**counts))))
+        (aside / STATISTICS_NAME).write_text(json.dumps(counts))
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -46,20 +46,37 @@ class Block(NamedTuple):
 def find_files(path: str | Path) -> list[Path]:
     """The data files that a path means: the file itself, or every data file in the folder, in name order.
 
+    Hidden files are none.
+
     Raises:
-        InputError: nothing is there, or nothing of a known kind.
+        InputError: nothing is there, nothing of a known kind, or what has the name of a data file is none.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        files = [entry for entry in _entries(path) if entry.suffix.lower() in SUFFIXES]
         if not files:
             raise InputError(f"{path}: no data files in this folder; looked for {', '.join(SUFFIXES)}")
+        if odd := [str(file) for file in files if not file.is_file()]:
+            raise InputError(f"{', '.join(odd)}: no file, but a folder or a broken link with the name of a data file")
         return files
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: unknown kind of data file {path.suffix!r}; allowed are {', '.join(SUFFIXES)}")
     return [path]
+
+
+def passed_over(path: str | Path) -> tuple[str, ...]:
+    """The names of what `find_files` does not take from a folder, folders in it among them; of a file none."""
+    path = Path(path)
+    if not path.is_dir():
+        return ()
+    return tuple(entry.name + "/" * entry.is_dir() for entry in _entries(path) if entry.suffix.lower() not in SUFFIXES)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is not hidden, in name order. The system hides files of its own beside data, as macOS does `._a.jsonl`."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def split_files(files: list[Path]) -> Iterator[Block]:
@@ -73,7 +90,7 @@ def split_files(files: list[Path]) -> Iterator[Block]:
         if file.stat().st_size == 0:
             raise InputError(f"{file}: the file is empty")
     for file in files:
-        yield from splitters[file.suffix](file)
+        yield from splitters[file.suffix.lower()](file)
 
 
 def read_block(block: Block) -> Iterator[tuple[int, object]]:

@@ -110,6 +110,30 @@ def test_a_folder_without_data_is_named(tmp_path, tokenizer):
         load(tmp_path, tokenizer, tmp_path)
 
 
+def test_a_folder_is_read_whatever_the_case_of_its_names_and_what_is_passed_over_is_said(tmp_path, tokenizer):
+    folder = tmp_path / "folder"
+    (folder / "more").mkdir(parents=True)
+    (folder / "more" / "d.jsonl").write_text(json.dumps(GOOD))
+    (folder / "B.JSONL").write_text(json.dumps(GOOD))
+    (folder / "a.jsonl").write_text(json.dumps(GOOD))
+    (folder / "c.jsonl.gz").write_bytes(b"x")
+    (folder / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    rows, counts = load(folder, tokenizer, tmp_path)
+    assert rows["source"][:] == ["B.JSONL row 1", "a.jsonl row 1"]
+    assert counts.summary(256).endswith("; no data files, and so passed over: c.jsonl.gz, more/")
+    (folder / "e.txt").write_text("since then")
+    assert load(folder, tokenizer, tmp_path)[1].passed_over == ("c.jsonl.gz", "e.txt", "more/")
+    assert not load(folder / "B.JSONL", tokenizer, tmp_path)[1].passed_over
+
+
+def test_what_has_the_name_of_a_data_file_and_is_none_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    (tmp_path / "x.json").mkdir()
+    (tmp_path / "y.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"x\.json, .*y\.json: no file, but a folder or a broken link"):
+        load(tmp_path, tokenizer, tmp_path)
+
+
 def test_json_lines_parquet_and_folders_hold_the_same_rows(tmp_path, tokenizer):
     rows = example_rows()
     folder = tmp_path / "folder"
@@ -258,7 +282,7 @@ def test_an_interrupted_build_is_repeated(tmp_path, tokenizer, data_file, monkey
     def fail(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.dataset, "DataStatistics", fail)
+    monkeypatch.setattr(data.dataset.Path, "write_text", fail)
     with pytest.raises(KeyboardInterrupt):
         load(data_file, tokenizer, tmp_path)
     monkeypatch.undo()
