@@ -6,9 +6,9 @@ import pytest
 import sentencepiece
 from conftest import THINKING, tiny_tokenizer
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerBase
 
-from data import encode_prompt, encode_target, marked_row
+from data import InputError, encode_prompt, encode_target, marked_row
 from data.prompt import encode_rows
 from transformers_patch.training.base_model import load_tokenizer
 
@@ -162,3 +162,11 @@ def test_a_row_is_shown_with_what_is_learnt_marked():
     shown = marked_row(tokenizer, {"input_ids": ids, "prompt_length": len(prompt)})
     assert shown == "<|user|>the cat</s><|assistant|>[[sat</s>]]"
     assert len(marked_row(tokenizer, {"input_ids": ids * 500, "prompt_length": len(prompt)})) < 900
+
+
+def test_a_tokenizer_without_a_fast_backend_is_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"<unk>": 0, "a</w>": 1}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    CTRLTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt", eos_token="a").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is a CTRLTokenizer, which has no fast backend"):
+        load_tokenizer(str(tmp_path))

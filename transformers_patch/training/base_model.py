@@ -22,12 +22,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, with the end-of-sequence token for padding where it has no padding token.
 
     Raises:
-        InputError: there is none at that place, or it has no end-of-sequence token.
+        InputError: there is none at that place, it has no fast backend, or it has no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer of {name} is a {type(tokenizer).__name__}, which has no fast backend; only fast tokenizers "
+            "(those with a tokenizer.json) can be used"
+        )
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of {name} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token is None:
