@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, filled_model, tiny_model
 from filelock import FileLock
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from data import InputError
 from data.facts import fact_row, load_facts
@@ -229,6 +230,17 @@ def test_parameter_change_of_an_adapter_is_that_of_the_full_weights(tmp_path):
         parameter_change(tuned, str(tmp_path)), rel=1e-4
     )
     assert parameter_change(peft_model, str(tmp_path)) > 0.01
+
+
+def test_parameter_change_knows_the_linears_of_gpt2(tmp_path):
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(tmp_path)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            parameter *= 1.5 if re.search(r"mlp\.c_\w+\.weight", name) else 3
+    assert parameter_change(tuned, str(tmp_path)) == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize(

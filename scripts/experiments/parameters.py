@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from peft import PeftModel
+from peft.inject import find_targets
 from peft.static import static_lora
 from transformers_patch import AutoModelForCausalLM
 from transformers_patch.training.arguments import ModelArguments
@@ -69,13 +70,10 @@ def _weight_changes(tuned: nn.Module, base_model: str) -> list[tuple[float, floa
     # In the dtype of the tuned weights, so that rounding is no change; those may be on another device.
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=tuned.dtype)
     modules = dict(tuned.named_modules())
-    adapted = {
-        name: linear.weight
-        for name, linear in base.named_modules()
-        if isinstance(linear, nn.Linear) and name.rsplit(".", 1)[-1] in base.default_target_modules
-    }
+    adapted = find_targets(base, list(base.default_target_modules))
     return [
-        (_norm(modules[name].weight.cpu().float() - weight.float()), _norm(weight)) for name, weight in adapted.items()
+        (_norm(modules[name].weight.cpu().float() - linear.weight.float()), _norm(linear.weight))
+        for name, linear in adapted.items()
     ]
 
 
