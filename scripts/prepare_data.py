@@ -27,6 +27,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
@@ -102,14 +103,15 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line, write the folder, print what each set gave.
 
     Raises:
-        InputError: flags are not as they have to be, a set cannot be read, or the folder cannot be written.
+        InputError: flags are not as they have to be, a set cannot be read, the folder cannot be written, or
+            another process makes it.
     """
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # Errors are told once, by ours.
     folder = Path(args.output)
-    with writing(folder):
+    with writing(folder), alone(folder):
         aside, counts = begin(folder, args, argv)
         save(aside, counts)
         parts = evaluation_parts(args.sources)
@@ -131,6 +133,25 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = f"{folder} cannot be written: {error.strerror}"
         raise InputError(f"{reason}; once it can, the same command goes on") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A context in which no other process makes the folder.
+
+    Raises:
+        InputError: one does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.incomplete.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink()
+    except Timeout:
+        raise InputError(f"--output {folder} is being made by another process; wait for it, or end it") from None
 
 
 def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, dict]:

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import full_disk, tiny_tokenizer
+from filelock import FileLock
 
 from data import Encoding, InputError, load_data
 from data.facts import TASK as CLOSED_BOOK
@@ -575,6 +576,14 @@ def test_a_kind_that_is_left_out_after_an_interruption_leaves_no_rows(hub, tmp_p
     files = {file.stem: len(rows_in(file)) for file in (tmp_path / "mix" / "train").iterdir()}
     assert files == {task: count["got"] for task, count in counts["train"].items()}
     assert CLOSED_BOOK not in files
+
+
+def test_a_second_start_of_the_same_command_is_refused(hub, tmp_path):
+    with FileLock(tmp_path / "mix.incomplete.lock"), pytest.raises(InputError, match="mix is being made by another pr"):
+        prepare(tmp_path / "mix", *FEW, "--size", "10")
+    assert not (tmp_path / "mix.incomplete").exists()
+    prepare(tmp_path / "mix", *FEW, "--size", "10")
+    assert {path.name for path in tmp_path.iterdir()} == {"hub", "mix"}
 
 
 def test_a_full_disk_is_one_message(hub, tmp_path):
