@@ -1,13 +1,16 @@
 """The benchmark: its variants compute the method, and its file holds what it promises."""
 
 import json
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, filled_model, tiny_model
 
 from data import InputError
-from scripts.benchmark import main, read_results
+from scripts import benchmark_data
+from scripts.benchmark import Times, main, read_results
 from scripts.benchmark_report import draw
 from scripts.peers import PYTHON, Peer
 from scripts.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch, step
@@ -55,6 +58,18 @@ def test_variants_share_the_base_weights_and_nothing_else():
     assert not torch.equal(losses[0], losses[1])
     torch.testing.assert_close(losses[1:], losses[1:2] * 3)
     assert not any(p.requires_grad for p in models[0].parameters())
+
+
+def test_every_variant_warms_up_and_slow_ones_take_part_in_every_third_round():
+    calls = Counter()
+
+    def run(name: str) -> float:
+        calls[name] += 1
+        return float(calls[name])
+
+    times = Times({Variant(name): partial(run, name) for name in ("lora", "loop")}, rounds=4)
+    assert times.rounds[Variant("lora")] == {0: 2, 1: 3, 2: 4, 3: 5}
+    assert times.rounds[Variant("loop")] == {0: 2, 3: 3}
 
 
 def test_the_file_holds_a_row_for_each_variant_and_dropout(tmp_path, capsys):
@@ -122,3 +137,12 @@ def test_peers_run_the_package_from_pypi(name):
         assert peer.resident_memory(batch)["peak_resident"] > 500e6
     finally:
         peer.close()
+
+
+def test_the_data_benchmark_refuses_bad_numbers_and_makes_the_folder_of_its_file(tmp_path, model_dir, monkeypatch):
+    with pytest.raises(InputError, match=r"--rows is 0, but has to be at least 1\n.*--num_proc is 0"):
+        benchmark_data.main(["--rows", "0", "--num_proc", "0"])
+    file = tmp_path / "new" / "figures.json"
+    monkeypatch.setattr(benchmark_data, "measure", lambda *_: {"rows": 7})
+    benchmark_data.main(["--rows", "7", "--tokenizer", str(model_dir), "--json", str(file)])
+    assert json.loads(file.read_text())["rows"] == 7
