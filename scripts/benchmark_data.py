@@ -15,10 +15,12 @@ import threading
 import time
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data import Encoding, load_data
 from scripts.provenance import provenance, provenance_line
+from transformers_patch.command_line import refuse, run_verb
+from transformers_patch.training.base_model import load_tokenizer
 
 WORDS = (
     "a", "about", "after", "and", "answer", "are", "as", "at", "be", "because", "book", "but", "by", "can",
@@ -34,6 +36,11 @@ SECONDS_BETWEEN_SAMPLES = 0.5
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the figures.
+
+    Raises:
+        InputError: a number is out of range, or there is no tokenizer at that place.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m scripts.benchmark_data", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the file (default: %(default)s)")
@@ -43,7 +50,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
     args = parser.parse_args(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    refuse(
+        [
+            f"--{name} is {getattr(args, name)}, but has to be at least 1"
+            for name in ("rows", "num_proc")
+            if getattr(args, name) < 1
+        ]
+    )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
         figures = measure(Path(folder), args.rows, args.num_proc, tokenizer)
     record = provenance("scripts.benchmark_data", argv)
@@ -148,4 +164,4 @@ def _proportional_set_size(process: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)
