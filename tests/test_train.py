@@ -228,6 +228,19 @@ def test_sigterm_ahead_of_training_and_behind_it_stops_the_run(run, monkeypatch,
     assert run(save_steps=6)["eval_lm_loss_after"] > 0
 
 
+@pytest.mark.parametrize("max_steps", [2, 3], ids=["in an epoch", "between epochs"])
+def test_ending_a_run_again_trains_no_further_step(run, max_steps):
+    """Three steps an epoch; a rate that is not 0 behind the last step."""
+    settings = {"max_steps": max_steps, "lr_scheduler_type": "constant"}
+    expected = run(**settings)
+    (run.output / "all_results.json").unlink()
+    (run.output / "adapter_model.safetensors").rename(run.folder / "adapter_model.safetensors")
+    results = run(**settings)
+    assert json.loads((run.output / "trainer_state.json").read_text())["global_step"] == max_steps
+    assert same_adapter(run.output, run.folder)
+    assert results["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
+
+
 TORN = {
     "adapter_model.safetensors": ["truncate", "delete"],
     "trainer_state.json": ["truncate", "delete"],

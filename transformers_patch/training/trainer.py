@@ -62,6 +62,11 @@ class LoRAMoETrainer(Trainer):
         finally:
             self._end_progress_bars()
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As Trainer's, which looks at `max_steps` behind a step only: a resumed run may have made all of them."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _end_progress_bars(self) -> None:
         """Give what is said after a training that was cut off a line of its own."""
         for callback in self.callback_handler.callbacks:
