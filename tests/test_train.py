@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, example_rows, filled_model, full_disk, tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 import train
 from data import InputError
@@ -23,6 +23,7 @@ from peft import LoraConfig, LoraExperts, LoraLayer, PeftModel
 from transformers_patch.training import arguments, checkpoint
 from transformers_patch.training.base_model import build_model
 from transformers_patch.training.run_folder import RunFolder
+from transformers_patch.training.stopping import StopSignals
 
 
 class Runner:
@@ -461,6 +462,39 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
     assert len(re.findall(r"train.json row \d+", message)) == 2
     assert f"the last good checkpoint is {run.output / 'checkpoint-2'}" in message
     assert not (run.output / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0, 1], ids=["as it is", "clipped"])
+@pytest.mark.parametrize("step", [2, 6], ids=["at a checkpoint", "at the last step"])
+def test_a_gradient_that_is_not_finite_stops_the_run(run, monkeypatch, step, max_grad_norm):
+    """Its loss is finite. With two micro-batches a step, the rows of both are named."""
+    training_step = Trainer.training_step
+
+    def with_overflow(self, model, *arguments):
+        loss = training_step(self, model, *arguments)
+        if self.state.global_step == step - 1:
+            next(parameter for parameter in model.parameters() if parameter.requires_grad).grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", with_overflow)
+    with pytest.raises(InputError) as caught:
+        run(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=max_grad_norm)
+    message = str(caught.value)
+    assert f"the gradient of step {step} is not finite" in message
+    assert len(re.findall(r"train.json row \d+", message)) == 4
+    last = run.output / "checkpoint-4" if step == 6 else "none"
+    assert f"the last good checkpoint is {last}" in message
+    assert not (run.output / f"checkpoint-{step}").exists()
+    assert not (run.output / "all_results.json").exists()
+
+
+def test_in_fp16_a_gradient_that_overflows_is_no_fault():
+    """The scaler leaves the step out; fp16 itself needs a GPU."""
+    signals = StopSignals()
+    signals.watch(torch.tensor(1.0), ["row 1"])
+    signals.gradient_norm = torch.tensor(float("inf"))
+    signals.on_step_end(SimpleNamespace(fp16=True), TrainerState(), TrainerControl())
+    assert not signals.stopped
 
 
 def test_the_best_checkpoint_can_be_loaded_at_the_end(run):

@@ -1,4 +1,4 @@
-"""Ending a run early, on all ranks at the same step: after SIGTERM, or at a loss that is not finite."""
+"""Ending a run early, on all ranks at the same step: after SIGTERM, or at a loss or gradient that is not finite."""
 
 import signal
 from collections.abc import Iterator
@@ -26,14 +26,17 @@ class StopSignals(TrainerCallback):
 
     Attributes:
         stopped: whether training ended because of SIGTERM.
+        gradient_norm: that of the step, before clipping and over all ranks; None where it is not known.
 
     Raises:
-        InputError: at the end of a step in which a loss was not finite; nothing is saved then.
+        InputError: at the end of a step whose loss or gradient was not finite; nothing is saved then. In fp16 a
+            gradient that overflows is no fault: the step is left out, and the loss scaled less.
         StoppedError: before a batch of the evaluations ahead of training and behind it.
     """
 
     def __init__(self):
         self.stopped = False
+        self.gradient_norm: Tensor | float | None = None
         self._terminated = False
         self._is_training = False
         self._losses: list[tuple[Tensor, list[str]]] = []
@@ -73,14 +76,17 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._losses]))
-        flags = torch.stack([bad.any(), torch.tensor(self._terminated, device=bad.device)]).int()
+        norm = 0.0 if args.fp16 or self.gradient_norm is None else self.gradient_norm
+        bad_gradient = ~torch.isfinite(torch.as_tensor(norm, device=bad.device))
+        flags = torch.stack([bad.any(), bad_gradient, torch.tensor(self._terminated, device=bad.device)]).int()
         if dist.is_initialized():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        not_finite, terminated = flags.tolist()
-        if not_finite:
-            rows = [source for (_, sources), is_bad in zip(self._losses, bad.tolist(), strict=True) if is_bad
-                    for source in sources]  # fmt: skip
-            raise InputError(_not_finite_message(args, state, _of_all_ranks(rows)))
+        loss_not_finite, gradient_not_finite, terminated = flags.tolist()
+        if loss_not_finite or gradient_not_finite:
+            rows = [source for (_, sources), is_bad in zip(self._losses, bad.tolist(), strict=True)
+                    if is_bad or not loss_not_finite for source in sources]  # fmt: skip
+            what = "loss" if loss_not_finite else "gradient"
+            raise InputError(_not_finite_message(what, args, state, _of_all_ranks(rows)))
         self._losses.clear()
         if terminated:
             self.stopped = True
@@ -99,10 +105,10 @@ def _of_all_ranks(rows: list[str]) -> list[str]:
     return [row for part in gathered for row in part]
 
 
-def _not_finite_message(args: TrainingArguments, state: TrainerState, rows: list[str]) -> str:
+def _not_finite_message(what: str, args: TrainingArguments, state: TrainerState, rows: list[str]) -> str:
     checkpoint, _ = find_checkpoint(Path(args.output_dir))
     return (
-        f"the loss of step {state.global_step} is not finite; its rows were {', '.join(rows)}. Nothing was saved "
+        f"the {what} of step {state.global_step} is not finite; its rows were {', '.join(rows)}. Nothing was saved "
         f"then; the last good checkpoint is {checkpoint or 'none'}. Look at these rows, lower the learning "
         "rate, or use bf16 in place of fp16"
     )

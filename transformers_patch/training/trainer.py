@@ -126,6 +126,10 @@ class LoRAMoETrainer(Trainer):
         self._losses_since_log += torch.stack([value.to(self._losses_since_log) for value in losses])
         return (loss, outputs) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None):
+        self.stop_signals.gradient_norm = super()._get_grad_norm(model, grad_norm)
+        return self.stop_signals.gradient_norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             # One row a rank: its part of the LM loss, the balance term (the same on all), the base model's own router
