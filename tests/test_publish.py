@@ -10,6 +10,7 @@ import pytest
 from test_train import Runner
 
 from data import InputError
+from transformers_patch.training.checkpoint import FILES_ASIDE
 
 
 class Hub:
@@ -88,6 +89,20 @@ def test_a_finished_run_is_uploaded_without_optimizer_states_logs_or_paths(run, 
     assert "uploaded to https://huggingface.co/someone/run" in shown
     assert "hf_secret" not in shown
     assert "hf_secret" not in (run.output / "run_config.json").read_text()
+
+
+def test_all_chat_templates_of_a_tokenizer_are_uploaded_and_written_again(run, hub, tmp_path, tokenizer):
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": tokenizer.chat_template}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = {**ONLINE, "tokenizer_name_or_path": tmp_path / "tokenizer"}
+    run(**settings)
+    further = "additional_chat_templates/tools.jinja"
+    assert hub.files[further] == (tmp_path / "tokenizer" / further).read_bytes()
+    (run.output / further).write_text("")
+    (run.output / "all_results.json").unlink()
+    run(**settings)
+    assert (run.output / further).read_bytes() == hub.files[further]
+    assert not (run.output / FILES_ASIDE).exists()
 
 
 def test_a_repository_that_cannot_be_opened_is_found_before_any_training(run, hub, monkeypatch):

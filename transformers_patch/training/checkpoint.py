@@ -101,14 +101,17 @@ def writing(run_folder: Path, name: str, rank: int = 0) -> Iterator[None]:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """A hidden folder aside. Its files go into `folder` where the context ends well; otherwise nothing of it stays."""
+    """A hidden folder aside. Its files go into `folder`, those of folders within it into folders of the same names,
+    where the context ends well; otherwise nothing of it stays."""
     aside = folder / FILES_ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
-        for file in aside.iterdir():
-            file.replace(folder / file.name)
+        for file in filter(Path.is_file, list(aside.rglob("*"))):
+            place = folder / file.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
     finally:
         shutil.rmtree(aside)
 

@@ -13,7 +13,8 @@ PUBLISHED = (
     "README.md", "routing.json", "routing.png",
     "adapter_config.json", "adapter_model.safetensors",
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "additional_chat_templates/*",
 )  # fmt: skip
 
 
