@@ -1,6 +1,7 @@
 """What a finished run tells, against the saved adapter looked at row by row, without batches or padding."""
 
 import json
+import shutil
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import filled_model, tiny_tokenizer
 from test_train import Runner
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig
 
 from data import Encoding, encode_prompt, encode_target, load_data
 from peft import LoraConfig, PeftModel
@@ -195,6 +197,22 @@ def test_samples_answer_the_prompt_alone(finished):
         assert (shown, expected) == (rows[index]["instruction"], rows[index]["output"])
         assert generated == answer.strip()
     assert len({generated for *_, generated in samples}) > 1
+
+
+@pytest.mark.parametrize("tuning", ["loramoe", "full"])
+def test_samples_do_not_follow_what_the_base_models_folder_proposes(tmp_path, model_dir, monkeypatch, tuning):
+    """A model that is trained in full hands the proposals on all the same."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    base, run = tmp_path / "base", Runner(tmp_path, model_dir)
+    shutil.copytree(model_dir, base)
+    GenerationConfig(repetition_penalty=3.0, min_new_tokens=12, eos_token_id=1).save_pretrained(base)
+    plain, proposed = (
+        run(model_name_or_path=model, output_dir=tmp_path / f"on {model.name}", tuning=tuning, max_steps=1)
+        for model in (model_dir, base)
+    )
+    assert proposed["samples"] == plain["samples"]
+    if tuning == "full":
+        assert GenerationConfig.from_pretrained(tmp_path / "on base").repetition_penalty == 3
 
 
 def test_samples_end_where_the_template_ends_an_answer(finished, monkeypatch):

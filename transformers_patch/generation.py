@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from data import encode_target
+from peft import PeftModel
 from transformers_patch.command_line import flag
 
 
@@ -53,6 +54,19 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: s
     base = model.generation_config.eos_token_id
     ends = [encode_target(tokenizer, template, "x", "", "x")[-1]]
     return sorted({*ends, *(base if isinstance(base, list) else [base])} - {None})
+
+
+def drop_proposed_settings(model: nn.Module, pad_token_id: int) -> None:
+    """Leave nothing but the special tokens of the generation settings that a base model's folder proposes.
+
+    transformers takes from there what a call leaves open: sampling, penalties, a shortest answer.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.generation_config = GenerationConfig(
+        eos_token_id=base.generation_config.eos_token_id,
+        bos_token_id=base.generation_config.bos_token_id,
+        pad_token_id=pad_token_id,
+    )
 
 
 def generate_answers(model: nn.Module, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:

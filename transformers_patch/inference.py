@@ -20,7 +20,7 @@ from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.command_line import flag, listed
-from transformers_patch.generation import end_tokens
+from transformers_patch.generation import drop_proposed_settings, end_tokens
 from transformers_patch.training.arguments import DataArguments
 from transformers_patch.training.base_model import check_base_model, load_tokenizer, quantization
 from transformers_patch.training.checkpoint import NAME as CHECKPOINT_NAME
@@ -151,11 +151,7 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
     run_config = _run_config(folder)
     model = _load_weights(base, args)
     proposed = model.generation_config
-    model.generation_config = GenerationConfig(
-        eos_token_id=proposed.eos_token_id,
-        bos_token_id=proposed.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    drop_proposed_settings(model, tokenizer.pad_token_id)
     return TrainedModel(put_adapter(model).eval(), tokenizer, run_config, base, proposed)
 
 

@@ -8,12 +8,12 @@ import datasets
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data import resolve_template, row_lengths
 from peft import LoraConfig
 from transformers_patch.auto import most_new_tokens
-from transformers_patch.generation import end_tokens, generate_answers
+from transformers_patch.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
 from transformers_patch.training.routing import Routing, group_shares, group_spans, span_text
 from transformers_patch.training.routing_plot import plot_routing
 from transformers_patch.training.run_folder import write_json
@@ -88,23 +88,18 @@ def generate_samples(
 ) -> list[tuple[str, str, str]]:
     """Greedy answers to a few rows of different task kinds: (instruction and input, expected, generated).
 
-    Under ZeRO-3 this is a collective: every rank calls it with the same rows.
+    The model loses the generation settings that its base model's folder proposes, so save it before. Under ZeRO-3 this
+    is a collective: every rank calls it with the same rows.
 
     Args:
         template: the prompt template of the rows; `auto` is what it means for the tokenizer.
     """
     picked = _one_of_each_kind(rows)
     prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
-    settings = GenerationConfig(
-        max_new_tokens=most_new_tokens(model, prompts, MAX_NEW_TOKENS),
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=end_tokens(model, tokenizer, resolve_template(template, tokenizer)),
-    )
+    decoding = DecodingArguments(max_new_tokens=most_new_tokens(model, prompts, MAX_NEW_TOKENS))
+    ends = end_tokens(model, tokenizer, resolve_template(template, tokenizer))
+    settings = decoding.settings(tokenizer.pad_token_id, ends)
+    drop_proposed_settings(model, tokenizer.pad_token_id)
     model.eval()
     answers = tokenizer.batch_decode(generate_answers(model, prompts, settings), skip_special_tokens=True)
     return [
