@@ -644,6 +644,7 @@ BAD_FLAGS = {
     "no epochs": ({"num_train_epochs": 0}, r"--num_train_epochs is 0.0, but has to be above 0"),
     "no rate": ({"learning_rate": "nan"}, r"--learning_rate is nan"),
     "columns": ({"remove_unused_columns": True}, r"--remove_unused_columns would take away"),
+    "another forward": ({"use_liger_kernel": True}, r"--use_liger_kernel replaces the model's forward"),
     "a logger that is not there": ({"report_to": "wandb"}, r"--report_to wandb is not installed here"),
     "attention": ({"attn_implementation": "foo"}, r"--attn_implementation has to be one of auto, eager, sdpa"),
     "resume": ({"resume_from_checkpoint": "x"}, r"a run resumes by itself"),

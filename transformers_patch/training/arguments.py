@@ -51,6 +51,7 @@ UNSUPPORTED = (
     ("remove_unused_columns", (False,), "--remove_unused_columns would take away what the collator needs"),
     ("eval_do_concat_batches", (True,), "--eval_do_concat_batches false is not supported"),
     ("batch_eval_metrics", (False,), "--batch_eval_metrics is not supported"),
+    ("use_liger_kernel", (False,), "--use_liger_kernel replaces the model's forward, which computes the balance term"),
     ("train_sampling_strategy", ORDERS, f"--train_sampling_strategy has to be one of {', '.join(ORDERS)}"),
     ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes by itself from its last checkpoint"),
     ("hub_strategy", ("end",), "--hub_strategy: --push_to_hub uploads a run once, at its end"),
