@@ -111,19 +111,31 @@ class LoraModel(nn.Module):
             self.model.set_submodule(module_name, module)
         return module
 
+    def remove_adapter(self, name: str) -> None:
+        """Take back what `add_adapter` created; modules that no other adapter uses stand unwrapped again."""
+        for module_name, module in list(self.model.named_modules()):
+            if isinstance(module, LoraLayer | TrainedCopy) and name in (own := _adapters_of(module)):
+                del own[name]
+                if not own:
+                    self.model.set_submodule(module_name, module.base_layer)
+
     def layers(self) -> Iterator[LoraLayer | TrainedCopy]:
         return (module for module in self.model.modules() if isinstance(module, LoraLayer | TrainedCopy))
 
     def activate(self, name: str | None, config: LoraConfig | None) -> None:
         """Route through adapter `name`; with None, the model is the base model again."""
         for layer in self.layers():
-            own = layer.experts if isinstance(layer, LoraLayer) else layer.trained
-            layer.active_adapter = name if name in own else None
+            layer.active_adapter = name if name in _adapters_of(layer) else None
         if hasattr(self.model, "configure_balance"):
             self.model.configure_balance(config)
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
+
+
+def _adapters_of(layer: LoraLayer | TrainedCopy) -> nn.ModuleDict:
+    """What each adapter has there, by its name."""
+    return layer.experts if isinstance(layer, LoraLayer) else layer.trained
 
 
 def _default_targets(model: nn.Module) -> list[str]:

@@ -108,10 +108,22 @@ class PeftModel(nn.Module):
         config, tensors = LoraConfig.from_pretrained(directory), load_adapter_weights(directory)
         if adapter_name in self.peft_config:
             _refuse_other_settings(config, directory, self.peft_config[adapter_name], adapter_name)
+            set_peft_model_state_dict(self, tensors, adapter_name)
         else:
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config)
-        set_peft_model_state_dict(self, tensors, adapter_name)
+            self._fill_or_remove(adapter_name, tensors)
+
+    def _fill_or_remove(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors into an adapter that has just been added; where they do not fit, it is removed again."""
+        try:
+            set_peft_model_state_dict(self, tensors, adapter_name)
+        except ValueError:
+            if adapter_name == self.active_adapter:
+                self.base_model.activate(None, None)
+            self.base_model.remove_adapter(adapter_name)
+            del self.peft_config[adapter_name]
+            raise
 
     def save_pretrained(
         self,
@@ -150,7 +162,7 @@ class PeftModel(nn.Module):
         config, tensors = LoraConfig.from_pretrained(directory), load_adapter_weights(directory)
         config.inference_mode = not is_trainable
         peft_model = get_peft_model(model, config, adapter_name)
-        set_peft_model_state_dict(peft_model, tensors, adapter_name)
+        peft_model._fill_or_remove(adapter_name, tensors)
         return peft_model.train(is_trainable)
 
     def tie_weights(self, *args, **kwargs) -> None:

@@ -289,6 +289,32 @@ def test_a_damaged_adapter_leaves_the_model_as_it_was(tmp_path):
     assert not any(isinstance(module, LoraLayer) for module in base.modules())
 
 
+def test_an_adapter_of_another_width_leaves_the_model_as_it_was(tmp_path):
+    """The adapter goes onto Linears that have one, onto some that have none, and copies a module."""
+    targets = {"target_modules": ["down_proj", "q_proj"], "modules_to_save": ["lm_head"]}
+    settings = LoraConfig(r=2, lora_nums=4, **targets)
+    wider = get_peft_model(AutoModelForCausalLM.from_config(tiny_config(intermediate_size=64)), settings)
+    wider.save_pretrained(tmp_path / "wider")
+    fitting = fill_adapter(filled_model(**targets), seed=2).eval()
+    fitting.save_pretrained(tmp_path / "fitting")
+    model, base, batch = filled_model(), tiny_model(), make_batch()
+    for adapted, load in (
+        (model, lambda folder: model.load_adapter(folder, "other")),
+        (base, lambda folder: PeftModel.from_pretrained(base, folder)),
+    ):
+        before, loss = [(n, type(m)) for n, m in adapted.named_modules()], adapted(**batch).loss
+        with pytest.raises(ValueError, match="the adapter does not fit this model"):
+            load(tmp_path / "wider")
+        assert [(n, type(m)) for n, m in adapted.named_modules()] == before
+        assert torch.equal(adapted(**batch).loss, loss)
+    assert list(model.peft_config) == ["default"]
+    model.load_adapter(tmp_path / "fitting", "other")
+    model.set_adapter("other")
+    again = PeftModel.from_pretrained(base, tmp_path / "fitting")
+    for loaded in (model.eval(), again):
+        assert torch.equal(loaded(**batch).logits, fitting(**batch).logits)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_model_with_an_adapter_is_not_wrapped_again(inside):
     model = filled_model(target_modules=["up_proj"])
