@@ -216,9 +216,7 @@ def evaluate(trainer: LoRAMoETrainer, template: str) -> dict:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.routing:
         results["routing_table"] = routing_lines(trainer.routing, model.active_peft_config)
-    # Under autocast as in training: a quantised base in half precision has float32 norms, but a half-precision head.
-    with trainer.accelerator.autocast():
-        results["samples"] = generate_samples(model, trainer.processing_class, trainer.eval_dataset, template)
+    results["samples"] = generate_samples(model, trainer.processing_class, trainer.eval_dataset, template)
     return results
 
 

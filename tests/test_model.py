@@ -6,7 +6,7 @@ from conftest import fill_adapter, filled_model, full_disk, tiny_config, tiny_mo
 from reference import balance_loop
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import BitsAndBytesConfig, GPTNeoXConfig, LlamaForCausalLM
 
 from peft import (
     FILLER_TASK_TYPE,
@@ -519,8 +519,6 @@ def test_an_adapted_base_model_is_neither_saved_nor_uploaded(tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_base_models_train_with_checkpointing(tmp_path, bits):
-    from transformers import BitsAndBytesConfig
-
     stock = LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128))
     stock.save_pretrained(tmp_path / "base")
     quantization = {
@@ -543,3 +541,34 @@ def test_quantised_base_models_train_with_checkpointing(tmp_path, bits):
     full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     batch = make_batch()
     assert (full(**batch).logits - model.eval()(**batch).logits).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_model_in_half_precision_works_with_and_without_autocast(tmp_path, bits, architecture):
+    """GPT-NeoX has LayerNorms, which on GPUs take no half-precision input once their weights are float32."""
+    config, target = tiny_config(hidden_size=64, intermediate_size=128), "up_proj"
+    if architecture == "gpt_neox":
+        sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+        config = GPTNeoXConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, pad_token_id=1)
+        target = "dense_h_to_4h"
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    quantization = {
+        4: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+        8: BitsAndBytesConfig(load_in_8bit=True),
+    }[bits]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
+    settings = LoraConfig(r=2, lora_alpha=4, lora_nums=4, lora_dropout=0.0, target_modules=[target])
+    model = fill_adapter(get_peft_model(prepare_model_for_kbit_training(base), settings)).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    outputs = []
+    for norm in norms:
+        norm.register_forward_hook(lambda module, inputs, output: outputs.append(output.dtype))
+    batch = make_batch()
+    loss = model(**batch).loss
+    loss.backward()
+    assert set(outputs) == ({torch.float32} if norms else set())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(**batch).loss, loss, rtol=2e-2, atol=0)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert model.eval().generate(**inputs, max_new_tokens=3, do_sample=False).shape[0] == 3
