@@ -479,6 +479,23 @@ def test_bad_task_types_and_masks_are_named():
         model(**batch | {"attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})
 
 
+def test_evaluation_takes_any_mask_of_the_base_model():
+    """One that covers a cache as well, and one of four dimensions, which has no rows to take shares of."""
+    model, ids = filled_model().eval(), make_batch()["input_ids"][:1]
+    labels = torch.cat([torch.full((1, 5), -100), ids[:, 5:]], dim=1)
+    labels[:, 5] = -100  # predicted from the last token in the cache
+    expected = model(ids, labels=labels).lm_loss
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    continued = model(ids[:, 5:], past_key_values=cache, attention_mask=torch.ones_like(ids), labels=labels[:, 5:])
+    torch.testing.assert_close(continued.lm_loss, expected)
+    assert continued.balance_loss > 0
+    causal = torch.ones(1, 1, *ids.shape[1:] * 2, dtype=torch.bool).tril()
+    for without_term in (model, filled_model(blc_weight=0.0).eval(), filled_model(blc_weight=0.0).train()):
+        output = without_term(ids, attention_mask=causal, labels=labels)
+        torch.testing.assert_close(output.loss, expected)
+        assert output.balance_loss == 0
+
+
 def test_task_types_may_be_left_out():
     model, batch = filled_model().train(), make_batch()
     del batch["task_types"]

@@ -32,7 +32,8 @@ class LoRAMoEOutput(CausalLMOutputWithPast):
         loss: what is minimised: LM loss plus weighted balance term (plus the base model's own router loss, weighted as
             its configuration says) while training, the LM loss alone in eval mode.
         lm_loss: next-token cross-entropy over the labelled positions.
-        balance_loss: the unweighted balance term; 0 where there is nothing to balance.
+        balance_loss: the unweighted balance term; 0 where there is nothing to balance, and where it has no part in the
+            loss and the mask is not of shape (B, T).
         logits: of every position, (B, T, V), where no labels are given; with labels, of the N positions alone whose
             next token carries a label, (1, N, V), in the order of the rows.
         aux_loss: the unweighted router loss of a base model that is a mixture of experts itself, where its
@@ -123,9 +124,15 @@ class LoRAMoEMixin:
         output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **_known(outputs))  # Trainer scales `loss` in place
         output.balance_loss = output.lm_loss.new_zeros(())
         config = self._balance_config
-        if config is not None and config.lora_nums > 1:
+        mask_BT = torch.ones_like(labels) if attention_mask is None else attention_mask
+        if self.training and config is not None and config.balances and mask_BT.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {mask_BT.ndim} dimensions; training with the balance term needs one of shape "
+                "(batch, length), which tells padding from text"
+            )
+        if config is not None and config.lora_nums > 1 and mask_BT.ndim == 2:
             trains = self.training and torch.is_grad_enabled()
-            mask_BT = torch.ones_like(labels) if attention_mask is None else attention_mask
+            mask_BT = mask_BT[:, -labels.shape[1] :]  # with a cache, it covers what is in there as well
             with torch.set_grad_enabled(trains and config.balances):
                 term = self._balance_term(recorder, mask_BT, task_types, over_ranks=trains)
                 output.balance_loss = term.to(loss.device)
@@ -146,11 +153,6 @@ class LoRAMoEMixin:
         With `blc_reference` it is the authors' statistic: sums over all positions, of this rank's samples alone.
         """
         config = self._balance_config
-        if mask_BT.ndim != 2:
-            raise ValueError(
-                f"attention_mask has {mask_BT.ndim} dimensions; training with the balance term needs one of shape "
-                "(batch, length), which tells padding from text"
-            )
         _refuse_detached(recorder)
         shares_LBE = recorder.sample_sums(mask_BT.shape) if config.blc_reference else recorder.sample_shares(mask_BT)
         num_samples = shares_LBE.shape[1]
