@@ -469,12 +469,17 @@ def test_a_compiled_model_gives_the_same_logits_and_losses():
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
     for part in ("lm_loss", "balance_loss"):
         torch.testing.assert_close(getattr(compiled(**batch), part), getattr(model(**batch), part))
+    with pytest.raises(ValueError, match="task_types has 2 in row 0"):
+        compiled(**batch | {"task_types": torch.tensor([2, 1, -2])})
 
 
 def test_bad_task_types_and_masks_are_named():
     model, batch = filled_model().train(), make_batch()
     with pytest.raises(ValueError, match=r"task_types has shape \(2,\); this batch needs \(3,\)"):
         model(**batch | {"task_types": torch.tensor([0, 1])})
+    for bad in (2, -3):
+        with pytest.raises(ValueError, match=rf"task_types has {bad} in row 1; allowed are 0 to 1, -1 for no type and"):
+            model(**batch | {"task_types": torch.tensor([0, bad, 0])})
     with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
         model(**batch | {"attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})
 

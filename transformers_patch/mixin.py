@@ -94,8 +94,9 @@ class LoRAMoEMixin:
         The other arguments are those of the stock class.
 
         Raises:
-            ValueError: the shape of `labels` or `task_types` does not fit the batch, the mask cannot tell padding from
-                text, or `logits_to_keep` is given beside labels, which choose the positions themselves.
+            ValueError: the shape of `labels` or `task_types` does not fit the batch, a task type is out of range, the
+                mask cannot tell padding from text, or `logits_to_keep` is given beside labels, which choose the
+                positions themselves.
             RuntimeError: re-entrant checkpointing cut the routing off from its gradient.
         """
         if labels is None and hasattr(self, "router_aux_loss_coef"):
@@ -161,8 +162,8 @@ class LoRAMoEMixin:
         if task_types_B.shape != (num_samples,):
             raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_samples},)")
         task_types_B = task_types_B.to(shares_LBE.device)
-        counts_B = task_types_B != FILLER_TASK_TYPE
-        shares_LBE, task_types_B = shares_LBE[:, counts_B], task_types_B[counts_B]
+        rows = _counted_rows(task_types_B, config.num_task_types)
+        shares_LBE, task_types_B = shares_LBE[:, rows], task_types_B[rows]
         if over_ranks and not config.blc_reference and dist.is_initialized() and dist.get_world_size() > 1:
             shares_LBE, task_types_B = gather_samples(shares_LBE, task_types_B)
         coefficients_BE = balance_coefficients(task_types_B, config.group_sizes, config.blc_alpha)
@@ -187,6 +188,24 @@ class LoRAMoEMixin:
 
 def _known(outputs: ModelOutput) -> dict:
     return {name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS}
+
+
+@torch.compiler.disable  # it depends on values, which a compiler would take for constants
+def _counted_rows(task_types_B: Tensor, num_task_types: int) -> Tensor:
+    """Indices of the rows that the balance term counts: all but fillers. Waits once for the device.
+
+    Raises:
+        ValueError: a task type is out of range.
+    """
+    task_types = task_types_B.tolist()
+    for row, task_type in enumerate(task_types):
+        if not FILLER_TASK_TYPE <= task_type < num_task_types:
+            raise ValueError(
+                f"task_types has {task_type} in row {row}; allowed are 0 to {num_task_types - 1}, -1 for no type and "
+                f"{FILLER_TASK_TYPE} for a filler row"
+            )
+    counted = [row for row, task_type in enumerate(task_types) if task_type != FILLER_TASK_TYPE]
+    return torch.tensor(counted, dtype=torch.long, device=task_types_B.device)
 
 
 def _refuse_detached(recorder: RoutingRecorder) -> None:
