@@ -175,6 +175,15 @@ def test_a_filler_row_counts_nowhere():
         torch.testing.assert_close(gradients(model, filled, part), gradients(model, rows, part), rtol=1e-4, atol=1e-6)
 
 
+def test_a_row_without_a_token_counts_nowhere_but_in_the_authors_statistic():
+    batch = make_batch()
+    rows = {name: tensor[:2] for name, tensor in batch.items()}
+    batch["labels"][2], batch["attention_mask"][2] = -100, 0
+    ours, theirs = filled_model().train(), filled_model(blc_reference=True).train()
+    torch.testing.assert_close(ours(**batch).balance_loss, ours(**rows).balance_loss)
+    assert abs(theirs(**batch).balance_loss / theirs(**rows).balance_loss - 1) > 1e-2
+
+
 def test_the_padding_token_has_no_influence():
     model, batch, other = filled_model().train(), make_batch(pad=3), make_batch(pad=3)
     other["input_ids"] = torch.where(batch["attention_mask"] == 0, 77, batch["input_ids"])

@@ -87,7 +87,7 @@ class LoRAMoEMixin:
 
         Args:
             task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
-                -2 is a filler row, which the balance term leaves out.
+                -2 is a filler row, which the balance term leaves out, as it does a row whose mask is all 0.
             balance_scale: factor on the balance term (and on the base model's own router loss) in `loss`, by which a
                 trainer makes the micro-batches of one optimizer step count as their mean. They are reported without it.
 
@@ -162,7 +162,9 @@ class LoRAMoEMixin:
         if task_types_B.shape != (num_samples,):
             raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_samples},)")
         task_types_B = task_types_B.to(shares_LBE.device)
-        rows = _counted_rows(task_types_B, config.num_task_types)
+        # The authors' statistic counts padding, and so rows of nothing else.
+        counts_B = torch.ones_like(mask_BT[:, 0]) if config.blc_reference else mask_BT.any(dim=1)
+        rows = _counted_rows(task_types_B, counts_B.to(task_types_B), config.num_task_types)
         shares_LBE, task_types_B = shares_LBE[:, rows], task_types_B[rows]
         if over_ranks and not config.blc_reference and dist.is_initialized() and dist.get_world_size() > 1:
             shares_LBE, task_types_B = gather_samples(shares_LBE, task_types_B)
@@ -191,20 +193,20 @@ def _known(outputs: ModelOutput) -> dict:
 
 
 @torch.compiler.disable  # it depends on values, which a compiler would take for constants
-def _counted_rows(task_types_B: Tensor, num_task_types: int) -> Tensor:
-    """Indices of the rows that the balance term counts: all but fillers. Waits once for the device.
+def _counted_rows(task_types_B: Tensor, counts_B: Tensor, num_task_types: int) -> Tensor:
+    """Indices of the rows that the balance term counts: those with `counts_B`, but fillers. Waits once for the device.
 
     Raises:
         ValueError: a task type is out of range.
     """
-    task_types = task_types_B.tolist()
+    task_types, counts = torch.stack([task_types_B, counts_B]).tolist()
     for row, task_type in enumerate(task_types):
         if not FILLER_TASK_TYPE <= task_type < num_task_types:
             raise ValueError(
                 f"task_types has {task_type} in row {row}; allowed are 0 to {num_task_types - 1}, -1 for no type and "
                 f"{FILLER_TASK_TYPE} for a filler row"
             )
-    counted = [row for row, task_type in enumerate(task_types) if task_type != FILLER_TASK_TYPE]
+    counted = [row for row, kind in enumerate(task_types) if kind != FILLER_TASK_TYPE and counts[row]]
     return torch.tensor(counted, dtype=torch.long, device=task_types_B.device)
 
 
