@@ -43,6 +43,11 @@ def find_targets(
         targets = _named(target_modules, candidates, "target module")
         for name, module in targets.items():
             if name not in linears:
+                if isinstance(module, TrainedCopy):
+                    raise ValueError(
+                        f"target module {name!r} cannot be adapted: adapter {_first_name(module)} of this model has it "
+                        "in modules_to_save"
+                    )
                 kind = type(module).__name__
                 raise ValueError(f"target module {name!r} is a {kind}; only Linear layers can be adapted")
     return targets if layers is None else _in_layers(targets, layers)
@@ -138,6 +143,10 @@ def _adapters_of(layer: LoraLayer | TrainedCopy) -> nn.ModuleDict:
     return layer.experts if isinstance(layer, LoraLayer) else layer.trained
 
 
+def _first_name(layer: LoraLayer | TrainedCopy) -> str:
+    return repr(next(iter(_adapters_of(layer))))
+
+
 def _default_targets(model: nn.Module) -> list[str]:
     """Raises ValueError where the model has no Linears of the default names."""
     names = getattr(model, "default_target_modules", GATED_MLP)
@@ -180,8 +189,13 @@ def _check_copies(chosen: dict[str, nn.Module], targets: dict[str, nn.Module], m
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
     for name, module in chosen.items():
-        if name in targets or isinstance(module, LoraLayer):
+        if name in targets:
             raise ValueError(f"{name!r} is in modules_to_save and in target_modules; it can be only one of them")
+        if isinstance(module, LoraLayer):
+            raise ValueError(
+                f"{name!r} is in modules_to_save, but adapter {_first_name(module)} of this model has it in "
+                "target_modules"
+            )
         frozen = module.base_layer if isinstance(module, TrainedCopy) else module
         parameters = dict(frozen.named_parameters())
         if "weight" not in parameters:

@@ -465,6 +465,14 @@ def test_reentrant_checkpointing_is_refused():
         model(**make_batch())
 
 
+def test_training_with_a_frozen_adapter_is_refused(tmp_path):
+    filled_model().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    with pytest.raises(RuntimeError, match=r"the adapter is frozen.*load it with is_trainable=True"):
+        model.train()(**make_batch())
+    assert model.eval()(**make_batch()).balance_loss > 0
+
+
 def test_nothing_is_recorded_in_inference(monkeypatch):
     monkeypatch.setattr(RoutingRecorder, "__enter__", lambda self: pytest.fail("the recorder was opened"))
     model, batch = filled_model().eval(), make_batch()

@@ -80,6 +80,22 @@ def test_what_cannot_be_is_named(settings, message):
         get_peft_model(tiny_model(), LoraConfig(**settings))
 
 
+SAVED, ADAPTED = {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (ADAPTED, SAVED, "'lm_head' is in modules_to_save, but adapter 'one' of this model has it in target_modules"),
+        (SAVED, ADAPTED, "'lm_head' cannot be adapted: adapter 'one' of this model has it in modules_to_save"),
+    ],
+)
+def test_what_another_adapter_does_to_a_module_is_named(first, second, message):
+    model = get_peft_model(tiny_model(), LoraConfig(**first), "one")
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("two", LoraConfig(**second))
+
+
 def test_a_single_module_to_save_may_be_a_string():
     model = get_peft_model(tiny_model(), LoraConfig(modules_to_save="lm_head"))
     assert [name for name, module in model.named_modules() if isinstance(module, TrainedCopy)] == [

@@ -97,7 +97,7 @@ class LoRAMoEMixin:
             ValueError: the shape of `labels` or `task_types` does not fit the batch, a task type is out of range, the
                 mask cannot tell padding from text, or `logits_to_keep` is given beside labels, which choose the
                 positions themselves.
-            RuntimeError: re-entrant checkpointing cut the routing off from its gradient.
+            RuntimeError: the adapter is frozen, or re-entrant checkpointing cut the routing off from its gradient.
         """
         if labels is None and hasattr(self, "router_aux_loss_coef"):
             # The base model's own router loss: stock forwards cannot compute it for a part of the mask, with a cache.
@@ -211,9 +211,18 @@ def _counted_rows(task_types_B: Tensor, counts_B: Tensor, num_task_types: int) -
 
 
 def _refuse_detached(recorder: RoutingRecorder) -> None:
-    """Re-entrant checkpointing runs the layers without gradients: the term would silently train nothing."""
-    if torch.is_grad_enabled() and not all(weights.requires_grad for weights in recorder.weights.values()):
+    """Routers that are frozen, or that re-entrant checkpointing runs without gradients, would silently stay as they
+    are."""
+    if not torch.is_grad_enabled():
+        return
+    detached = [name for name, weights in recorder.weights.items() if not weights.requires_grad]
+    if any(recorder.is_frozen(name) for name in detached):
         raise RuntimeError(
-            "the router weights carry no gradient: re-entrant gradient checkpointing is on, or the adapter is frozen. "
+            "the adapter is frozen, so the balance term trains nothing: load it with is_trainable=True to train it, or "
+            "use the model in eval mode"
+        )
+    if detached:
+        raise RuntimeError(
+            "the router weights carry no gradient, since re-entrant gradient checkpointing is on. "
             "Use gradient_checkpointing_kwargs={'use_reentrant': False} (the default)"
         )

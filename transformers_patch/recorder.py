@@ -38,6 +38,10 @@ class RoutingRecorder:
             hook.remove()
         self._hooks.clear()
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether the router of this dotted name is not to be trained."""
+        return not self._routers[name].weight.requires_grad
+
     def sample_shares(self, mask_BT: Tensor) -> Tensor:
         """Mean weight of each expert over the real tokens of each sample, (L, B, E) over the L recorded routers.
 
