@@ -22,8 +22,7 @@ class LoraExperts(nn.Module):
     The experts are stacked, A as (E*R, I) and B as (O, E*R), so that the sum over experts becomes part of one
     matrix product: delta(x) = (alpha / r) * B (repeat(w, r) * (A dropout(x))). Two thin products serve all experts,
     and one dropout mask is shared by them. With `lora_shared_A`, A is (R, I) and all experts use the same features.
-    With one expert there is nothing to route: no router exists and this is
-    plain LoRA.
+    With one expert there is nothing to route: no router exists and this is plain LoRA.
 
     A and router start kaiming-uniform, B at zero, so a fresh adapter changes nothing.
     """
