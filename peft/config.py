@@ -159,9 +159,14 @@ class LoraConfig(PeftConfig):
             self.target_modules = [self.target_modules]
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
+        for name in ("task_type_names", "expert_groups"):
+            if isinstance(value := getattr(self, name), tuple):
+                setattr(self, name, list(value))
         for name in ("target_modules", "layers_to_transform", "modules_to_save"):
             if isinstance(value := getattr(self, name), list | tuple | set):
-                setattr(self, name, sorted(set(value)))
+                values = list(value)
+                can_be = _are_names(values) or _are_counts(values, least=0)
+                setattr(self, name, sorted(set(values)) if can_be else values)
         self.lora_top_k = self.lora_top_k or None
         if problems := self.problems():
             raise ValueError("\n".join(problems))
@@ -200,14 +205,18 @@ class LoraConfig(PeftConfig):
             problems.append(f"blc_weight is {self.blc_weight}, but has to be a number of at least 0")
         problems += [
             f"{name} is {value!r}, but has to be true or false"
-            for name, value in (("blc_reference", self.blc_reference), ("lora_shared_A", self.lora_shared_A))
-            if type(value) is not bool
+            for name in ("blc_reference", "lora_shared_A", "inference_mode")
+            if type(value := getattr(self, name)) is not bool
         ]
         problems += self._module_problems()
         return problems or self._expert_problems()
 
     def _module_problems(self) -> list[str]:
-        problems = []
+        problems = [
+            f"{name} is {value}, but has to be a list of names"
+            for name in ("target_modules", "modules_to_save")
+            if not (isinstance(value := getattr(self, name), str | None) or _are_names(value))
+        ]
         if self.target_modules is not None and not self.target_modules:
             problems.append("target_modules is empty, but at least one Linear has to be named")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
@@ -235,8 +244,8 @@ class LoraConfig(PeftConfig):
                 f"groups; choose a multiple of {K}, give the sizes of the groups with expert_groups, or turn the "
                 "balance term off with blc_weight 0"
             )
-        if names is not None and not (len(set(names)) == len(names) == K and all(isinstance(n, str) for n in names)):
-            problems.append(f"task_type_names is {names}, but has to be {K} different names, one for each task type")
+        if names is not None and not (_are_names(names) and len(set(names)) == len(names) == K):
+            problems.append(f"task_type_names is {names!r}, but has to be {K} different names, one for each task type")
         if self.lora_top_k is not None and not (
             type(self.lora_top_k) is int and 2 <= self.lora_top_k <= self.lora_nums
         ):
@@ -251,5 +260,9 @@ def _are_counts(values: object, least: int = 1) -> bool:
     return isinstance(values, list) and bool(values) and all(type(value) is int and value >= least for value in values)
 
 
+def _are_names(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -80,6 +80,32 @@ def test_what_cannot_be_is_named(settings, message):
         get_peft_model(tiny_model(), LoraConfig(**settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task_type_names": "ab"}, "task_type_names is 'ab', but has to be 2 different names"),
+        ({"lora_alpha": True}, "lora_alpha is True, but has to be a number above 0"),
+        ({"blc_weight": True}, "blc_weight is True, but has to be a number of at least 0"),
+        ({"inference_mode": "x"}, "inference_mode is 'x', but has to be true or false"),
+        ({"target_modules": [1, "a"]}, r"target_modules is \[1, 'a'\], but has to be a list of names"),
+        ({"modules_to_save": [["a"]]}, r"modules_to_save is \[\['a'\]\], but has to be a list of names"),
+        (
+            {"layers_to_transform": [0, "a"]},
+            r"layers_to_transform is \[0, 'a'\], but has to be a list",
+        ),
+    ],
+)
+def test_values_of_another_type_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**settings)
+
+
+def test_tuples_are_lists():
+    values = {"expert_groups": (2, 4), "task_type_names": ("a", "b"), "target_modules": ("v", "q")}
+    expected = LoraConfig(expert_groups=[2, 4], task_type_names=["a", "b"], target_modules=["q", "v"])
+    assert LoraConfig(**values) == expected
+
+
 SAVED, ADAPTED = {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}
 
 
