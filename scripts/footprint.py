@@ -13,8 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, LoraLayer, PeftModel, get_peft_model
+from peft.linear import linear_size
 from scripts.instruments import LiveBytes, SavedBytes, count_flops
 
 # Rows without padding need no mask, and then attention is one fused kernel. transformers sees that by the values of
@@ -159,7 +161,7 @@ def _sizes(model: PeftModel) -> dict[str, int]:
     linears = [
         module.base_layer if isinstance(module, LoraLayer) else module
         for module in model.get_base_model().get_decoder().modules()
-        if isinstance(module, LoraLayer | nn.Linear)
+        if isinstance(module, LoraLayer | nn.Linear | Conv1D)
     ]
     linears = [module for module in dict.fromkeys(linears) if not module.weight.requires_grad]
     trainable, total = model.get_nb_trainable_parameters()
@@ -167,7 +169,7 @@ def _sizes(model: PeftModel) -> dict[str, int]:
         "frozen_parameters": total - trainable,
         "trainable_parameters": trainable,
         "quantisable_parameters": sum(module.weight.numel() for module in linears),
-        "quantisable_rows": sum(module.out_features for module in linears),
+        "quantisable_rows": sum(linear_size(module)[1] for module in linears),
         "largest_linear": max(module.weight.numel() for module in linears),
     }
 

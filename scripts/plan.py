@@ -24,6 +24,7 @@ from scripts.footprint import Footprint, Shape, count_step
 from scripts.instruments import SavedBytes
 from scripts.processes import run_alone
 from scripts.variants import Variant, load_base, random_batch, resident_memory
+from transformers_patch.auto import DEFAULT_TARGETS
 from transformers_patch.command_line import listed
 from transformers_patch.training.arguments import FLAG_OF_FIELD, DataArguments
 
@@ -261,7 +262,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lora_nums", type=int, default=6, help="experts per adapted Linear")
     add("--lora_rank", type=int, default=4, help="rank of each expert")
     add("--lora_dropout", type=float, default=0.05, help="dropout of the experts' input; its mask takes memory")
-    add("--trainable", default=",".join(GATED_MLP), help="names of the adapted Linears")
+    add("--trainable", default="auto", help="names of the adapted Linears; auto is the architecture's default")
     add("--batch", type=int, default=8, help="rows per GPU and micro-batch")
     add("--length", type=int, default=DataArguments.max_seq_length, help="tokens per row, padding included")
     add("--labelled", type=float, default=1.0, help="share of positions with a label, in (0, 1]; others have no logits")
@@ -313,6 +314,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     flags = parse(argv)
     config = find_architecture(flags.model)
+    if flags.trainable == "auto":
+        flags.trainable = ",".join(DEFAULT_TARGETS.get(config.get_text_config().model_type, GATED_MLP))
     if flags.check:
         lines, *_ = check(flags.model)
         print("\n".join(f"{a:<8}  {b:<42}  {c:>14}  {d:>13}  {e:>6}" for a, b, c, d, e in lines))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, filled_model, tiny_config
+from test_architectures import ARCHITECTURES as TINY
 from transformers import AutoModelForCausalLM
 
 from data import InputError
@@ -15,6 +16,7 @@ from scripts.footprint import Footprint, Shape, count_step
 from scripts.instruments import LiveBytes, SavedBytes
 from scripts.plan import Setup, check, host_memory, main, memory_per_gpu, peak
 from scripts.variants import random_batch
+from transformers_patch.auto import DEFAULT_TARGETS
 
 PUBLISHED_SIZES = {
     "SmolLM2-135M": 134_515_008,
@@ -73,6 +75,14 @@ def test_parameters_of_the_tiny_model_are_those_of_its_equations():
     assert counts.quantisable_rows == 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
     stacked, widths = 4 * 2, (32, 32, 48)
     assert counts.trainable_parameters == 2 * (3 * stacked * (32 + 48) + 4 * sum(widths))
+
+
+def test_every_linear_of_gpt2_is_one_that_quantisation_takes():
+    """Hidden size 32 and MLP width 48; its Linears are transformers' Conv1D, also those that are not adapted."""
+    kind, sizes, _ = TINY["gpt2"]
+    counts = count_step(kind(**sizes), LoraConfig(target_modules=DEFAULT_TARGETS["gpt2"], **ADAPTER), SHAPE)
+    assert counts.quantisable_parameters == sizes["n_layer"] * 32 * (3 * 32 + 32 + 2 * 48)
+    assert counts.quantisable_rows == sizes["n_layer"] * (3 * 32 + 32 + 48 + 32)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
@@ -171,6 +181,14 @@ def test_a_plan_is_printed_and_written(config_file, tmp_path, capsys):
 def test_bad_input_is_refused(config_file, flags, message):
     with pytest.raises(InputError, match=message):
         main(["--model", config_file, *flags])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "starcoder2", "mixtral"])
+def test_the_linears_that_training_adapts_by_default_are_planned(tmp_path, capsys, name):
+    kind, sizes, _ = TINY[name]
+    kind(**sizes).save_pretrained(tmp_path)
+    main(["--model", str(tmp_path), "--batch", "1", "--length", "8"])
+    assert f"on {','.join(DEFAULT_TARGETS[name])})" in capsys.readouterr().out
 
 
 def test_unknown_models_are_refused(tmp_path):
