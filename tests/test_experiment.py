@@ -88,30 +88,48 @@ def test_small_sizes_come_first(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("tuning:", "tunign:"), "there is no field tunign; the field tuning is missing"),
+        (("tuning:", "tunign:"), "the field tuning is missing; there is no field tunign"),
         (("    lora: [0.002]\n", ""), "no learning rates for the arm lora"),
         (("model:", "model: ["), "cannot be read"),
         (("loramoe:", "mixture:"), "an arm is named mixture, but has to be one of full, lora, loramoe_beta0, loramoe"),
         (("  loramoe: {blc_weight: 0.1}\n", ""), "lora_rank is equal, but there is no arm loramoe to be equal to"),
         (("logging_steps: 1", "prompt_template: plain"), "prompt_template cannot be set"),
-        (("lora: [0.002]", "lora: [2e-3]"), r"learning_rates is .*float.*; 2e-3 is text to YAML, .* such as 1\.0e-5"),
-        (("{lora_nums: 2}", "{learning_rate: 1e-5}"), "learning_rate of experts_2 is '1e-5', .*; 1e-5 is text to YAML"),
+        (("lora: [0.002]", "lora: ['2e-3']"), "tuning.learning_rates.lora.0 is '2e-3': Input should be a valid number"),
+        (("lora: [0.002]", "lora: [true]"), "tuning.learning_rates.lora.0 is True: Input should be a valid number"),
+        (("{lora_nums: 2}", "{learning_rate: fast}"), "learning_rate of experts_2 is 'fast', but has to be a number"),
+        (("sizes:\n  96: [0, 1]\n  384: [0]", "sizes: [96]"), r"sizes is \[96\]: Input should be a valid dictionary"),
         (
-            ("sizes:\n  96: [0, 1]\n  384: [0]", "sizes: [96]"),
-            r"sizes is \[96\], but has to be dict\[int, list\[int\]\]",
+            ("facts: 60", "facts: true\nrowz: 3"),
+            "facts is True: Input should be a valid integer; there is no field rowz",
         ),
-        (("facts: 60", "facts: true"), r"facts is True, but has to be int \| None"),
+        (("knowledge_shares: [0.2]", "knowledge_shares: 0.2"), "knowledge_shares is 0.2: Input should be a valid list"),
+        (("full: {tuning: full}", "full:"), "arms.full is None: Input should be a valid dictionary"),
         (
-            ("knowledge_shares: [0.2]", "knowledge_shares: 0.2"),
-            r"knowledge_shares is 0\.2, but has to be list\[float\]",
+            ("  seeds: [0]\n", "  seedz: [0]\n"),
+            "the field ablations.seeds is missing; there is no field ablations.seedz",
         ),
-        (("full: {tuning: full}", "full:"), r"arms is .*None.*, but has to be dict\[str, dict\]"),
     ],
 )
 def test_a_wrong_configuration_is_refused(config, change, message):
     config.write_text(config.read_text().replace(*change))
     with pytest.raises(InputError, match=message):
         read_experiment(config)
+
+
+@pytest.mark.parametrize("text", ["", "[model]"])
+def test_a_configuration_without_fields_is_refused(config, text):
+    config.write_text(text)
+    with pytest.raises(InputError, match=r"smoke\.yaml: the file is .*: Input should be a dictionary"):
+        read_experiment(config)
+
+
+@pytest.mark.parametrize("rate", ["1e-5", "1E-5", "1.e-5", "0.1e-4", "+1e-05"])
+def test_a_rate_in_scientific_notation_is_a_number(config, rate):
+    text = config.read_text().replace("lora: [0.002]", f"lora: [{rate}]")
+    config.write_text(text.replace("{lora_nums: 2}", f"{{learning_rate: {rate}}}"))
+    cells = {cell.name: cell for cell in read_experiment(config).cells()}
+    assert cells["tuning-lora-1e-05"].learning_rate == 1e-5
+    assert cells["experts_2-96-0.2-0"].learning_rate == 1e-5
 
 
 @pytest.mark.parametrize("share", [0, 0.05, 0.2])

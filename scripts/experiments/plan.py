@@ -2,15 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from inspect import formatannotation
 from pathlib import Path
-from types import UnionType
-from typing import get_args, get_origin
 
 import yaml
+from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
 from data import InputError
 from data.dataset import file_hash
@@ -21,6 +20,9 @@ BASE = "base"
 MIXTURE = "loramoe"
 ARMS = (BASE, "full", "lora", "loramoe_beta0", MIXTURE)
 EQUAL = "equal"  # as lora_rank: the rank with as many trainable parameters as the arm MIXTURE
+
+KNOWN_FIELDS_ONLY = ConfigDict(extra="forbid")
+Share = StrictInt | StrictFloat  # names of cells show it as it is written: 0 remains 0
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ class Tuning:
         learning_rates: what is tried, by arm.
     """
 
-    size: int
-    knowledge_share: float
-    seed: int
-    learning_rates: dict[str, list[float]]
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
+    size: StrictInt
+    knowledge_share: Share
+    seed: StrictInt
+    learning_rates: dict[str, list[StrictFloat]]
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,12 @@ class Ablations:
         changes: flags of `train.py`, and perhaps a learning rate, by name of the change.
     """
 
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
     of: str
-    size: int
-    knowledge_share: float
-    seeds: list[int]
+    size: StrictInt
+    knowledge_share: Share
+    seeds: list[StrictInt]
     changes: dict[str, dict]
 
 
@@ -114,19 +120,21 @@ class Experiment:
         launcher: what stands between `python` and `train.py`, such as `-m torch.distributed.run` and its flags.
     """
 
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
     model: str
     results: str
     work: str
     arms: dict[str, dict]
     train: dict
-    sizes: dict[int, list[int]]
-    knowledge_shares: list[float]
+    sizes: dict[StrictInt, list[StrictInt]]
+    knowledge_shares: list[Share]
     tuning: Tuning
     ablations: Ablations | None = None
-    checkpoints: int = 4
-    facts: int | None = None
-    rows_per_task: int = 100
-    batch_size: int = 64
+    checkpoints: StrictInt = 4
+    facts: StrictInt | None = None
+    rows_per_task: StrictInt = 100
+    batch_size: StrictInt = 64
     rows: str | None = None
     lm_eval: list[str] = field(default_factory=list)
     launcher: list[str] = field(default_factory=list)
@@ -252,6 +260,15 @@ def best_rate(trials: dict[float, dict]) -> float | None:
     return min((rate for rate in losses if math.isfinite(losses[rate])), key=losses.get, default=None)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-5 as a number, as YAML 1.2 has it; to PyYAML it is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_experiment(file: str | Path) -> Experiment:
     """Read a configuration.
 
@@ -259,14 +276,13 @@ def read_experiment(file: str | Path) -> Experiment:
         InputError: the file is no YAML, or its fields are not those of `Experiment`, in names or types.
     """
     try:
-        values = yaml.safe_load(Path(file).read_text())
+        values = yaml.load(Path(file).read_text(), _Loader)
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"--config {file} cannot be read: {error}") from None
-    values = _checked(file, values, Experiment)
-    values["tuning"] = Tuning(**_checked(file, values["tuning"], Tuning))
-    if values.get("ablations"):
-        values["ablations"] = Ablations(**_checked(file, values["ablations"], Ablations))
-    experiment = Experiment(**values)
+    try:
+        experiment = TypeAdapter(Experiment).validate_python(values)
+    except ValidationError as error:
+        raise InputError(f"{file}: {'; '.join(map(_problem, error.errors()))}") from None
     problems = [
         f"no learning rates for the arm {arm}" for arm in experiment.arms.keys() - experiment.tuning.learning_rates
     ]
@@ -284,9 +300,9 @@ def read_experiment(file: str | Path) -> Experiment:
         problems.append(f"ablations are of {experiment.ablations.of}, which is no arm")
     changes = experiment.ablations.changes if experiment.ablations else {}
     problems += [
-        f"the learning_rate of {name} is {rate!r}, but has to be float{_number_as_text(rate)}"
+        f"the learning_rate of {name} is {rate!r}, but has to be a number"
         for name, change in changes.items()
-        if not _fits(rate := change.get("learning_rate", 0.0), float)
+        if type(rate := change.get("learning_rate", 0.0)) not in (int, float)
     ]
     names = [] if problems else [cell.name for cell in experiment.cells()]
     problems += [f"two cells would be named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
@@ -295,46 +311,11 @@ def read_experiment(file: str | Path) -> Experiment:
     return experiment
 
 
-def _checked(file: str | Path, values: object, kind: type) -> dict:
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: {kind.__name__.lower()} has to be a mapping of fields")
-    known = {each.name: each for each in fields(kind)}
-    needed = {name for name, each in known.items() if each.default is each.default_factory is MISSING}
-    problems = [f"there is no field {name}" for name in values.keys() - known]
-    problems += [f"the field {name} is missing" for name in sorted(needed - values.keys())]
-    problems += [
-        f"{name} is {value!r}, but has to be {formatannotation(known[name].type)}{_number_as_text(value)}"
-        for name, value in values.items()
-        if name in known and not _fits(value, known[name].type)
-    ]
-    if problems:
-        raise InputError(f"{file}: {'; '.join(problems)}")
-    return dict(values)
-
-
-def _fits(value: object, kind: type | UnionType) -> bool:
-    """Whether a value of a YAML file is of a field's type. A whole number is a `float` as well."""
-    if is_dataclass(kind):
-        return True  # a mapping, which is checked on its own
-    parts = get_args(kind)
-    if isinstance(kind, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if kind in (int, float):
-        return type(value) in (int, kind)
-    if not isinstance(value, get_origin(kind) or kind):
-        return False
-    if get_origin(kind) is dict:
-        return all(_fits(key, parts[0]) and _fits(each, parts[1]) for key, each in value.items())
-    return all(_fits(each, part) for part in parts for each in value)
-
-
-def _number_as_text(value: object) -> str:
-    """A hint where a value is, or holds, a number in the one notation that YAML does not know."""
-    if isinstance(value, dict | list):
-        inside = value.values() if isinstance(value, dict) else value
-        return next(filter(None, map(_number_as_text, inside)), "")
-    try:
-        float(value if isinstance(value, str) else "")
-    except ValueError:
-        return ""
-    return f"; {value} is text to YAML, whose numbers have a point and a sign in the exponent, such as 1.0e-5"
+def _problem(error: dict) -> str:
+    """One of pydantic's errors in words."""
+    place = ".".join(map(str, error["loc"])) or "the file"
+    if error["type"] == "missing":
+        return f"the field {place} is missing"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"there is no field {place}"
+    return f"{place} is {error['input']!r}: {error['msg']}"
