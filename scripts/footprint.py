@@ -16,7 +16,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, LoraLayer, PeftModel, get_peft_model
-from peft.linear import linear_size
 from scripts.instruments import LiveBytes, SavedBytes, count_flops
 
 # Rows without padding need no mask, and then attention is one fused kernel. transformers sees that by the values of
@@ -169,7 +168,7 @@ def _sizes(model: PeftModel) -> dict[str, int]:
         "frozen_parameters": total - trainable,
         "trainable_parameters": trainable,
         "quantisable_parameters": sum(module.weight.numel() for module in linears),
-        "quantisable_rows": sum(linear_size(module)[1] for module in linears),
+        "quantisable_rows": sum(module.nf if isinstance(module, Conv1D) else module.out_features for module in linears),
         "largest_linear": max(module.weight.numel() for module in linears),
     }
 

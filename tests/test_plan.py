@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, filled_model, tiny_config
 from test_architectures import ARCHITECTURES as TINY
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhimoeConfig
 
 from data import InputError
 from peft import LoraConfig
@@ -189,6 +189,16 @@ def test_the_linears_that_training_adapts_by_default_are_planned(tmp_path, capsy
     kind(**sizes).save_pretrained(tmp_path)
     main(["--model", str(tmp_path), "--batch", "1", "--length", "8"])
     assert f"on {','.join(DEFAULT_TARGETS[name])})" in capsys.readouterr().out
+
+
+def test_a_router_that_is_a_linear_by_class_is_counted():
+    config = PhimoeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    shape = replace(SHAPE, dtype=torch.bfloat16)  # the only one in which torch counts products of many experts
+    counts = count_step(config, LoraConfig(target_modules=["q_proj"], **ADAPTER), shape)
+    assert counts.quantisable_rows == 2 * (32 + 16 + 16 + 32 + 4)
 
 
 def test_unknown_models_are_refused(tmp_path):
