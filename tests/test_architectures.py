@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import fill_adapter, tiny_tokenizer
 from reference import balance_loop
@@ -327,6 +328,18 @@ def test_the_balance_term_of_a_base_that_flattens_its_tokens_is_that_of_its_rows
     lengths = [10, 7, 5] if masked and not reference else [10, 10, 10]
     weights = [weights.view(3, 10, 4) for weights in recorder.weights.values()]
     torch.testing.assert_close(output.balance_loss, balance_loop(weights, lengths, [0, 1, 0], [2, 2], 0.1))
+
+
+def test_a_base_that_takes_a_mask_for_each_kind_of_layer_is_evaluated_with_them(checkpoint):
+    """They do not tell padding from text, which the balance term needs and evaluation does not."""
+    model, ids = adapted(checkpoint("gemma2")).eval(), make_batch()["input_ids"]
+    causal = torch.full((1, 1, *ids.shape[1:] * 2), float("-inf")).triu(1)
+    masks = {"full_attention": causal, "sliding_attention": causal}
+    logits, found = model(ids, attention_mask=masks).logits, model(ids, attention_mask=masks, labels=ids)
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert found.balance_loss == 0
+    with pytest.raises(ValueError, match=r"needs an attention_mask of shape .* this one is no tensor"):
+        model.train()(ids, attention_mask=masks, labels=ids)
 
 
 def test_calibration_on_a_base_that_flattens_its_tokens_leaves_padding_out(checkpoint):

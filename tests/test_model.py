@@ -497,7 +497,7 @@ def test_bad_task_types_and_masks_are_named():
     for bad in (2, -3):
         with pytest.raises(ValueError, match=rf"task_types has {bad} in row 1; allowed are 0 to 1, -1 for no type and"):
             model(**batch | {"task_types": torch.tensor([0, bad, 0])})
-    with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
+    with pytest.raises(ValueError, match=r"needs an attention_mask of shape .* this one is \(3, 1, 9, 9\)"):
         model(**batch | {"attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})
 
 

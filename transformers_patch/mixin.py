@@ -126,12 +126,13 @@ class LoRAMoEMixin:
         output.balance_loss = output.lm_loss.new_zeros(())
         config = self._balance_config
         mask_BT = torch.ones_like(labels) if attention_mask is None else attention_mask
-        if self.training and config is not None and config.balances and mask_BT.ndim != 2:
+        tells_padding = isinstance(mask_BT, Tensor) and mask_BT.ndim == 2
+        if self.training and config is not None and config.balances and not tells_padding:
             raise ValueError(
-                f"attention_mask has {mask_BT.ndim} dimensions; training with the balance term needs one of shape "
-                "(batch, length), which tells padding from text"
+                "training with the balance term needs an attention_mask of shape (batch, length), which tells padding "
+                "from text; this one is " + (str(tuple(mask_BT.shape)) if isinstance(mask_BT, Tensor) else "no tensor")
             )
-        if config is not None and config.lora_nums > 1 and mask_BT.ndim == 2:
+        if config is not None and config.lora_nums > 1 and tells_padding:
             trains = self.training and torch.is_grad_enabled()
             mask_BT = mask_BT[:, -labels.shape[1] :]  # with a cache, it covers what is in there as well
             with torch.set_grad_enabled(trains and config.balances):
