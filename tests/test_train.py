@@ -488,13 +488,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run(run, monkeypatch, step, max
     assert not (run.output / "all_results.json").exists()
 
 
-def test_in_fp16_a_gradient_that_overflows_is_no_fault():
-    """The scaler leaves the step out; fp16 itself needs a GPU."""
+@pytest.mark.parametrize(("fp16", "deepspeed"), [(True, None), (False, "zero2.json")])
+def test_a_gradient_that_overflows_is_no_fault_where_the_step_is_left_out(fp16, deepspeed):
+    """By the scaler of fp16, which needs a GPU, or by DeepSpeed."""
     signals = StopSignals()
     signals.watch(torch.tensor(1.0), ["row 1"])
     signals.gradient_norm = torch.tensor(float("inf"))
-    signals.on_step_end(SimpleNamespace(fp16=True), TrainerState(), TrainerControl())
+    signals.on_step_end(SimpleNamespace(fp16=fp16, deepspeed=deepspeed), TrainerState(), TrainerControl())
     assert not signals.stopped
+
+
+def test_of_many_rows_the_first_are_named(tmp_path):
+    signals = StopSignals()
+    signals.watch(torch.tensor(float("nan")), [f"row {n}" for n in range(12)])
+    args = SimpleNamespace(fp16=False, deepspeed=None, output_dir=tmp_path)
+    with pytest.raises(InputError, match=r"its rows were row 0, .*, row 9 and 2 more.* or lower the learning rate$"):
+        signals.on_step_end(args, TrainerState(), TrainerControl())
 
 
 def test_the_best_checkpoint_can_be_loaded_at_the_end(run):

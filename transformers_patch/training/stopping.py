@@ -14,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from data import InputError
 from transformers_patch.training.checkpoint import find_checkpoint
 
+MOST_ROWS_SHOWN = 10
+
 
 class StoppedError(Exception):
     """A run ends early because of SIGTERM; what there was to save is saved."""
@@ -29,8 +31,8 @@ class StopSignals(TrainerCallback):
         gradient_norm: that of the step, before clipping and over all ranks; None where it is not known.
 
     Raises:
-        InputError: at the end of a step whose loss or gradient was not finite; nothing is saved then. In fp16 a
-            gradient that overflows is no fault: the step is left out, and the loss scaled less.
+        InputError: at the end of a step whose loss or gradient was not finite; nothing is saved then. In fp16 and
+            under DeepSpeed a gradient that overflows is no fault: the step is left out.
         StoppedError: before a batch of the evaluations ahead of training and behind it.
     """
 
@@ -76,7 +78,8 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._losses]))
-        norm = 0.0 if args.fp16 or self.gradient_norm is None else self.gradient_norm
+        leaves_out = args.fp16 or args.deepspeed
+        norm = 0.0 if leaves_out or self.gradient_norm is None else self.gradient_norm
         bad_gradient = ~torch.isfinite(torch.as_tensor(norm, device=bad.device))
         flags = torch.stack([bad.any(), bad_gradient, torch.tensor(self._terminated, device=bad.device)]).int()
         if dist.is_initialized():
@@ -107,8 +110,9 @@ def _of_all_ranks(rows: list[str]) -> list[str]:
 
 def _not_finite_message(what: str, args: TrainingArguments, state: TrainerState, rows: list[str]) -> str:
     checkpoint, _ = find_checkpoint(Path(args.output_dir))
+    more = f" and {len(rows) - MOST_ROWS_SHOWN} more" if len(rows) > MOST_ROWS_SHOWN else ""
     return (
-        f"the {what} of step {state.global_step} is not finite; its rows were {', '.join(rows)}. Nothing was saved "
-        f"then; the last good checkpoint is {checkpoint or 'none'}. Look at these rows, lower the learning "
-        "rate, or use bf16 in place of fp16"
+        f"the {what} of step {state.global_step} is not finite; its rows were {', '.join(rows[:MOST_ROWS_SHOWN])}"
+        f"{more}. Nothing was saved then; the last good checkpoint is {checkpoint or 'none'}. Look at these rows"
+        + (", lower the learning rate, or use bf16 in place of fp16" if args.fp16 else ", or lower the learning rate")
     )
