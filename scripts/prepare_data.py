@@ -143,15 +143,16 @@ def alone(folder: Path) -> Iterator[None]:
         InputError: one does.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f"{folder.name}.incomplete.lock")
+    lock = FileLock(folder.with_name(f"{folder.name}.incomplete.lock"))
     try:
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                lock.unlink()
+        lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"--output {folder} is being made by another process; wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, dict]:

@@ -9,14 +9,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import full_disk, tiny_tokenizer
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from data import Encoding, InputError, load_data
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import PAPER, RECIPES, Source, evaluation_parts
 from data.rows import row_problem
 from data.tasks import TASKS
-from scripts.prepare_data import main, question_key
+from scripts.prepare_data import alone, main, question_key
 
 # Of every set a record with all its columns, and the row that it becomes: instruction, input, output, aliases.
 EXAMPLES = {
@@ -584,6 +584,14 @@ def test_a_second_start_of_the_same_command_is_refused(hub, tmp_path):
     assert not (tmp_path / "mix.incomplete").exists()
     prepare(tmp_path / "mix", *FEW, "--size", "10")
     assert {path.name for path in tmp_path.iterdir()} == {"hub", "mix"}
+
+
+def test_other_locks_and_a_lock_that_is_gone_are_no_second_start(tmp_path):
+    with pytest.raises(Timeout, match=r"other\.lock"), alone(tmp_path / "mix"):
+        raise Timeout("other.lock")
+    with alone(tmp_path / "mix"):
+        (tmp_path / "mix.incomplete.lock").unlink()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_message(hub, tmp_path):
