@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PlainValidator, StrictInt, TypeAdapter, ValidationError
 
 from data import InputError
 from data.dataset import file_hash
@@ -22,7 +23,15 @@ ARMS = (BASE, "full", "lora", "loramoe_beta0", MIXTURE)
 EQUAL = "equal"  # as lora_rank: the rank with as many trainable parameters as the arm MIXTURE
 
 KNOWN_FIELDS_ONLY = ConfigDict(extra="forbid")
-Share = StrictInt | StrictFloat  # names of cells show it as it is written: 0 remains 0
+
+
+def _number(value: object) -> int | float:
+    if type(value) not in (int, float):
+        raise ValueError("it has to be a number")
+    return value
+
+
+Number = Annotated[float, PlainValidator(_number)]  # as it is written: names of cells show 0 and 0.2
 
 
 @dataclass(frozen=True)
@@ -72,9 +81,9 @@ class Tuning:
     __pydantic_config__ = KNOWN_FIELDS_ONLY
 
     size: StrictInt
-    knowledge_share: Share
+    knowledge_share: Number
     seed: StrictInt
-    learning_rates: dict[str, list[StrictFloat]]
+    learning_rates: dict[str, list[Number]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Ablations:
 
     of: str
     size: StrictInt
-    knowledge_share: Share
+    knowledge_share: Number
     seeds: list[StrictInt]
     changes: dict[str, dict]
 
@@ -128,7 +137,7 @@ class Experiment:
     arms: dict[str, dict]
     train: dict
     sizes: dict[StrictInt, list[StrictInt]]
-    knowledge_shares: list[Share]
+    knowledge_shares: list[Number]
     tuning: Tuning
     ablations: Ablations | None = None
     checkpoints: StrictInt = 4
