@@ -156,8 +156,8 @@ class PeftModel(nn.Module):
             is_trainable: continue training; otherwise the adapter is frozen too and the model is in eval mode.
 
         Raises:
-            ValueError: the folder is incomplete or damaged, its tensors do not fit the model, or the model has an
-                adapter already.
+            ValueError: the folder is incomplete or damaged, the model has an adapter already, or the tensors do not fit
+                the model, which then stands unwrapped, but frozen.
         """
         config, tensors = LoraConfig.from_pretrained(directory), load_adapter_weights(directory)
         config.inference_mode = not is_trainable
