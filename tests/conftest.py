@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers_patch import LlamaLoRAMoEForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A script that runs the tests in the background has told them to ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_config(**changes) -> LlamaConfig:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -263,7 +264,14 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run_cleanly(run, processes, nu
     variables = shell_variables(run) | {"num_processes": processes, "save_steps": 100000}
     folder = run.folder / "outputs" / "default"
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # As in a terminal: tests that run under nohup have been told to ignore SIGHUP.
+        preexec_fn=partial(signal.signal, number, signal.SIG_DFL),
     ) as script:
         for line in script.stdout:
             if "'lm_loss'" in line:
