@@ -18,13 +18,12 @@ from transformers import PretrainedConfig
 
 from data import InputError
 from peft import LoraConfig, TaskType
-from peft.inject import GATED_MLP
 from scripts.architectures import ARCHITECTURES, find_architecture
 from scripts.footprint import Footprint, Shape, count_step
 from scripts.instruments import SavedBytes
 from scripts.processes import run_alone
 from scripts.variants import Variant, load_base, random_batch, resident_memory
-from transformers_patch.auto import DEFAULT_TARGETS
+from transformers_patch.auto import default_targets
 from transformers_patch.command_line import listed
 from transformers_patch.training.arguments import FLAG_OF_FIELD, DataArguments
 
@@ -315,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     config = find_architecture(flags.model)
     if flags.trainable == "auto":
-        flags.trainable = ",".join(DEFAULT_TARGETS.get(config.get_text_config().model_type, GATED_MLP))
+        flags.trainable = ",".join(default_targets(config.get_text_config().model_type))
     if flags.check:
         lines, *_ = check(flags.model)
         print("\n".join(f"{a:<8}  {b:<42}  {c:>14}  {d:>13}  {e:>6}" for a, b, c, d, e in lines))

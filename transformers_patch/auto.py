@@ -94,6 +94,11 @@ def patched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return LlamaLoRAMoEForCausalLM if config.model_type == "llama" else _patch(stock, config.model_type)
 
 
+def default_targets(model_type: str) -> tuple[str, ...]:
+    """Names of the Linears that are adapted in an architecture where none are named."""
+    return DEFAULT_TARGETS.get(model_type, GATED_MLP)
+
+
 def most_positions(model: nn.Module) -> int | None:
     """The length in tokens at which a model's table of positions ends; None where positions are computed."""
     has_table = any(
@@ -116,7 +121,7 @@ def _patch(stock: type[PreTrainedModel], model_type: str) -> type[PreTrainedMode
     members = {
         "__doc__": f"`{stock.__name__}` whose forward takes `task_types` and returns the losses apart.",
         "__module__": __name__,
-        "default_target_modules": DEFAULT_TARGETS.get(model_type, GATED_MLP),
+        "default_target_modules": default_targets(model_type),
         # transformers would read the tensors of custom code as they are named; these checkpoints are the stock class's.
         "is_custom_code": classmethod(lambda cls: False),
     }
