@@ -195,7 +195,7 @@ def build_trainer(
         say(args, f"resuming from {checkpoint}")
     args.eval_on_start = eval_data is not None and checkpoint is None
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
-    return LoRAMoETrainer(
+    trainer = LoRAMoETrainer(
         model=model,
         args=args,
         data_collator=Collator(tokenizer.pad_token_id),
@@ -204,6 +204,10 @@ def build_trainer(
         processing_class=tokenizer,
         stop_signals=stop_signals,
     )
+    # The weights are the same on all ranks; dropout masks must not be.
+    if args.process_index:
+        set_seed(args.seed + args.process_index)
+    return trainer
 
 
 def evaluate(trainer: LoRAMoETrainer, template: str) -> dict:

@@ -30,8 +30,11 @@ def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
 
 
 def thin_product(x_TI: Tensor, weight_HI: Tensor, mask_TI: Tensor | None = None) -> Tensor:
-    """(mask * x) W^T for a W of few rows, in autocast's dtype where it is on, or else in that of W. Shape (T, H)."""
-    kind, dtype = weight_HI.device.type, weight_HI.dtype
+    """(mask * x) W^T for a W of few rows, in autocast's dtype if it is on, else in that of x. Shape (T, H).
+
+    W may have another dtype: a float32 adapter on a bf16 model computes in bf16, as it does under autocast.
+    """
+    kind, dtype = x_TI.device.type, x_TI.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     # A Function costs as much as the product itself where there is one token, and keeps nothing without gradients.

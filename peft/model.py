@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from peft.config import LoraConfig
@@ -133,7 +132,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write the active adapter, `adapter_config.json` and `adapter_model.safetensors`, into a folder.
 
-        Under ZeRO-3 every rank has to call this, since the tensors are gathered; only the main process writes.
+        Under DeepSpeed every rank has to call this, since the tensors are gathered; only the main process writes.
 
         Args:
             state_dict: full tensors by the model's parameter names, where the caller has gathered them.
@@ -219,31 +218,15 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze a quantised base model and make it fit to be trained through.
 
-    Normalisation weights go to float32, since they are small and sensitive, and so does what they return. Without
-    autocast, Linears that are not quantised (the output layer) and LayerNorms cast their input to their weight's dtype.
-    Checkpointing is the non-re-entrant kind.
+    Normalisation weights keep their dtype: in float32 they would make the residual stream float32, and with it most of
+    what is kept for the backward pass. Checkpointing is the non-re-entrant kind.
     """
     model.requires_grad_(False)
     keep_4bit_packing(model)
-    half = (torch.float16, torch.bfloat16)
-    for module in model.modules():
-        plain_linear = type(module) is nn.Linear  # quantised ones are subclasses, which cast by themselves
-        if plain_linear or isinstance(module, nn.LayerNorm):
-            module.register_forward_pre_hook(_follow_weight_dtype)
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 1 and parameter.dtype in half and not plain_linear:
-                parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
         kwargs = gradient_checkpointing_kwargs or {"use_reentrant": False}
         model.activation_checkpointing_enable(kwargs)
     return model
-
-
-def _follow_weight_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A forward pre-hook that casts the input to the weight's dtype, unless autocast chooses one."""
-    if module.weight is None or torch.is_autocast_enabled(module.weight.device.type):
-        return inputs
-    return tuple(x.to(module.weight.dtype) for x in inputs)
 
 
 def _refuse_other_settings(

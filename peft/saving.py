@@ -33,7 +33,8 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """Full tensors of one adapter, by their key in the file.
 
-    Under ZeRO-3 the parameters are partitioned and this gathers them, which every rank has to take part in.
+    Where DeepSpeed trains the adapter, these are the float32 weights that its optimizer keeps, not their copies in half
+    precision. They are distributed over the ranks, and every rank has to take part in gathering them.
 
     Args:
         model: a PeftModel.
@@ -50,6 +51,10 @@ def get_peft_model_state_dict(
         if missing := sorted(parameters.keys() - given.keys()):
             raise ValueError("these tensors are not the whole adapter, missing: " + ", ".join(missing))
         return given
+    if parameters and all(map(_has_float32_weight, parameters.values())):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {key: safe_get_full_fp32_param(parameter) for key, parameter in parameters.items()}
     with gathered(parameters.values()):
         return {key: parameter.detach().clone() for key, parameter in parameters.items()}
 
@@ -112,3 +117,8 @@ def gathered(parameters, modify: bool = False):
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None)
+
+
+def _has_float32_weight(parameter: nn.Parameter) -> bool:
+    """Whether a DeepSpeed optimizer (stages 1 and 2, stage 3) keeps a float32 weight of this parameter."""
+    return parameter.requires_grad and (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"))

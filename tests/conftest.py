@@ -76,6 +76,16 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def deepspeed_file(folder: Path, name: str) -> Path:
+    """A shipped DeepSpeed file, under ZeRO-3 one that partitions even tensors as small as those of a tiny model."""
+    config = json.loads((ROOT / "scripts" / "deepspeed" / name).read_text())
+    if config["zero_optimization"]["stage"] == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    file = folder / name
+    file.write_text(json.dumps(config))
+    return file
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges worth speaking of, with a chat template in the ChatML manner."""
     backend = Tokenizer(models.BPE())

@@ -1,17 +1,68 @@
 """Calls `train.main` once for each list of flags in a JSON file; started under torchrun by the tests.
 
-One process group and one import serve all of them: imports are most of the time that such a run takes.
+One process group and one import serve all of them: imports are most of the time that such a run takes. What the experts
+compute is written next to the JSON file, by each rank.
 """
 
+import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from peft import layer
+
+
+class Recorder:
+    """What the experts are made of and compute, while it is installed.
+
+    Attributes:
+        dtypes: names of dtypes by role: `activations`, `parameters`, `products` and `sums`.
+        masks: the dropout masks that were drawn, as digests.
+    """
+
+    def __init__(self):
+        self.reset()
+        self._thin_product, self._gated_sum = layer.thin_product, layer.gated_sum
+        self._dropout_mask = layer.dropout_mask
+        layer.thin_product, layer.gated_sum, layer.dropout_mask = self.thin_product, self.gated_sum, self.dropout_mask
+
+    def reset(self) -> None:
+        self.dtypes: dict[str, set[str]] = {}
+        self.masks: list[str] = []
+
+    def record(self) -> dict:
+        return {"dtypes": {role: sorted(names) for role, names in self.dtypes.items()}, "masks": self.masks}
+
+    def thin_product(self, x, weight, mask=None):
+        product = self._thin_product(x, weight, mask)
+        self._note(activations=x, parameters=weight, products=product)
+        return product
+
+    def gated_sum(self, output, hidden, weights, lora_B, scale):
+        total = self._gated_sum(output, hidden, weights, lora_B, scale)
+        self._note(activations=output, parameters=lora_B, products=hidden, sums=total)
+        return total
+
+    def dropout_mask(self, x, probability):
+        mask, kept = self._dropout_mask(x, probability)
+        self.masks.append(hashlib.sha256(mask.numpy().tobytes()).hexdigest())
+        return mask, kept
+
+    def _note(self, **tensors) -> None:
+        for role, tensor in tensors.items():
+            self.dtypes.setdefault(role, set()).add(str(tensor.dtype).removeprefix("torch."))
+
 
 if __name__ == "__main__":
-    for flags in json.loads(Path(sys.argv[1]).read_text()):
+    commands = Path(sys.argv[1])
+    recorder, records = Recorder(), []
+    for flags in json.loads(commands.read_text()):
+        recorder.reset()
         train.main(flags)
+        records.append(recorder.record())
+    commands.with_name(f"record-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(records))
     train.close_process_group()

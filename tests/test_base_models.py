@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import example_rows, tiny_tokenizer
+from conftest import deepspeed_file, example_rows, tiny_tokenizer
 from safetensors.torch import load_file
 from test_architectures import stock_model
 from test_launch import call, launch
@@ -162,7 +162,7 @@ def test_tied_embeddings_trained_in_full_end_the_same_on_two_shards_and_when_res
     settings = {"modules_to_save": "embed_tokens,lm_head", "lora_dropout": 0, "num_train_epochs": 1, "logging_steps": 1}
     run(**settings, per_device_train_batch_size=2, output_dir=tmp_path / "one")
     alone = embeddings(tmp_path / "one")
-    flags = run.arguments(**settings, per_device_train_batch_size=1, deepspeed="scripts/deepspeed/zero3.json")
+    flags = run.arguments(**settings, per_device_train_batch_size=1, deepspeed=deepspeed_file(tmp_path, "zero3.json"))
     program = tmp_path / "commands.json"
     program.write_text(json.dumps([flags]))
     launch(2, ["tests/regimes.py", str(program)])

@@ -140,7 +140,8 @@ def test_kept_for_backward_are_one_input_the_masks_and_thin_tensors(dtype, dropo
         layer.base_layer.to(dtype)
     x = torch.randn(*TOKENS, 6, dtype=dtype, requires_grad=True)
     tokens = x.numel() // 6
-    hidden, weights, mask = tokens * count * 2 * 4, tokens * count * 4 * (count > 1), x.numel() * (dropout > 0)
+    hidden, weights = tokens * count * 2 * x.element_size(), tokens * count * 4 * (count > 1)
+    mask = x.numel() * (dropout > 0)
     expected = x.numel() * x.element_size() + 2 * (hidden + weights + mask)
     assert saved_bytes(lambda: [layer(x) for layer in layers], *layers) == expected
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, filled_model, tiny_model
+from conftest import ROOT, deepspeed_file, filled_model, tiny_model
 from safetensors.torch import load_file
 from test_train import Runner
 
@@ -100,14 +100,16 @@ def run(tmp_path, model_dir, monkeypatch) -> Runner:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("zero2", {"deepspeed": "scripts/deepspeed/zero2.json", "blc_weight": 0}),
-        ("zero3", {"deepspeed": "scripts/deepspeed/zero3_offload.json", "blc_weight": 0.5}),
+        ("zero2", {"deepspeed": "zero2.json", "blc_weight": 0}),
+        ("zero3", {"deepspeed": "zero3_offload.json", "blc_weight": 0.5}),
         ("ddp", {"blc_weight": 0.5, "activation_checkpointing": True}),
     ],
 )
 def test_two_processes_train_as_one(run, tmp_path, name, settings):
     """Same rows in every global batch, dropout 0, from non-zero A, B and routers."""
     filled_model().save_pretrained(tmp_path / "adapter")
+    if "deepspeed" in settings:
+        settings = settings | {"deepspeed": deepspeed_file(tmp_path, settings["deepspeed"])}
     common = {
         "peft_path": tmp_path / "adapter",
         "lora_rank": 2,
@@ -141,7 +143,11 @@ def test_two_processes_train_as_one(run, tmp_path, name, settings):
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_resuming_under_deepspeed_ends_the_same(run, stage):
     """Dropout on. The last checkpoint and the results are taken away after the run, and the same command goes on."""
-    settings = {"deepspeed": f"scripts/deepspeed/{stage}.json", "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    settings = {
+        "deepspeed": deepspeed_file(run.folder, f"{stage}.json"),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 1,
+    }
     flags = run.arguments(**settings, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
     program = run.folder / "commands.json"
     program.write_text(json.dumps([flags]))

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, example_rows, filled_model, tiny_tokenizer
+from conftest import ROOT, deepspeed_file, example_rows, filled_model, tiny_config, tiny_tokenizer
 from safetensors.torch import load_file
 from test_launch import launch
+from transformers import LlamaForCausalLM
 
 from data import Collator, Encoding, load_data
 from peft import get_peft_model_state_dict
@@ -22,11 +23,14 @@ from peft import get_peft_model_state_dict
 RATE = 1e4
 BETA = 10.0
 REGIMES = {
-    "one process": (1, {}),
-    "DDP": (2, {}),
-    "ZeRO-2": (2, {"deepspeed": "scripts/deepspeed/zero2.json"}),
-    "ZeRO-3": (2, {"deepspeed": "scripts/deepspeed/zero3.json"}),
+    "one process": (1, None),
+    "DDP": (2, None),
+    "ZeRO-2": (2, "zero2.json"),
+    "ZeRO-3": (2, "zero3.json"),
+    "ZeRO-3 offload": (2, "zero3_offload.json"),
 }
+# What rounding to bf16 may change in a gradient, in relative L2 norm.
+BF16 = 16 * torch.finfo(torch.bfloat16).eps
 
 
 class Layout(NamedTuple):
@@ -55,6 +59,7 @@ RAGGED = [
     Layout(7, 4, 4),  # a window of two micro-batches in place of four, the second of three rows
 ]
 REFERENCE = [Layout(8, 8, 1, reference=True), Layout(8, 4, 2, reference=True)]
+HALF = [Layout(8, 8, 1), Layout(8, 2, 4, checkpointing=True), Layout(7, 4, 4)]
 
 
 class Case:
@@ -67,6 +72,8 @@ class Case:
         self.start = load_file(folder / "adapter" / "adapter_model.safetensors")
         for count in {layout.rows for layout in WHOLE + RAGGED + REFERENCE}:
             (folder / f"{count} rows.json").write_text(json.dumps(example_rows(count)))
+        equal = [{"instruction": f"Count from {index}", "output": f"{index + 1}"} for index in range(1, 9)]
+        (folder / "equal rows.json").write_text(json.dumps(equal))
         self.rows = load_data(folder / "8 rows.json", tiny_tokenizer(), Encoding("auto", 256, 2), folder / "cache")[0]
         self.flags = {
             "model_name_or_path": model_dir,
@@ -88,8 +95,14 @@ class Case:
             "use_cpu": "true",
         }
 
-    def run(self, name: str, processes: int, changes: list[dict]) -> list[dict[str, torch.Tensor]]:
-        """The gradients found by runs with these changes of flags, all in one launch."""
+    def run(
+        self, name: str, processes: int, changes: list[dict]
+    ) -> tuple[list[dict[str, torch.Tensor]], list[list[dict]]]:
+        """Runs with these changes of flags, all in one launch.
+
+        Returns:
+            The adapter that each ends with; for each rank, the record of each run.
+        """
         outputs = [self.folder / f"{name} {index}" for index in range(len(changes))]
         commands = [
             [
@@ -102,7 +115,12 @@ class Case:
         (self.folder / "commands.json").write_text(json.dumps(commands))
         launch(processes, [str(ROOT / "tests" / "regimes.py"), str(self.folder / "commands.json")])
         ends = [load_file(output / "adapter_model.safetensors") for output in outputs]
-        return [{key: (self.start[key].double() - end[key].double()) / RATE for key in end} for end in ends]
+        assert {tensor.dtype for end in ends for tensor in end.values()} == {torch.float32}
+        return ends, [json.loads((self.folder / f"record-{rank}.json").read_text()) for rank in range(processes)]
+
+    def gradients(self, end: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The gradients of the step from the start to an adapter."""
+        return {key: (self.start[key].double() - end[key].double()) / RATE for key in end}
 
     def expected(self, part: str, micro_batches: list[np.ndarray], reference: bool = False) -> dict[str, torch.Tensor]:
         """Mean over the micro-batches of the gradients of `lm_loss` or `balance_loss`."""
@@ -122,19 +140,27 @@ def case(tmp_path_factory, model_dir) -> Case:
     return Case(tmp_path_factory.mktemp("regimes"), model_dir)
 
 
-def assert_same(found: dict, expected: dict, floor: dict) -> None:
+@pytest.fixture(scope="module")
+def quantisable(tmp_path_factory) -> dict:
+    """Flags of a run on a base model that can be quantised, with a fresh adapter."""
+    folder = tmp_path_factory.mktemp("quantisable")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return {"model_name_or_path": folder, "peft_path": ""}
+
+
+def assert_same(found: dict, expected: dict, floor: dict, tolerance: float = 1e-5) -> None:
     """Equal in relative L2 norm, tensor by tensor; `floor` is what a tensor's rounding errors are relative to."""
     assert found.keys() == expected.keys()
     assert sum(tensor.norm() > 0 for tensor in expected.values()) > len(expected) / 2
     for key, tensor in expected.items():
-        assert (found[key] - tensor).norm() <= 1e-5 * max(tensor.norm(), floor[key].norm()), key
+        assert (found[key] - tensor).norm() <= tolerance * max(tensor.norm(), floor[key].norm()), key
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-def test_gradients_are_those_of_one_process(case, regime):
-    processes, flags = REGIMES[regime]
-    layouts = WHOLE + RAGGED + REFERENCE
-    changes = [
+def gradient_runs(case: Case, layouts: list[Layout], processes: int, half: bool) -> list[dict]:
+    """Two runs for each layout, without and with the balance term."""
+    return [
         {
             "dataset_dir": case.folder / f"{layout.rows} rows.json",
             "gradient_accumulation_steps": layout.accumulation,
@@ -142,17 +168,47 @@ def test_gradients_are_those_of_one_process(case, regime):
             "activation_checkpointing": layout.checkpointing,
             "blc_reference": layout.reference,
             "blc_weight": beta,
+            "bf16": half,
         }
-        | flags
         for layout in layouts
         for beta in (0, BETA)
     ]
-    gradients = iter(case.run(regime, processes, changes))
+
+
+def check_gradients(case: Case, layouts: list[Layout], processes: int, adapters: list[dict], tolerance: float) -> None:
+    gradients = map(case.gradients, adapters)
     for layout in layouts:
         lm, total = next(gradients), next(gradients)
         lm_expected = case.expected("lm_loss", [np.arange(layout.rows)])
-        assert_same(lm, lm_expected, lm_expected)
+        assert_same(lm, lm_expected, lm_expected, tolerance)
         balance = {key: (total[key] - lm[key]) / BETA for key in lm}
         parts = [rows for rows in layout.micro_batches(processes) if len(rows)]
         balance_expected = case.expected("balance_loss", parts, layout.reference)
-        assert_same(balance, balance_expected, {key: tensor / BETA for key, tensor in lm_expected.items()})
+        assert_same(balance, balance_expected, {key: tensor / BETA for key, tensor in lm_expected.items()}, tolerance)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_trains_as_one_process(case, quantisable, regime):
+    """Gradients in float32 and bf16, dtypes of what the experts compute, and dropout masks of each rank's own."""
+    processes, file = REGIMES[regime]
+    layouts = WHOLE + RAGGED + REFERENCE
+    runs = gradient_runs(case, layouts, processes, half=False)
+    exact = len(runs)
+    runs += gradient_runs(case, HALF, processes, half=True)
+    rounded = len(runs)
+    rows = {"dataset_dir": case.folder / "8 rows.json"}
+    if file in (None, "zero2.json"):
+        runs += [
+            quantisable | rows | {"load_in_kbits": bits, "bf16": half} for bits, half in product((4, 8), (False, True))
+        ]
+    runs.append({"dataset_dir": case.folder / "equal rows.json", "lora_dropout": 0.5, "bf16": False})
+    sharding = {"deepspeed": deepspeed_file(case.folder, file)} if file else {}
+    adapters, records = case.run(regime, processes, [run | sharding for run in runs])
+    check_gradients(case, layouts, processes, adapters[:exact], 1e-5)
+    check_gradients(case, HALF, processes, adapters[exact:rounded], BF16)
+    for run, record in zip(runs, records[0], strict=True):
+        compute = "bfloat16" if run["bf16"] else "float32"
+        expected = {role: [compute] for role in ("activations", "parameters", "products", "sums")}
+        assert record["dtypes"] == expected | ({} if file else {"parameters": ["float32"]}), run
+    masks = [mask for rank in records for mask in rank[-1]["masks"]]
+    assert len(set(masks)) == len(masks) == 6 * processes

@@ -32,8 +32,8 @@ class LoRAMoEOutput(CausalLMOutputWithPast):
         loss: what is minimised: LM loss plus weighted balance term (plus the base model's own router loss, weighted as
             its configuration says) while training, the LM loss alone in eval mode.
         lm_loss: next-token cross-entropy over the labelled positions.
-        balance_loss: the unweighted balance term; 0 where there is nothing to balance, and where it has no part in the
-            loss and the mask is not of shape (B, T).
+        balance_loss: the unweighted balance term; 0 with one expert or `blc_weight` 0, where it is not computed, and in
+            eval mode with a mask that is not of shape (B, T).
         logits: of every position, (B, T, V), where no labels are given; with labels, of the N positions alone whose
             next token carries a label, (1, N, V), in the order of the rows.
         aux_loss: the unweighted router loss of a base model that is a mixture of experts itself, where its
@@ -81,6 +81,7 @@ class LoRAMoEMixin:
         logits_to_keep: int | Tensor = 0,
         task_types: Tensor | None = None,
         balance_scale: float = 1.0,
+        return_logits: bool = True,
         **kwargs,
     ) -> LoRAMoEOutput:
         """The stock forward without labels; with them, LM loss and balance term, and logits of labelled positions only.
@@ -90,6 +91,7 @@ class LoRAMoEMixin:
                 -2 is a filler row, which the balance term leaves out, as it does a row whose mask is all 0.
             balance_scale: factor on the balance term (and on the base model's own router loss) in `loss`, by which a
                 trainer makes the micro-batches of one optimizer step count as their mean. They are reported without it.
+            return_logits: with labels, whether the output has the logits; they are large, and training needs none.
 
         The other arguments are those of the stock class.
 
@@ -123,6 +125,8 @@ class LoRAMoEMixin:
             outputs = stock_forward()
         loss = positions.loss(self, outputs.logits, **kwargs)
         output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **_known(outputs))  # Trainer scales `loss` in place
+        if not return_logits:
+            output.logits = None
         output.balance_loss = output.lm_loss.new_zeros(())
         config = self._balance_config
         mask_BT = torch.ones_like(labels) if attention_mask is None else attention_mask
@@ -135,8 +139,9 @@ class LoRAMoEMixin:
         if config is not None and config.lora_nums > 1 and tells_padding:
             trains = self.training and torch.is_grad_enabled()
             mask_BT = mask_BT[:, -labels.shape[1] :]  # with a cache, it covers what is in there as well
-            with torch.set_grad_enabled(trains and config.balances):
-                term = self._balance_term(recorder, mask_BT, task_types, over_ranks=trains)
+            if config.balances:
+                with torch.set_grad_enabled(trains):
+                    term = self._balance_term(recorder, mask_BT, task_types, over_ranks=trains)
                 output.balance_loss = term.to(loss.device)
             if self.training:
                 with torch.no_grad():

@@ -87,7 +87,7 @@ def check_lengths(model: nn.Module, *sets: Dataset) -> None:
 
 
 def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
-    """Load the base model and put the adapter on it: a fresh one, or the one at `peft_path`.
+    """Load the base model and put the adapter on it, a fresh one or the one at `peft_path`, in their dtypes.
 
     Raises:
         InputError: the weights are missing or damaged.
@@ -95,9 +95,9 @@ def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path,
-            dtype=_weight_dtype(model_args, args),
+            dtype=base_dtype(model_args, args),
             attn_implementation=_attention(model_args, args),
-            quantization_config=quantization(model_args.load_in_kbits, _weight_dtype(model_args, args)),
+            quantization_config=quantization(model_args.load_in_kbits, base_dtype(model_args, args)),
         )
     except (OSError, SafetensorError) as error:
         place = model_args.model_name_or_path
@@ -105,7 +105,11 @@ def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
     if model_args.load_in_kbits in (4, 8):
         # The Trainer turns checkpointing on itself where it is asked for.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return with_adapter(model, model_args)
+    model = with_adapter(model, model_args)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(trained_dtype(args))
+    return model
 
 
 def with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
@@ -146,10 +150,23 @@ def _typed(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _weight_dtype(model_args: ModelArguments, args: RunArguments) -> torch.dtype:
-    """Half precision for a frozen base model, and where DeepSpeed keeps float32 copies of what it trains."""
-    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    return half if model_args.tuning == "loramoe" or args.deepspeed else torch.float32
+def compute_dtype(args: RunArguments) -> torch.dtype:
+    """Dtype of the activations: under autocast, or throughout where DeepSpeed runs without it."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def trained_dtype(args: RunArguments) -> torch.dtype:
+    """Dtype of the weights that are trained: adapters, modules that are trained in full, or all weights.
+
+    float32 where they are all that the optimizer has. DeepSpeed's optimizer keeps float32 weights itself and wants the
+    model's in the dtype of the activations; of a model that ZeRO-3 has partitioned, it does not cast them.
+    """
+    return compute_dtype(args) if args.deepspeed else torch.float32
+
+
+def base_dtype(model_args: ModelArguments, args: RunArguments) -> torch.dtype:
+    """Dtype of the base model's weights; of a quantised one, that of its computation."""
+    return compute_dtype(args) if model_args.tuning == "loramoe" else trained_dtype(args)
 
 
 def _attention(model_args: ModelArguments, args: RunArguments) -> str | None:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import rotate_checkpoints
@@ -113,7 +112,9 @@ class LoRAMoETrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         micro_batches = self.current_gradient_accumulation_steps
-        inputs = {**inputs, "balance_scale": 1 / (micro_batches * self.accelerator.num_processes)}
+        balance_scale = 1 / (micro_batches * self.accelerator.num_processes)
+        # Nothing here reads the logits, which accelerate would copy to float32 under autocast.
+        inputs = {**inputs, "balance_scale": balance_scale, "return_logits": False}
         sources = inputs.pop("sources")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         self.stop_signals.watch(loss, sources)
@@ -181,11 +182,13 @@ class LoRAMoETrainer(Trainer):
         return {source: number[task] for source, task in rows if task}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; but an adapter that is not partitioned is saved as it is, without a copy of the base model."""
-        if isinstance(self.model, PeftModel) and not is_deepspeed_zero3_enabled():
+        """As Trainer's, but of an adapted model only the adapter is gathered, never the base model."""
+        if not isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
             self._save(output_dir)
         else:
-            super().save_model(output_dir, _internal_call)
+            self.model.save_pretrained(output_dir or self.args.output_dir, is_main_process=False)
 
     def _get_output_dir(self, trial) -> str:
         return str(self._aside or super()._get_output_dir(trial))
