@@ -182,7 +182,7 @@ class PeftModel(nn.Module):
         """Numbers of trainable and of all parameters, whatever way they are packed or partitioned."""
         trainable, total = 0, 0
         for parameter in self.parameters():
-            count = _true_size(parameter)
+            count = true_size(parameter)
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
@@ -255,7 +255,7 @@ def keep_4bit_packing(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _true_size(parameter: nn.Parameter) -> int:
+def true_size(parameter: nn.Parameter) -> int:
     """Number of weights: ZeRO-3 keeps it apart from the partition, 4-bit tensors hold two weights in a byte."""
     if hasattr(parameter, "ds_numel"):
         return parameter.ds_numel

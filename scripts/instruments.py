@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     FlopCounterMode,
+    addmm_flop,
     register_flop_formula,
     sdpa_backward_flop_count,
     sdpa_flop_count,
@@ -26,7 +27,14 @@ M_MMAP_THRESHOLD = -3  # a name of glibc's malloc.h
 MMAP_THRESHOLD = 64 * 1024  # bytes; larger blocks are no part of the heap
 
 
-# torch has formulas for the attention kernels of GPUs only. Arguments are shapes.
+# torch has formulas for the attention kernels of GPUs only, and for products that are added into a new tensor only.
+# Arguments are shapes.
+@register_flop_formula(torch.ops.aten.addmm_)
+def product_in_place_flops(total, left, right, out_shape=None, **kwargs) -> int:
+    """FLOPs of a product that is added to a tensor in place."""
+    return addmm_flop(total, left, right)
+
+
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
     """FLOPs of softmax(Q K^T) V."""

@@ -26,24 +26,24 @@ from scripts.variants import Variant, load_base, random_batch, resident_memory
 from transformers_patch.auto import default_targets
 from transformers_patch.command_line import listed
 from transformers_patch.training.arguments import FLAG_OF_FIELD, DataArguments
+from transformers_patch.training.throughput import GIB, PEAK_TFLOPS
 
 # Dense bf16 TFLOP/s and GiB of memory, from the data sheets.
 GPUS = {
-    "A100-40G": (312, 40),
-    "A100": (312, 80),
-    "H100": (989, 80),
-    "H200": (989, 141),
-    "B200": (2250, 180),
-    "L40S": (362, 48),
-    "A10": (125, 24),
-    "RTX4090": (165, 24),
+    "A100-40G": (PEAK_TFLOPS["A100"], 40),
+    "A100": (PEAK_TFLOPS["A100"], 80),
+    "H100": (PEAK_TFLOPS["H100"], 80),
+    "H200": (PEAK_TFLOPS["H200"], 141),
+    "B200": (PEAK_TFLOPS["B200"], 180),
+    "L40S": (PEAK_TFLOPS["L40S"], 48),
+    "A10": (PEAK_TFLOPS["A10"], 24),
+    "RTX4090": (PEAK_TFLOPS["RTX 4090"], 24),
 }
-GIB = 2**30
 # Of a GPU's memory; the driver's context and gaps between blocks take the rest.
 USABLE = 0.92
 
-# DeepSpeed's defaults, which scripts/deepspeed/*.json leave as they are; in elements.
-REDUCE_BUCKET = 500_000_000
+# As scripts/deepspeed/*.json have it, and DeepSpeed's default, which they leave as it is; in elements.
+REDUCE_BUCKET = 50_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 
 # Bits per weight: nf4 with double quantisation has an 8-bit scale for every 64 weights and a 32-bit one for every 256
@@ -78,8 +78,8 @@ def memory_per_gpu(counts: Footprint, setup: Setup) -> dict[str, int]:
     # DeepSpeed keeps a float32 copy beside half-precision weights, and makes one of the gradient for its step.
     copies = 8 if setup.zero and setup.itemsize < 4 else 0
     optimizer = trainable * (8 + copies)
-    gradients = trainable * adapter_itemsize
-    weights = _frozen_bytes(counts, setup) + trainable * adapter_itemsize
+    gradients = trainable * 4  # DeepSpeed's files accumulate them in float32, too
+    frozen = _frozen_bytes(counts, setup)
     buffers = trainable * 4 if setup.zero == 0 and shares > 1 else 0
     if setup.zero >= 1:
         optimizer /= shares
@@ -90,11 +90,11 @@ def memory_per_gpu(counts: Footprint, setup: Setup) -> dict[str, int]:
     if setup.zero == 3:
         everything = counts.frozen_parameters + trainable
         buffers += min(MAX_LIVE_PARAMETERS, everything) * setup.itemsize if shares > 1 or setup.offload == "all" else 0
-        weights /= shares
+        frozen /= shares  # the adapter's tensors are below the threshold under which they stay whole
     if setup.bits < 16:
         buffers += counts.largest_linear * setup.itemsize  # one Linear at a time is unpacked
     return {
-        "weights": 0 if setup.offload == "all" else math.ceil(weights),
+        "weights": 0 if setup.offload == "all" else math.ceil(frozen + trainable * adapter_itemsize),
         "gradients": math.ceil(gradients) if setup.offload == "none" else 0,
         "optimizer": math.ceil(optimizer) if setup.offload == "none" else 0,
         "activations": counts.activations,

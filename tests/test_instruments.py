@@ -55,6 +55,7 @@ def test_flops_of_products_and_of_attention_are_two_for_each_multiply_add():
     linear = nn.Linear(8, 16, bias=False)
     x = torch.ones(4, 8, requires_grad=True)
     assert count_flops(lambda: linear(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
+    assert count_flops(lambda: torch.zeros(4, 16).addmm_(x.detach(), linear.weight.T.detach())) == 2 * 4 * 8 * 16
     q, k, v = (torch.ones(2, 3, 5, 8, requires_grad=True) for _ in range(3))
     forward = 2 * 2 * (2 * 3) * 5 * 5 * 8
     assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v)) == forward

@@ -20,7 +20,7 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
-from transformers_patch import AutoModelForCausalLM, RoutingRecorder
+from transformers_patch import AutoModelForCausalLM, LlamaLoRAMoEForCausalLM, RoutingRecorder
 
 MLP = [f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj", "down_proj")]
 TENSORS = ["lora_A", "lora_B", "router.weight"]
@@ -121,7 +121,20 @@ def test_beta_zero_is_the_lm_loss_bit_for_bit():
     without, plain = filled_model(blc_weight=0).train()(**batch), filled_model(blc_weight=0.1).train()(**batch)
     assert torch.equal(without.loss, plain.lm_loss)
     assert torch.equal(without.loss, without.lm_loss)
-    assert not without.balance_loss.requires_grad
+    assert without.balance_loss == 0
+
+
+def test_with_beta_zero_the_term_is_not_computed(monkeypatch):
+    monkeypatch.setattr(LlamaLoRAMoEForCausalLM, "_balance_term", lambda *arguments, **kwargs: pytest.fail("computed"))
+    output = filled_model(blc_weight=0).train()(**make_batch())
+    assert output.routing_shares.shape == (6, 3, 4)
+
+
+def test_logits_can_be_left_out():
+    model, batch = filled_model().train(), make_batch()
+    without = model(**batch, return_logits=False)
+    assert without.logits is None
+    assert torch.equal(without.loss, model(**batch).loss)
 
 
 def test_in_eval_mode_the_loss_is_the_lm_loss():

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from scripts.architectures import ARCHITECTURES, find_architecture
 from scripts.footprint import Footprint, Shape, count_step
 from scripts.instruments import LiveBytes, SavedBytes
-from scripts.plan import Setup, check, host_memory, main, memory_per_gpu, peak
+from scripts.plan import REDUCE_BUCKET, Setup, check, host_memory, main, memory_per_gpu, peak
 from scripts.variants import random_batch
 from transformers_patch.auto import DEFAULT_TARGETS
 
@@ -132,18 +132,18 @@ def test_memory_of_one_gpu_adds_up():
 def test_zero_divides_what_its_stages_say():
     ddp, one, two, three = (memory_per_gpu(COUNTS, replace(SETUP, gpus=4, zero=stage)) for stage in range(4))
     assert ddp["buffers"] == 400  # gradient buckets
-    assert (one["optimizer"], one["gradients"], one["weights"]) == (100 * 16 / 4, 200, 2200)
-    assert (two["optimizer"], two["gradients"], two["weights"]) == (400, 50, 2200)
-    assert (three["optimizer"], three["gradients"], three["weights"]) == (400, 50, 550)
-    assert one["buffers"] == two["buffers"] == 500_000_000 * 2
-    assert three["buffers"] == 500_000_000 * 2 + 1100 * 2  # and all parameters gathered, since there are so few
+    assert (one["optimizer"], one["gradients"], one["weights"]) == (100 * 16 / 4, 400, 2200)
+    assert (two["optimizer"], two["gradients"], two["weights"]) == (400, 100, 2200)
+    assert (three["optimizer"], three["gradients"], three["weights"]) == (400, 100, 1000 * 2 / 4 + 200)
+    assert one["buffers"] == two["buffers"] == 50_000_000 * 2
+    assert three["buffers"] == 50_000_000 * 2 + 1100 * 2  # and all parameters gathered, since there are so few
 
 
 def test_offloading_moves_memory_to_the_host():
     setup = replace(SETUP, gpus=4, zero=3, offload="all")
     memory = memory_per_gpu(COUNTS, setup)
     assert memory["weights"] == memory["gradients"] == memory["optimizer"] == 0
-    assert host_memory(COUNTS, setup) == 4 * (400 + 50 + 550)
+    assert host_memory(COUNTS, setup) == 4 * (400 + 100 + 700)
     assert host_memory(COUNTS, replace(setup, offload="none")) == 0
 
 
@@ -217,3 +217,10 @@ def test_counts_meet_real_steps_of_the_real_model():
     print(*lines, sep="\n")
     assert saved_error < 0.05
     assert peak_error < 0.10
+
+
+def test_the_shipped_deepspeed_files_are_those_that_are_planned():
+    for file in (ROOT / "scripts" / "deepspeed").glob("*.json"):
+        config = json.loads(file.read_text())
+        assert config["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET
+        assert config["data_types"] == {"grad_accum_dtype": "fp32"}

@@ -18,6 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 from data import ORDERS, TEMPLATES, InputError
 from peft import LoraConfig, TaskType
 from transformers_patch.command_line import FlagParser, flag, listed, refuse
+from transformers_patch.training.profiling import parse_steps
 
 # LoraConfig's field names, as the command line spells them.
 FLAG_OF_FIELD = {
@@ -198,6 +199,9 @@ class RunArguments(TrainingArguments):
     # The collator picks the fields of a row itself.
     remove_unused_columns: bool = flag(False, "drop data columns that the model does not take")
     num_processes: int | None = flag(None, "processes of the run over all nodes; the launcher's where not given")
+    profile_steps: str | None = flag(
+        None, "optimizer steps, counting from 1, to write a torch profiler trace of: 5 or 5-7"
+    )
     restart: bool = flag(False, "set aside what the output folder holds and start over")
     prepare_only: bool = flag(False, "check everything, encode the data and stop before any weight is read")
 
@@ -323,6 +327,8 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
         for name, needed, holds in RANGES
         if not holds(getattr(flags, name))
     ]
+    if flags.profile_steps and parse_steps(flags.profile_steps) is None:
+        problems.append(f"--profile_steps is {flags.profile_steps!r}, but has to be one step or a range, as 5 or 5-7")
     known = {"none", "all", *get_available_reporting_integrations()}
     if flags.report_to not in known:
         problems.append(f"--report_to {flags.report_to} is not installed here; there are {', '.join(sorted(known))}")

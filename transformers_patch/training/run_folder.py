@@ -23,8 +23,8 @@ RESULTS_NAME = "all_results.json"
 WITHOUT_EFFECT = {
     "attn_implementation", "data_cache_dir", "dataloader_num_workers", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "debug", "disable_tqdm", "local_rank", "output_dir",
-    "per_device_eval_batch_size", "prepare_only", "preprocessing_num_workers", "project", "report_to", "restart",
-    "resume_from_checkpoint", "run_name", "use_cpu",
+    "per_device_eval_batch_size", "prepare_only", "preprocessing_num_workers", "profile_steps", "project",
+    "report_to", "restart", "resume_from_checkpoint", "run_name", "use_cpu",
 }  # fmt: skip
 WITHOUT_EFFECT_PREFIXES = ("ddp_", "do_", "eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_")
 

@@ -22,8 +22,10 @@ from peft import LoraConfig, PeftModel
 from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.training.checkpoint import ASIDE, STATE, filling, put_in_place, writing
+from transformers_patch.training.profiling import StepProfiler, parse_steps
 from transformers_patch.training.routing import Routing, RoutingWatch
 from transformers_patch.training.stopping import StopSignals
+from transformers_patch.training.throughput import Throughput
 
 
 class LoRAMoETrainer(Trainer):
@@ -36,8 +38,9 @@ class LoRAMoETrainer(Trainer):
     - Which rows share an optimizer step depends on seed, epoch and global batch size alone (`data/sampler.py`), and the
       last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
     - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`, `aux_loss` (unweighted) where the own
-      router loss of a base model of several experts is added, and with routers `routing_entropy`,
-      `routing_cv` and `group_share_type_K`. A group of experts that dies out is warned of, once.
+      router loss of a base model of several experts is added, with routers `routing_entropy`, `routing_cv` and
+      `group_share_type_K`, and `tokens_per_second`; on GPUs `peak_memory_gib` and `mfu`. A group of experts that dies
+      out is warned of, once.
     - Evaluation weighs every labelled token alike, whatever the batches and processes, and never contains the balance
       term. `routing` then holds the shares of the last evaluation; None where nothing is routed.
     """
@@ -50,6 +53,9 @@ class LoRAMoETrainer(Trainer):
         config = self.model.active_peft_config if adapted else LoraConfig(lora_nums=1)
         self.routing_watch = RoutingWatch(config.num_task_types, config.group_sizes)
         self.add_callback(self.routing_watch)
+        self.throughput = Throughput(self.model, self.args.device)
+        if self.args.profile_steps:
+            self.add_callback(StepProfiler(*parse_steps(self.args.profile_steps), self.args.output_dir))
         self.routing: Routing | None = None
         self._aside: Path | None = None
         self._routed_modules: list[str] = []
@@ -116,6 +122,7 @@ class LoRAMoETrainer(Trainer):
         # Nothing here reads the logits, which accelerate would copy to float32 under autocast.
         inputs = {**inputs, "balance_scale": balance_scale, "return_logits": False}
         sources = inputs.pop("sources")
+        self.throughput.watch(inputs["attention_mask"], inputs["labels"])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         self.stop_signals.watch(loss, sources)
         if outputs.routing_shares is not None:
@@ -142,11 +149,15 @@ class LoRAMoETrainer(Trainer):
             if getattr(self.model.config, "output_router_logits", False):
                 logs["aux_loss"] = (aux_loss_W.mean() / steps_W[0]).item()
             self._losses_since_log.zero_()
-            logs |= self.routing_watch.scalars(self.args)
+            logs |= self.routing_watch.scalars(self.args) | self.throughput.scalars(self.args)
             warning = self.routing_watch.collapse(self.args, self.state.global_step)
             if warning and self.is_world_process_zero():
                 print(warning, flush=True)
         super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares.
@@ -206,7 +217,7 @@ class LoRAMoETrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._aside = aside
         try:
-            with writing(run_folder, name, self.args.process_index):
+            with self.throughput.paused(), writing(run_folder, name, self.args.process_index):
                 super()._save_checkpoint(model, trial)
                 if self.state.best_model_checkpoint == str(aside / name):
                     self.state.best_model_checkpoint = str(run_folder / name)
