@@ -3,6 +3,18 @@
 # train.py can be added:   lora_rank=8 exp_name=rank8 bash run_loramoe.sh --weight_decay 0.01
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# A relative path that is set means the folder where this script is called ($OLDPWD), unless only this repository has it.
+if [[ $OLDPWD != "$PWD" ]]; then
+    for name in pretrained_model tokenizer_path peft_path dataset_dir validation_file deepspeed_config_file output_dir; do
+        value=${!name:-}
+        if [[ -n $value && $value != /* ]] && [[ -e $OLDPWD/$value || ($name == output_dir && ! -e $value) ]]; then
+            printf -v "$name" %s "$OLDPWD/$value"
+        elif [[ $name =~ ^(peft_path|dataset_dir|validation_file)$ && -n $value && $value != auto && ! -e $value ]]; then
+            echo "error: $name is '$value': there is no such file or folder in $OLDPWD or in $PWD" >&2
+            exit 1
+        fi
+    done
+fi
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 pretrained_model=${pretrained_model:-models/SmolLM2-135M-Instruct}  # base model: local folder or hub id
@@ -53,7 +65,7 @@ master_port=${master_port:-}                        # free port on node 0; empty
 # ======================================================================================================================
 for flag in "$@"; do
     if [[ $flag == -h || $flag == --help ]]; then # what stands above, as name=default
-        sed -n '1d; /^# ===/q; /^set \|^cd /d
+        sed -n '1d; /^# ===/q; /^set /d; /^cd /,/^$/d
             s/^\([a-z_]*\)=\${\1:\{0,1\}-\(.*\)} *# /\1=\2\t/; s/^# //; p' run_loramoe.sh | expand -t 48
         echo "The flags of train.py: python train.py --help"
         exit

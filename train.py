@@ -27,6 +27,7 @@ from peft.saving import WEIGHTS_NAME
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from transformers_patch.training.base_model import (
     build_model,
+    check_attention,
     check_base_model,
     check_lengths,
     load_tokenizer,
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         skeleton = check_base_model(
             model_args.model_name_or_path, tokenizer, partial(with_adapter, model_args=model_args)
         )
+        check_attention(skeleton, model_args.attn_implementation)
         model_args.resolve_targets(skeleton.default_target_modules)
         train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))

@@ -14,10 +14,12 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_tf32_available
 
 from data import ORDERS, TEMPLATES, InputError
 from peft import LoraConfig, TaskType
 from transformers_patch.command_line import FlagParser, flag, listed, refuse
+from transformers_patch.training.optimization import optimizer_problems, schedule_problems
 from transformers_patch.training.profiling import parse_steps
 
 # LoraConfig's field names, as the command line spells them.
@@ -40,6 +42,10 @@ FLAG_OF_FIELD = {
 }
 
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+
+# What an evaluation measures; each is better the lower it is.
+MEASURES = ("loss", "lm_loss", "perplexity")
 
 # The setting of DeepSpeed without which weights that ZeRO-3 has partitioned are not saved as a model.
 GATHER = "stage3_gather_16bit_weights_on_model_save"
@@ -57,19 +63,51 @@ UNSUPPORTED = (
     ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes by itself from its last checkpoint"),
     ("hub_strategy", ("end",), "--hub_strategy: --push_to_hub uploads a run once, at its end"),
     ("attn_implementation", ATTENTION, f"--attn_implementation has to be one of {', '.join(ATTENTION)}"),
+    ("auto_find_batch_size", (False,), "--auto_find_batch_size would leave what is trained to the memory that is free"),
+    ("torch_compile", (False,), "--torch_compile is not supported"),
+    ("torch_compile_backend", (None,), "--torch_compile_backend: --torch_compile is not supported"),
+    ("torch_compile_mode", (None,), "--torch_compile_mode: --torch_compile is not supported"),
+    ("bf16_full_eval", (False,), "--bf16_full_eval would round the weights for the last evaluation alone; use --bf16"),
+    ("fp16_full_eval", (False,), "--fp16_full_eval would round the weights for the last evaluation alone; use --fp16"),
+    ("do_predict", (False,), "--do_predict: python -m scripts.generate answers prompts with a trained adapter"),
+    ("save_only_model", (False,), "--save_only_model would leave checkpoints from which no run can resume"),
+    ("save_on_each_node", (False,), "--save_on_each_node: all nodes share the run's folder"),
+    ("enable_jit_checkpoint", (False,), "--enable_jit_checkpoint: on SIGTERM a run saves a checkpoint by itself"),
+    ("ignore_data_skip", (False,), "--ignore_data_skip would make a resumed run repeat rows and leave others out"),
+    ("restore_callback_states_from_checkpoint", (False,),
+     "--restore_callback_states_from_checkpoint: a run that resumes restores all of its state by itself"),
+    ("accelerator_config", (None,), "--accelerator_config is not supported: this project makes its batches itself"),
+    ("parallelism_config", (None,), "--parallelism_config is not supported; shard with --deepspeed"),
+    ("fsdp_config", (None,), "--fsdp_config: FSDP is not supported; shard with --deepspeed"),
+    ("liger_kernel_config", (None,), "--liger_kernel_config: --use_liger_kernel is not supported"),
+    ("optim_target_modules", (None,), "--optim_target_modules: no supported --optim reads it"),
+    ("dataloader_in_order", (True,), "--dataloader_in_order false would leave the order of the rows to chance"),
+    ("dataloader_multiprocessing_context", (None, "fork", "spawn", "forkserver"),
+     "--dataloader_multiprocessing_context has to be one of fork, spawn, forkserver"),
+    ("length_column_name", ("length",), "--length_column_name: rows have no other lengths than their tokens"),
+    ("greater_is_better", (None, False), "--greater_is_better: every measure here is better the lower it is"),
+    ("metric_for_best_model", (None, *MEASURES, *(f"eval_{name}" for name in MEASURES)),
+     f"--metric_for_best_model has to be one of {', '.join(MEASURES)}"),
+    ("debug", (None, "", ["underflow_overflow"]), "--debug may be underflow_overflow alone"),
 )  # fmt: skip
 
-# Flag, what it has to be, and a test of it.
+# What a number has to be, a test of it, and the flags that it holds for. None, where it is the default, is allowed.
 RANGES = (
-    ("seed", "at least 0", lambda value: value >= 0),
-    ("per_device_train_batch_size", "at least 1", lambda value: value >= 1),
-    ("per_device_eval_batch_size", "at least 1", lambda value: value >= 1),
-    ("gradient_accumulation_steps", "at least 1", lambda value: value >= 1),
-    ("num_processes", "at least 1", lambda value: value is None or value >= 1),
-    ("preprocessing_num_workers", "at least 1", lambda value: value is None or value >= 1),
-    ("learning_rate", "a number of at least 0", lambda value: math.isfinite(value) and value >= 0),
-    ("num_train_epochs", "above 0", lambda value: math.isfinite(value) and value > 0),
-)
+    ("at least 1", lambda value: value >= 1, (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_processes",
+        "preprocessing_num_workers", "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
+        "ddp_bucket_cap_mb", "torch_empty_cache_steps",
+    )),
+    ("at least 0", lambda value: value >= 0, ("dataloader_num_workers", "save_total_limit")),
+    ("-1 or at least 1", lambda value: value == -1 or value >= 1, ("max_steps",)),
+    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    ("above 0", lambda value: math.isfinite(value) and value > 0, ("num_train_epochs", "adam_epsilon")),
+    ("a number of at least 0", lambda value: math.isfinite(value) and value >= 0, (
+        "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha", "logging_steps",
+        "eval_steps", "eval_delay", "save_steps",
+    )),
+)  # fmt: skip
 
 
 @dataclass
@@ -186,12 +224,12 @@ class RunArguments(TrainingArguments):
     num_train_epochs: float = flag(1.0, "passes over the training rows")
     logging_steps: float = flag(5, "optimizer steps between two log lines")
     logging_first_step: bool = flag(True, "log the first step, too")
-    save_total_limit: int | None = flag(2, "checkpoints to keep; older ones are deleted")
+    save_total_limit: int | None = flag(2, "checkpoints to keep; older ones are deleted; 0 keeps all")
     report_to: str = flag("tensorboard", "where the logs go besides the terminal")
     train_sampling_strategy: str = flag(
         "group_by_length", f"order of the rows ({', '.join(ORDERS)}); grouping by length saves padding"
     )
-    activation_checkpointing: bool = flag(False, "recompute activations: less memory, about 1.5 times the time")
+    activation_checkpointing: bool | None = flag(None, "recompute activations: less memory, about 1.5 times the time")
     push_to_hub: bool = flag(False, "upload the finished run once, at its end")
     hub_strategy: str = flag("end", "when --push_to_hub uploads; the end is all there is")
     # Every adapter parameter takes part in every step, so DDP need not look for unused ones.
@@ -204,6 +242,13 @@ class RunArguments(TrainingArguments):
     )
     restart: bool = flag(False, "set aside what the output folder holds and start over")
     prepare_only: bool = flag(False, "check everything, encode the data and stop before any weight is read")
+
+    def __post_init__(self):
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = False
+        super().__post_init__()
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -258,7 +303,8 @@ def _open_deepspeed_on_cpu() -> None:
 
 def _contradictions(flags: argparse.Namespace) -> list[str]:
     """One sentence for each flag, or pair of flags, that cannot be."""
-    return [*_missing(flags), *_adapter_problems(flags), *_data_problems(flags), *_training_problems(flags)]
+    finders = (_missing, _adapter_problems, _data_problems, _evaluation_problems, _training_problems, _device_problems)
+    return [problem for find in finders for problem in find(flags)]
 
 
 def _missing(flags: argparse.Namespace) -> list[str]:
@@ -268,13 +314,18 @@ def _missing(flags: argparse.Namespace) -> list[str]:
         if (place := getattr(flags, name)) and place.startswith((".", "/", "models/")) and not Path(place).is_dir():
             problems.append(f"--{name} {place}: no such folder")
     for name in ("output_dir", "data_cache_dir"):
-        if flags.output_dir and not _can_be_folder(Path(getattr(flags, name)).absolute()):
-            problems.append(f"--{name} {getattr(flags, name)} cannot be made: something in this path is no folder")
+        if flags.output_dir and (obstacle := _obstacle(Path(getattr(flags, name)).absolute())):
+            problems.append(f"--{name} {getattr(flags, name)} cannot be made: {obstacle}")
     return problems
 
 
-def _can_be_folder(path: Path) -> bool:
-    return path.is_dir() or (not path.exists() and _can_be_folder(path.parent))
+def _obstacle(path: Path) -> str | None:
+    """What keeps a path from being a folder or from becoming one."""
+    if path.is_dir():
+        return None
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {path.readlink()}, which does not exist"
+    return f"{path} is not a folder" if path.exists() else _obstacle(path.parent)
 
 
 def _adapter_problems(flags: argparse.Namespace) -> list[str]:
@@ -303,17 +354,25 @@ def _data_problems(flags: argparse.Namespace) -> list[str]:
         problems.append(f"--max_seq_length is {flags.max_seq_length}, but has to be at least 2")
     if flags.prompt_template not in TEMPLATES:
         problems.append(f"--prompt_template is {flags.prompt_template!r}; allowed are {', '.join(TEMPLATES)}")
-    if not flags.validation_file and flags.eval_strategy != "no":
-        problems.append(f"--eval_strategy {flags.eval_strategy} needs a --validation_file")
+    return problems
+
+
+def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    if not flags.validation_file:
+        asked = [name for name in ("do_eval", "eval_on_start") if getattr(flags, name)]
+        asked += [f"eval_strategy {flags.eval_strategy}"] if flags.eval_strategy != "no" else []
+        problems += [f"--{name} needs a --validation_file" for name in asked]
+    if flags.eval_strategy == "no":
+        asked = ["load_best_model_at_end"] if flags.load_best_model_at_end else []
+        asked += ["save_strategy best"] if flags.save_strategy == "best" else []
+        problems += [f"--{name} needs an --eval_strategy" for name in asked]
     return problems
 
 
 def _training_problems(flags: argparse.Namespace) -> list[str]:
-    problems = []
-    on_cpu = flags.use_cpu or not torch.cuda.is_available()
-    if flags.fp16 and on_cpu:
-        problems.append("--fp16 does nothing on a CPU (training would silently stay in fp32); use --bf16 or neither")
     # What `accelerate launch` sets for FSDP. On a CPU, Trainer would silently fall back to plain data parallelism.
+    problems = []
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         problems.append(
             "ACCELERATE_USE_FSDP is set, but FSDP is not supported: unset it, start with run_loramoe.sh or torchrun, "
@@ -322,19 +381,47 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
     if flags.deepspeed:
         problems += _deepspeed_problems(flags)
     problems += [reason for name, allowed, reason in UNSUPPORTED if getattr(flags, name) not in allowed]
-    problems += [
-        f"--{name} is {getattr(flags, name)}, but has to be {needed}"
-        for name, needed, holds in RANGES
-        if not holds(getattr(flags, name))
+    out_of_range = [
+        f"--{name} is {value}, but has to be {needed}"
+        for needed, holds, names in RANGES
+        for name in names
+        if (value := getattr(flags, name)) is not None and not holds(value)
     ]
     if flags.profile_steps and parse_steps(flags.profile_steps) is None:
         problems.append(f"--profile_steps is {flags.profile_steps!r}, but has to be one step or a range, as 5 or 5-7")
+    # The libraries, which are asked for the rest, would name the same numbers once more.
+    problems += out_of_range or [*optimizer_problems(flags), *schedule_problems(flags)]
     known = {"none", "all", *get_available_reporting_integrations()}
     if flags.report_to not in known:
         problems.append(f"--report_to {flags.report_to} is not installed here; there are {', '.join(sorted(known))}")
+    if not flags.dataloader_num_workers:
+        problems += [
+            f"--{name} needs --dataloader_num_workers of at least 1"
+            for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
+            if getattr(flags, name)
+        ]
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        if re.search(r"use_reentrant\W+true", str(getattr(flags, name)), re.IGNORECASE):
-            problems.append(f"--{name}: re-entrant checkpointing cuts the balance term off; leave use_reentrant false")
+        if re.sub(r"\s", "", getattr(flags, name) or "{}").lower() not in ("{}", '{"use_reentrant":false}'):
+            problems.append(
+                f'--{name} may be {{"use_reentrant": false}} alone: re-entrant checkpointing cuts the balance term off'
+            )
+    return problems
+
+
+def _device_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    on_cpu = flags.use_cpu or not torch.cuda.is_available()
+    if flags.fp16 and on_cpu:
+        problems.append("--fp16 does nothing on a CPU (training would silently stay in fp32); use --bf16 or neither")
+    if flags.tf32 and not is_torch_tf32_available():
+        problems.append("--tf32 needs a GPU of compute capability 8.0 or more")
+    kernel = flags.attn_implementation
+    if on_cpu and kernel in ("flex_attention", *FLASH_ATTENTION):
+        problems.append(f"--attn_implementation {kernel} cannot train on a CPU; use sdpa or eager")
+    elif kernel in FLASH_ATTENTION and not FLASH_ATTENTION[kernel]():
+        problems.append(f"--attn_implementation {kernel}: its package is not installed here, or does not fit the GPU")
+    elif kernel in FLASH_ATTENTION and not (flags.bf16 or flags.fp16):
+        problems.append(f"--attn_implementation {kernel} computes in half precision: add --bf16 or --fp16")
     return problems
 
 

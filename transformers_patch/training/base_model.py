@@ -6,11 +6,11 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from data import InputError, first_line, row_lengths
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.saving import load_adapter_weights
 from transformers_patch.auto import AutoModelForCausalLM, most_positions, patched_class
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
@@ -53,13 +53,15 @@ def check_base_model(
         That model, without weights.
 
     Raises:
-        InputError: no such model, an architecture without a patched class, target modules that do not exist, an
-            adapter that does not fit, or a tokenizer with more tokens than the model.
+        InputError: no such model, weights that another method has quantised, an architecture without a patched class,
+            target modules that do not exist, an adapter that does not fit, or a tokenizer with more tokens than the
+            model.
     """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(f"no model could be found at {name}: {first_line(error)}") from error
+    _refuse_other_quantisation(name, config)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
@@ -73,6 +75,32 @@ def check_base_model(
             f"{skeleton.config.vocab_size - 1}; use the model's own tokenizer"
         )
     return skeleton
+
+
+def _refuse_other_quantisation(name: str, config: PretrainedConfig) -> None:
+    """Raises InputError where the weights of a base model are quantised already, by anything but bitsandbytes."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if found and method != "bitsandbytes":
+        raise InputError(
+            f"the weights of {name} are quantised by {method or 'an unknown method'} already, which is not supported; "
+            "take the model that they were made from, and quantise it with --load_in_kbits 4 or 8 if need be"
+        )
+
+
+def check_attention(model: nn.Module, name: str) -> None:
+    """Raises InputError where an architecture cannot use an attention kernel.
+
+    Args:
+        model: without weights; it has the kernel then.
+        name: of the kernel; `auto` fits every architecture.
+    """
+    if name == "auto":
+        return
+    try:
+        (model.get_base_model() if isinstance(model, PeftModel) else model).set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--attn_implementation {name}: {first_line(error)}") from error
 
 
 def check_lengths(model: nn.Module, *sets: Dataset) -> None:

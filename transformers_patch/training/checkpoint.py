@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there: recognising a torn one, finding the last whole one."""
 
+import errno
 import json
 import re
 import shutil
@@ -29,6 +30,15 @@ STATE = "trainer_state.json"
 # What training goes on with. DeepSpeed keeps both in a folder of its own.
 OPTIMIZER_STATE = ("optimizer.pt", "scheduler.pt")
 DEEPSPEED_STATE = "global_step*"
+# What helps where a file cannot be written.
+REMEDIES = {
+    errno.EACCES: "make the folder writable",
+    errno.EROFS: "mount the disk so that it can be written",
+    errno.EDQUOT: "make room or have your quota raised",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EIO: "see whether the disk is broken",
+    errno.ENOSPC: "make room",
+}
 TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container.*unexpected pos|basic_ios::clear")
 
 
@@ -125,20 +135,26 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def _cannot_write(error: Exception) -> bool:
-    """Whether an exception says that a file cannot be written. Torch and libraries in Rust say so in words alone."""
+    """Whether an exception says that a file cannot be written. Torch says so in words alone."""
+    return _error_number(error) in UNWRITABLE or bool(TORCH_CANNOT_WRITE.search(str(error)))
+
+
+def _error_number(error: Exception) -> int | None:
+    """The system's number of an error; libraries in Rust have it in their message alone."""
     if isinstance(error, OSError):
-        return error.errno in UNWRITABLE
+        return error.errno
     number = re.search(r"\(os error (\d+)\)", str(error))
-    return (number and int(number[1]) in UNWRITABLE) or bool(TORCH_CANNOT_WRITE.search(str(error)))
+    return int(number[1]) if number else None
 
 
 def _unwritten_message(run_folder: Path, name: str, error: Exception) -> str:
     shutil.rmtree(run_folder / ASIDE, ignore_errors=True)
     last, _ = find_checkpoint(run_folder)
     free = shutil.disk_usage(run_folder.parent).free // 1_000_000
+    remedy = REMEDIES.get(_error_number(error), "make room, or make the folder writable,")
     return (
         f"{run_folder / name} could not be written: {first_line(error)} ({free:,} MB are free on this disk). "
-        f"The last good checkpoint is {last or 'none'}; make room and run the same command again to go on from it"
+        f"The last good checkpoint is {last or 'none'}; {remedy} and run the same command again to go on from it"
     )
 
 

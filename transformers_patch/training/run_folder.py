@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,19 +14,24 @@ from data import InputError, content_hash, file_hash
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
 from transformers_patch.training.checkpoint import checkpoint_problem, clear_unfinished, writing
+from transformers_patch.training.optimization import EVALUATED
 
 CONFIG_NAME = "run_config.json"
 RESULTS_NAME = "all_results.json"
 
-# Flags that decide where and how often something is written, or how fast it runs, but not what is trained.
+# Flags that decide where and how often something is written, or how fast it runs, but not a bit of what is trained.
+# Those of DDP, for instance, decide in which order the gradients of several processes are added.
 WITHOUT_EFFECT = {
-    "attn_implementation", "data_cache_dir", "dataloader_num_workers", "dataloader_persistent_workers",
-    "dataloader_pin_memory", "dataloader_prefetch_factor", "debug", "disable_tqdm", "local_rank", "output_dir",
-    "per_device_eval_batch_size", "prepare_only", "preprocessing_num_workers", "profile_steps", "project",
+    "data_cache_dir", "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "debug", "disable_tqdm", "local_rank",
+    "output_dir", "per_device_eval_batch_size", "prepare_only", "preprocessing_num_workers", "profile_steps", "project",
     "report_to", "restart", "resume_from_checkpoint", "run_name", "use_cpu",
 }  # fmt: skip
-WITHOUT_EFFECT_PREFIXES = ("ddp_", "do_", "eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_")
-
+WITHOUT_EFFECT_PREFIXES = ("do_", "eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_")
+# They decide, where evaluations do.
+OF_EVALUATION = (
+    "eval_delay", "eval_steps", "eval_strategy", "per_device_eval_batch_size", "save_steps", "save_strategy",
+)  # fmt: skip
 
 # In the configuration for the reader; what counts is the content, which is there as well.
 DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path"}
@@ -57,14 +61,15 @@ class RunFolder:
         Raises:
             InputError: another process holds it.
         """
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        folder = self.path.resolve()  # the same lock, whatever links lead to the folder
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=SECONDS_TO_WAIT)
         except Timeout:
             raise InputError(f"{self.path} is in use by another run; wait for its end, or {_WAY_OUT}") from None
         except OSError as error:
-            raise InputError(f"{self.path} cannot be made: {error.strerror}") from error
+            raise InputError(f"{self.path} cannot be made or written: {error.strerror or error}") from error
         try:
             yield
         finally:
@@ -102,17 +107,28 @@ class RunFolder:
 
     def claim(self, config: dict) -> None:
         """Make the folder this configuration's, and clear away what a killed run was just writing."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        clear_unfinished(self.path)
         with writing(self.path, CONFIG_NAME):
+            self.path.mkdir(parents=True, exist_ok=True)
+            clear_unfinished(self.path)
             write_json(self.path / CONFIG_NAME, config)
 
     def set_aside(self) -> Path | None:
-        """Rename the folder, so that a new run can start; nothing is deleted. Returns its new place."""
+        """Rename the folder, so that a new run can start; nothing is deleted. Returns its new place.
+
+        A link to it stays, and leads to an empty folder then.
+
+        Raises:
+            InputError: it cannot be renamed.
+        """
         if not self.path.exists():
             return None
-        aside = self.path.with_name(f"{self.path.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
-        shutil.move(self.path, aside)
+        folder = self.path.resolve()
+        aside = folder.with_name(f"{folder.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
+        try:
+            folder.rename(aside)
+            folder.mkdir()
+        except OSError as error:
+            raise InputError(f"{folder} cannot be renamed: {error.strerror}") from error
         return aside
 
 
@@ -130,6 +146,7 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         for name, value in values.items()
         if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_PREFIXES)
     }
+    config["device"] = args.device.type
     config["dataset_sha256"] = content_hash(data_args.dataset_dir)
     if data_args.validation_file:
         config["validation_sha256"] = content_hash(data_args.validation_file)
@@ -137,8 +154,8 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         config["peft_sha256"] = file_hash(Path(model_args.peft_path) / WEIGHTS_NAME)
     if args.deepspeed:
         config["deepspeed"] = json.loads(Path(args.deepspeed).read_text())
-    if args.load_best_model_at_end:
-        config |= {"eval_steps": args.eval_steps, "save_steps": args.save_steps}
+    if args.load_best_model_at_end or args.lr_scheduler_type in EVALUATED:
+        config |= {name: values[name] for name in OF_EVALUATION}
     return json.loads(json.dumps(config, default=str))
 
 

@@ -23,6 +23,7 @@ from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.training.checkpoint import ASIDE, STATE, filling, put_in_place, writing
 from transformers_patch.training.profiling import StepProfiler, parse_steps
+from transformers_patch.training.random_state import kept_random_state
 from transformers_patch.training.routing import Routing, RoutingWatch
 from transformers_patch.training.stopping import StopSignals
 from transformers_patch.training.throughput import Throughput
@@ -101,6 +102,7 @@ class LoRAMoETrainer(Trainer):
             batch_sampler=self.train_sampler(),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
@@ -115,6 +117,11 @@ class LoRAMoETrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drops_last
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As Trainer's, but training goes on as if there had been no evaluation."""
+        with self.throughput.paused(), kept_random_state(self.args.device):
+            return super().evaluate(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         micro_batches = self.current_gradient_accumulation_steps
@@ -154,10 +161,6 @@ class LoRAMoETrainer(Trainer):
             if warning and self.is_world_process_zero():
                 print(warning, flush=True)
         super().log(logs, start_time)
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self.throughput.paused():
-            return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares.

@@ -1,0 +1,91 @@
+"""The optimizer and the schedule of the learning rate, made for a single parameter before anything is loaded."""
+
+import argparse
+import json
+
+import torch
+from transformers import SchedulerType, Trainer, get_scheduler
+from transformers.training_args import OptimizerNames
+
+# The optimizers that were tried, and what each reads of --optim_args.
+OPTIMIZERS = {
+    "adamw_torch": (),
+    "adamw_torch_fused": (),
+    "adafactor": (),
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    # Of bitsandbytes.
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"), ()),
+    **dict.fromkeys(("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"), ()),
+    **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"), ()),
+    **dict.fromkeys(
+        ("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+        ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"),
+    ),
+}
+WITHOUT_SETTINGS = ("constant", "constant_with_warmup")
+# They follow the evaluations.
+EVALUATED = ("reduce_lr_on_plateau", "greedy")
+STEPS = 1_000_000
+# What the libraries raise at settings that they do not know, or at values that are out of range.
+REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError)
+
+
+def optimizer_problems(flags: argparse.Namespace) -> list[str]:
+    """One sentence for each reason why the optimizer cannot be made. Numbers are taken to be in range."""
+    if flags.optim not in OPTIMIZERS:
+        return [f"--optim {flags.optim} is not supported; there are {', '.join(OPTIMIZERS)}"]
+    known = OPTIMIZERS[flags.optim]
+    pairs = [pair.strip().partition("=") for pair in (flags.optim_args or "").split(",") if pair.strip()]
+    if any(name.strip() not in known or not value for name, _, value in pairs):
+        reads = f"reads {', '.join(f'{name}=VALUE' for name in known)}" if known else "reads none"
+        return [f"--optim_args is {flags.optim_args!r}, but --optim {flags.optim} {reads}"]
+    settings = argparse.Namespace(**{**vars(flags), "optim": OptimizerNames(flags.optim)})
+    try:
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(settings)
+        kind([torch.nn.Parameter(torch.zeros(1))], **values)
+    except REFUSALS as error:
+        return [f"--optim {flags.optim} cannot be used: {error}"]
+    return []
+
+
+def schedule_problems(flags: argparse.Namespace) -> list[str]:
+    """One sentence for each reason why the learning rate cannot follow its schedule."""
+    name, kinds = flags.lr_scheduler_type, [kind.value for kind in SchedulerType]
+    if name not in kinds:
+        return [f"--lr_scheduler_type is {name!r}; there are {', '.join(kinds)}"]
+    try:
+        settings = json.loads(flags.lr_scheduler_kwargs or "{}")
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        return [f"--lr_scheduler_kwargs is {flags.lr_scheduler_kwargs!r}, but has to be a JSON object"]
+    if settings and name in WITHOUT_SETTINGS:
+        return [f"--lr_scheduler_kwargs: --lr_scheduler_type {name} reads none"]
+    if name in EVALUATED and flags.eval_strategy == "no":
+        return [f"--lr_scheduler_type {name} needs an --eval_strategy"]
+    if name in EVALUATED and settings.get("mode", "min") != "min":
+        return ["--lr_scheduler_kwargs: mode has to be min, since every measure here is better the lower it is"]
+    try:
+        rates = _rates(name, flags.learning_rate, settings)
+    except REFUSALS as error:
+        return [f"--lr_scheduler_type {name} cannot be used with --lr_scheduler_kwargs {json.dumps(settings)}: {error}"]
+    if not all(0 <= rate <= flags.learning_rate * (1 + 1e-6) for rate in rates):
+        found = f"--lr_scheduler_kwargs {json.dumps(settings)}" if settings else "without --lr_scheduler_kwargs"
+        return [f"--lr_scheduler_type {name} {found} leaves the range from 0 to --learning_rate {flags.learning_rate}"]
+    return []
+
+
+def _rates(name: str, learning_rate: float, settings: dict) -> list[float]:
+    """Learning rates at some steps; of a schedule that follows the evaluations, while these get no better."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    schedule = get_scheduler(name, optimizer, STEPS // 10, STEPS, settings)
+    if name not in EVALUATED:
+        (factor,) = schedule.lr_lambdas
+        return [learning_rate * factor(STEPS * tenth // 10) for tenth in range(11)]
+    rates = []
+    for _ in range(100):
+        schedule.step(1.0)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
