@@ -10,8 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from transformers_patch.training.ending import run_process
 
-if __name__ == "__main__":
+
+def main() -> None:
     for flags in json.loads(Path(sys.argv[1]).read_text()):
         train.main(flags)
-    train.close_process_group()
+
+
+if __name__ == "__main__":
+    run_process(main)
