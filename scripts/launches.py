@@ -207,6 +207,7 @@ def load_program() -> None:
     Raises:
         RuntimeError: a thread was started meanwhile, so that forks of this process may wait for it for ever.
     """
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in ("train", "deepspeed", "matplotlib.figure", "torch.utils.tensorboard", "transformers.models.llama"):
         import_module(name)
     threads = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
@@ -278,8 +279,10 @@ def by_fork(launch: Launch, flags: list[str], output: Path) -> Outcome:
 
 def _as_torchrun(launch: Launch, flags: list[str], output: Path) -> Outcome:
     """Fork the ranks, hold the store that they meet at, and wait for their end."""
+    import torch
     from torch.distributed import TCPStore
 
+    torch.set_num_threads(1)  # as torchrun has it
     reader, writer = os.pipe()
     ranks = {}
     for rank in range(PROCESSES):

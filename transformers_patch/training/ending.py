@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -87,11 +88,13 @@ def _is_said(message: str) -> bool:
         store = dist.TCPStore(address, port, is_master=False, timeout=PATIENCE, wait_for_workers=False)
         if is_first:
             store.set(key, "")
-        else:
-            store.wait([key], PATIENCE)
-    except (dist.DistError, KeyError, ValueError):  # too late, or no store any more
+            return False
+        limit = time.monotonic() + PATIENCE.total_seconds()
+        while not (said := store.check([key])) and time.monotonic() < limit:
+            time.sleep(0.05)
+    except (dist.DistError, KeyError, ValueError):  # no store any more
         return False
-    return not is_first
+    return said
 
 
 def _say(text: str) -> None:
