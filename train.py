@@ -1,15 +1,12 @@
 """Train a mixture of LoRA experts (or all weights) on instruction data. `python train.py --help` lists the flags."""
 
-import gc
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -34,6 +31,7 @@ from transformers_patch.training.base_model import (
     with_adapter,
 )
 from transformers_patch.training.checkpoint import STATE, filling, find_checkpoint, writing
+from transformers_patch.training.ending import run_process
 from transformers_patch.training.publish import open_repository, publish
 from transformers_patch.training.report import (
     generate_samples,
@@ -195,7 +193,7 @@ def build_trainer(
         model.print_trainable_parameters()
     if checkpoint:
         say(args, f"resuming from {checkpoint}")
-    args.eval_on_start = eval_data is not None and checkpoint is None
+    args.eval_on_start = eval_data is not None
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
     trainer = LoRAMoETrainer(
         model=model,
@@ -249,26 +247,7 @@ def say(args: RunArguments, *lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def close_process_group() -> None:
-    """Leave the process group; what still refers to it goes first, since gloo's threads must not outlive it."""
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
     # DeepSpeed calls collectives by names that torch has deprecated; the user can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    is_main = rank == "0"
-    try:
-        main()
-    except InputError as error:
-        # Once a node, since what is wrong may be wrong on this node alone.
-        sys.exit(f"error{'' if is_main else f' on rank {rank}'}: {error}" if local_rank == "0" else 1)
-    except KeyboardInterrupt:
-        sys.exit(
-            "error: interrupted; the same command goes on from the last checkpoint, if there is one" if is_main else 1
-        )
-    finally:
-        close_process_group()
+    run_process(main)

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +30,7 @@ from scripts.tiny_model import make_tiny_model
 from transformers_patch.training.arguments import parse_arguments
 from transformers_patch.training.base_model import build_model
 from transformers_patch.training.checkpoint import find_checkpoint
+from transformers_patch.training.ending import run_process
 
 ROWS_OF_A_PROCESS = 2
 # Plain SGD with a huge rate: the change of every tensor is its gradient, times the rate, to float32 accuracy.
@@ -309,12 +309,9 @@ def main() -> None:
         except SkipError as reason:
             node.write(check, "SKIPPED", str(reason))
         except Exception as error:
-            traceback.print_exc()
-            sys.stderr.flush()
             node.write(check, "FAIL", f"{type(error).__name__}: {error}".splitlines()[0])
-            os._exit(1)  # without the usual clean-up, which may wait for the other processes
-    train.close_process_group()
+            raise
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

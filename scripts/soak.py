@@ -5,11 +5,14 @@ SIGKILL at a random moment of its start or its training, or at a random moment w
 from outside by the hidden folder that a checkpoint is written in. A run that reaches its end is compared, and while
 kills are missing another one starts. It passes if every adapter is the same, byte for byte, if no torn checkpoint ever
 takes a checkpoint's name, and if nothing is left behind in a finished folder.
+
+With --launches it starts and ends runs instead, in every way that one can end: see `scripts/launches.py`.
 """
 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -24,6 +27,7 @@ from pathlib import Path
 
 from data import InputError
 from peft.saving import WEIGHTS_NAME
+from scripts.launches import Launches
 from scripts.tiny_model import make_tiny_model
 from transformers_patch.training.checkpoint import ASIDE, find_checkpoint
 
@@ -41,7 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(argv)
     folder = Path(tempfile.mkdtemp(prefix="loramoe-soak-", dir=args.folder))
-    soak = Soak(args, folder)
+    model = prepare(args, folder)
+    if args.launches:
+        if not Launches(args.launches, args.seed, model, folder).run():
+            sys.exit(f"FAILED; the folders are kept in {folder}")
+        shutil.rmtree(folder)
+        print("PASSED: every run has ended as it has to")
+        return
+    soak = Soak(args, model, folder)
     try:
         soak.run()
     except HarmError as harm:
@@ -50,10 +61,25 @@ def main(argv: list[str] | None = None) -> None:
     print(f"PASSED: {soak.count()}; each adapter is bit-identical to the undisturbed run's")
 
 
+def prepare(args: argparse.Namespace, folder: Path) -> Path:
+    """Put the rows and the base model into a folder; returns the model's.
+
+    Another process makes the model: a tokenizer starts threads, and this process is to be forked.
+    """
+    (folder / "rows.json").write_text(json.dumps(example_rows()))
+    if args.model:
+        return args.model
+    maker = multiprocessing.get_context("fork").Process(target=make_tiny_model, args=(folder / "base",))
+    maker.start()
+    maker.join()
+    return folder / "base"
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bash scripts/soak.sh", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="how often a run is killed at least (default 20)")
     parser.add_argument("--during_save", type=int, default=5, help="how many of these during a save (default 5)")
+    parser.add_argument("--launches", type=int, default=0, help="in place of kills, so many runs that end in every way")
     parser.add_argument("--num_processes", type=int, default=1, help="ranks of each run, under torchrun (default 1)")
     parser.add_argument("--max_steps", type=int, default=200, help="optimizer steps of each run (default 200)")
     parser.add_argument("--save_steps", type=int, default=1, help="optimizer steps between checkpoints (default 1)")
@@ -64,6 +90,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("kills", "num_processes", "max_steps", "save_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, but has to be at least 1")
+    if args.launches < 0:
+        raise InputError(f"--launches is {args.launches}, but has to be at least 0")
     if not 0 <= args.during_save <= args.kills:
         raise InputError(f"--during_save is {args.during_save}, but has to be between 0 and the kills, {args.kills}")
     for name in ("model", "folder"):
@@ -112,11 +140,12 @@ class Soak:
 
     Args:
         args: the command line.
-        folder: an empty folder for the base model, the data and the runs.
+        model: folder of the base model.
+        folder: it holds `rows.json`; the runs are put there.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
-        self.args, self.folder = args, folder
+    def __init__(self, args: argparse.Namespace, model: Path, folder: Path):
+        self.args, self.model, self.folder = args, model, folder
         self.random = random.Random(args.seed)
         self.kills = self.during_save = self.finished = 0
         self.start_up = self.training = 0.0  # seconds of the undisturbed run, before its first save and after
@@ -130,10 +159,6 @@ class Soak:
         Raises:
             HarmError: a run could not go on, or is not what the undisturbed one is.
         """
-        self.model = self.args.model or self.folder / "base"
-        if not self.args.model:
-            make_tiny_model(self.model)
-        (self.folder / "rows.json").write_text(json.dumps(example_rows()))
         undisturbed = self.folder / "undisturbed"
         self.live(undisturbed, self.measure)
         print(

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from peft import layer
+from transformers_patch.training.ending import run_process
 
 
 class Recorder:
@@ -57,7 +58,7 @@ class Recorder:
             self.dtypes.setdefault(role, set()).add(str(tensor.dtype).removeprefix("torch."))
 
 
-if __name__ == "__main__":
+def main() -> None:
     commands = Path(sys.argv[1])
     recorder, records = Recorder(), []
     for flags in json.loads(commands.read_text()):
@@ -65,4 +66,7 @@ if __name__ == "__main__":
         train.main(flags)
         records.append(recorder.record())
     commands.with_name(f"record-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(records))
-    train.close_process_group()
+
+
+if __name__ == "__main__":
+    run_process(main)

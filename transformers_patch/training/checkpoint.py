@@ -79,12 +79,15 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def put_in_place(aside: Path, name: str) -> None:
     """Move a checkpoint that is written out of the folder `aside`, in one step, and remove that folder.
 
-    One of the same step that is whole stays: it is the same, and there is no moment without it.
+    One of the same step that is whole stays, and there is no moment without it. It is the same, but for its state: an
+    evaluation may have come in between.
     """
     place = aside.parent / name
     if place.exists() and checkpoint_problem(place):
         shutil.rmtree(place)
-    if not place.exists():
+    if place.exists():
+        (aside / name / STATE).replace(place / STATE)
+    else:
         (aside / name).rename(place)
     shutil.rmtree(aside)
 

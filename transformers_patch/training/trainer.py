@@ -25,7 +25,7 @@ from transformers_patch.training.checkpoint import ASIDE, STATE, filling, put_in
 from transformers_patch.training.profiling import StepProfiler, parse_steps
 from transformers_patch.training.random_state import kept_random_state
 from transformers_patch.training.routing import Routing, RoutingWatch
-from transformers_patch.training.stopping import StopSignals
+from transformers_patch.training.stopping import DUE, SKIPPED_STEPS, StoppedError, StopSignals
 from transformers_patch.training.throughput import Throughput
 
 
@@ -67,6 +67,38 @@ class LoRAMoETrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._end_progress_bars()
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        except Exception as error:
+            # Of DeepSpeed, which cannot lower the loss scale of fp16 any further.
+            if "loss scale already at minimum" in str(error):
+                step, skipped = self.state.global_step, self.state.stateful_callbacks[SKIPPED_STEPS]
+                self.stop_signals.raise_skipped(self.args, step + 1, skipped + 1)
+            raise
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """As Trainer's; but an evaluation that SIGTERM cuts off gives way to the checkpoint."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except StoppedError:
+            self.stop_signals.stop(self.args, self.state, self.control)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(
+        self, trial, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """As Trainer's. Ahead of training, which the learning rate's schedule skips, a run that goes on from a
+        checkpoint makes up for the evaluation that was due there, if one was."""
+        if not (skip_scheduler and self.state.global_step):
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if due := self.state.stateful_callbacks.pop(DUE, None):
+            self.control.should_evaluate, self.control.should_save = True, due["save"]
+            super()._maybe_log_save_evaluate(
+                self._tr_loss, None, self.model, trial, self.state.epoch, ignore_keys_for_eval, None
+            )
+        return {}
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As Trainer's, which looks at `max_steps` behind a step only: a resumed run may have made all of them."""
