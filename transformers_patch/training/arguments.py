@@ -82,8 +82,6 @@ UNSUPPORTED = (
     ("liger_kernel_config", (None,), "--liger_kernel_config: --use_liger_kernel is not supported"),
     ("optim_target_modules", (None,), "--optim_target_modules: no supported --optim reads it"),
     ("dataloader_in_order", (True,), "--dataloader_in_order false would leave the order of the rows to chance"),
-    ("dataloader_multiprocessing_context", (None, "fork", "spawn", "forkserver"),
-     "--dataloader_multiprocessing_context has to be one of fork, spawn, forkserver"),
     ("length_column_name", ("length",), "--length_column_name: rows have no other lengths than their tokens"),
     ("greater_is_better", (None, False), "--greater_is_better: every measure here is better the lower it is"),
     ("metric_for_best_model", (None, *MEASURES, *(f"eval_{name}" for name in MEASURES)),
@@ -260,20 +258,21 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     parser = FlagParser((ModelArguments, DataArguments, RunArguments), "python train.py")
     values = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     refuse(_contradictions(argparse.Namespace(**values)))
-    deepspeed = values["deepspeed"]
-    if values["prepare_only"]:
-        # Preparing runs in one process, ahead of the launcher: DeepSpeed would wait for the others.
-        values["deepspeed"] = None
+    given = {name: values[name] for name in ("deepspeed", "ddp_backend")}
+    if "RANK" not in os.environ:
+        # One process alone, which may prepare what a launcher starts: DeepSpeed and the backend would want the others.
+        values |= dict.fromkeys(given)
     try:
         model_args, data_args, args = parser.parse_dict(values)
     except ValueError as error:
         raise InputError(str(error)) from error
-    args.deepspeed = deepspeed
+    for name, value in given.items():
+        setattr(args, name, value)
     args.num_processes = args.num_processes or args.world_size
     model_args.model_name_or_path = model_args.model_name_or_path.rstrip("/")
     if not args.prepare_only and (problem := _launch_problem(args)):
         raise InputError(problem)
-    if deepspeed and args.device.type == "cpu" and not args.prepare_only:
+    if args.deepspeed and args.device.type == "cpu" and not args.prepare_only:
         _open_deepspeed_on_cpu()
     return model_args, data_args, args
 

@@ -79,13 +79,19 @@ def check_base_model(
 
 def _refuse_other_quantisation(name: str, config: PretrainedConfig) -> None:
     """Raises InputError where the weights of a base model are quantised already, by anything but bitsandbytes."""
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    found = _quantisation(config)
+    method = found.get("quant_method")
     if found and method != "bitsandbytes":
         raise InputError(
             f"the weights of {name} are quantised by {method or 'an unknown method'} already, which is not supported; "
             "take the model that they were made from, and quantise it with --load_in_kbits 4 or 8 if need be"
         )
+
+
+def _quantisation(config: PretrainedConfig) -> dict:
+    """How the weights of a model are quantised; {} where they are not."""
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
 
 
 def check_attention(model: nn.Module, name: str) -> None:
@@ -142,6 +148,13 @@ def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
 
 def with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
     """Put the adapter on a model, which may be on the meta device: then this only checks that everything fits."""
+    found = _quantisation(model.config)
+    bits = 4 if found.get("load_in_4bit") else 8
+    if found and model_args.load_in_kbits != bits:
+        raise ValueError(
+            f"--load_in_kbits is {model_args.load_in_kbits}, but the weights of {model_args.model_name_or_path} are "
+            f"quantised to {bits} bits already: set it to {bits}"
+        )
     if model_args.output_router_logits is not None:
         if not hasattr(model, "router_aux_loss_coef"):
             raise ValueError(f"--output_router_logits: {type(model).__name__} has no router loss of its own")

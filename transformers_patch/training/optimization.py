@@ -78,14 +78,12 @@ def schedule_problems(flags: argparse.Namespace) -> list[str]:
 
 
 def _rates(name: str, learning_rate: float, settings: dict) -> list[float]:
-    """Learning rates at some steps; of a schedule that follows the evaluations, while these get no better."""
+    """Learning rates at some steps; of a schedule that follows the evaluations, the one after these got no better."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     schedule = get_scheduler(name, optimizer, STEPS // 10, STEPS, settings)
     if name not in EVALUATED:
         (factor,) = schedule.lr_lambdas
         return [learning_rate * factor(STEPS * tenth // 10) for tenth in range(11)]
-    rates = []
     for _ in range(100):
         schedule.step(1.0)
-        rates.append(optimizer.param_groups[0]["lr"])
-    return rates
+    return [group["lr"] for group in optimizer.param_groups]
