@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
+from data import InputError
 from transformers_patch.training.checkpoint import find_checkpoint
 
 PROCESSES = 2
@@ -47,7 +48,8 @@ PLACES = {
     "evaluation": (TRAINER, "prediction_step", (0, 2, 4)),
     "save": (TRAINER, "_save_rng_state", (2, 4)),
 }
-ENDS = [("well", "end")] * 3 + [(kind, place) for kind in ("error", "SIGTERM") for place in PLACES]
+ERRORS = {"error": RuntimeError, "bad input": InputError}
+ENDS = [("well", "end")] * 3 + [(kind, place) for kind in (*ERRORS, "SIGTERM") for place in PLACES]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Launch:
 
     Args:
         regime: a key of REGIMES.
-        kind: `well`, `error` or `SIGTERM`.
+        kind: `well`, a key of ERRORS, or `SIGTERM`.
         place: a key of PLACES, or `end`.
         step: how many optimizer steps have been made at least when it happens.
         ranks: where it happens.
@@ -104,7 +106,7 @@ def plan(count: int, seed: int) -> list[Launch]:
     for number, (regime, kind, place) in enumerate(cases[:count]):
         step = chance.choice(PLACES[place][2]) if place in PLACES else 0
         one = (chance.randrange(PROCESSES),)
-        ranks = one if kind == "error" or chance.random() < 0.5 else tuple(range(PROCESSES))
+        ranks = one if kind in ERRORS or chance.random() < 0.5 else tuple(range(PROCESSES))
         launches.append(Launch(regime, kind, place, step, ranks, by_torchrun=number % EVERY == 0))
     return launches
 
@@ -114,12 +116,12 @@ def faults(launch: Launch, outcome: Outcome, folder: Path) -> list[str]:
     found = ["a hang"] * outcome.hung
     if outcome.seconds is None:
         found.append("the event never came")
-    allowed = {1, -signal.SIGTERM} if launch.kind == "error" else {0}
+    allowed = {1, -signal.SIGTERM} if launch.kind in ERRORS else {0}
     if not outcome.hung and (wrong := [code for code in outcome.codes if code not in allowed]):
         found.append(f"exit codes {wrong}")
-    if launch.kind == "error" and 1 not in outcome.codes:
+    if launch.kind in ERRORS and 1 not in outcome.codes:
         found.append("no process failed")
-    message = {"well": "LoRAMoE run finished", "error": SAID, "SIGTERM": "stopped by a signal"}[launch.kind]
+    message = {"well": "LoRAMoE run finished", "SIGTERM": "stopped by a signal"}.get(launch.kind, SAID)
     if message not in outcome.said:
         found.append(f"nothing said '{message}'")
     if (folder / "all_results.json").exists() != (launch.kind == "well"):
@@ -236,8 +238,8 @@ def interrupted(function: Callable, launch: Launch, event: Path) -> Callable:
         if step >= launch.step and not with_event.happened:
             with_event.happened = True
             event.touch()
-            if launch.kind == "error":
-                raise RuntimeError(SAID)
+            if launch.kind in ERRORS:
+                raise ERRORS[launch.kind](SAID)
             os.kill(os.getpid(), signal.SIGTERM)
         return function(first, *arguments, **keywords)
 

@@ -2,9 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
+from conftest import ROOT
+from test_launch import free_port
 
 from data import InputError
 from transformers_patch.training import ending
@@ -79,3 +83,49 @@ def test_a_message_is_said_once_on_each_node_by_whichever_process_has_it(end_of,
     assert rank(3, 1, 1, "no such file") == "error on rank 3: no such file\n"
     monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: (_ for _ in ()).throw(dist.DistNetworkError("gone")))
     assert rank(1, 1, 0, "bad rows") == "error on rank 1: bad rows\n"
+
+
+# Rank 1 leaves while one of gloo's threads, kept by `backend` as DeepSpeed's engine keeps them, is to free a tensor,
+# for which it needs the interpreter. That is held by the first exit handler, the last to run, as other native code may.
+LEAVING = """
+import atexit, ctypes, os, sys, time
+rank = int(os.environ["RANK"])
+if rank == 1:
+    atexit.register(ctypes.PyDLL(None).usleep, 1_500_000)
+import torch
+import torch.distributed as dist
+from transformers_patch.training import ending
+
+def main():
+    global backend
+    dist.init_process_group("gloo")
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    dist.all_reduce(torch.ones(1))
+    time.sleep((1 - rank) / 2)
+    work = dist.all_reduce(torch.ones(1000, 1000), async_op=True)
+    if rank == 0:
+        work.wait()
+        time.sleep(3)
+    del work
+
+class Slow:
+    def __del__(self):
+        time.sleep(0.5)
+
+sys.modules["slow to be freed"] = Slow()
+ending.run_process(main) if len(sys.argv) == 1 else main()
+"""
+
+
+def test_a_thread_that_needs_the_interpreter_at_the_end_aborts_nothing():
+    """With Python's finalisation, before 3.14, rank 1 ends by SIGABRT here."""
+    variables = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": str(ROOT),
+    }
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", LEAVING], env=variables | {"RANK": str(rank)}) for rank in range(2)
+    ]
+    assert [process.wait(120) for process in ranks] == [0, 0]

@@ -26,9 +26,10 @@ def run_process(main: Callable[[], None]) -> None:
     one rank these wait for it in a collective: nobody would see the error. So a rank that fails says why and is gone at
     once, and the launcher ends the others.
 
-    Either way the process ends by `os._exit`. Python's finalisation would meet native threads (gloo's, autograd's) that
-    may still have to free a tensor, for which they need the interpreter: before Python 3.14, such a thread is unwound
-    through C++ frames that forbid it, and the process aborts after a run that went well.
+    Either way the process ends by `os._exit`, since gloo's threads can outlive the group: DeepSpeed's engine keeps
+    theirs. One that is to free a tensor then needs the interpreter, and where Python's finalisation begins meanwhile,
+    Python before 3.14 unwinds the thread through C++ frames that forbid it: "terminate called without an active
+    exception", after a run that went well.
     """
     status = 1
     try:
