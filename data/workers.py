@@ -36,7 +36,7 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
         num_proc: processes that share the blocks; 1 means this one. They end with this one, however it ends.
 
     Raises:
-        InputError: a process was ended from outside.
+        InputError: a process was ended from outside, or a block cannot be handed to one.
     """
     if num_proc == 1:
         yield from map(function, blocks)
@@ -54,6 +54,10 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
         raise InputError(
             "a process that works on the rows was ended from outside, perhaps for lack of memory; use fewer of "
             "them (--preprocessing_num_workers)"
+        ) from None
+    except RecursionError:
+        raise InputError(
+            "a row is nested too deeply to be handed to another process; use --preprocessing_num_workers 1"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
