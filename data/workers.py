@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -45,7 +46,8 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
     pending = deque()
     try:
         for block in blocks:
-            pending.append(pool.submit(_work, block))
+            # What cannot be pickled would fail in a thread of the pool, which can then wait for ever.
+            pending.append(pool.submit(_work, pickle.dumps(block)))
             if len(pending) > BLOCKS_AHEAD * num_proc:
                 yield pending.popleft().result()
         while pending:
@@ -80,5 +82,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(block: Block) -> Result:
-    return _function(block)
+def _work(block: bytes) -> Result:
+    return _function(pickle.loads(block))
