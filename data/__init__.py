@@ -1,6 +1,6 @@
-"""Records in, tensors out: rows (`rows.py`), prompts (`prompt.py`), encoded data sets (`dataset.py`), processes that
-share the work on rows (`workers.py`), which rows go together (`sampler.py`), batches (`collate.py`), files of answers
-(`answers.py`). Knows no model."""
+"""Records in, tensors out: data files (`files.py`), rows (`rows.py`), prompts (`prompt.py`), encoded data sets
+(`dataset.py`), processes that share the work on rows (`workers.py`), which rows go together (`sampler.py`), batches
+(`collate.py`), files of answers (`answers.py`). Knows no model."""
 
 from data.answers import AnswerFile
 from data.collate import FILLER_TASK_TYPE, IGNORED_LABEL, Collator

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import InputError
+from data.files import Unreadable
 
 
 class AnswerFile:
@@ -94,7 +95,7 @@ class AnswerFile:
                 f"{self.partial} holds half of another command's answers:\n{found}\n"
                 "delete it to start over, or choose another --output"
             )
-        answers = [answer for line in lines[1:] if (answer := _parsed(line))]
+        answers = [answer for line in lines[1:] if (answer := _parsed(line)) and "index" in answer]
         self.answers = {answer.pop("index"): answer for answer in answers}
         if not lines[-1].endswith(b"\n"):  # Torn while being written.
             self.partial.write_bytes(b"".join(lines[:-1]))
@@ -104,6 +105,8 @@ class AnswerFile:
 def unwritable_field(row: dict) -> str | None:
     """What of a row cannot be written into a file of answers, or None."""
     for name, value in row.items():
+        if isinstance(value, Unreadable):
+            return f"{name!r} cannot be read: {value.reason}"
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()
         except (TypeError, ValueError) as error:

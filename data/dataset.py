@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -18,16 +20,19 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data.errors import UNWRITABLE, InputError
+from data.errors import NO_FOLDER, UNWRITABLE, InputError, reading
+from data.files import Block, find_files, passed_over, split_files
 from data.prompt import encode_rows, resolve_template
-from data.rows import Block, check_rows, complete_rows, find_files, passed_over, split_files
+from data.rows import check_rows, complete_rows
 from data.workers import map_blocks, worker_count
 
 # Part of every cache key: raise it when the encoding of a row or the files of an entry change.
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 ROWS_NAME = "rows.arrow"
 STATISTICS_NAME = "statistics.json"
 MOST_NAMES_SHOWN = 5
+# Raised for an entry of the cache that is not there, or has lost a file or a part of one.
+INCOMPLETE = (OSError, ValueError, TypeError, AttributeError, LookupError, pyarrow.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class DataStatistics:
         dropped: rows left out because their prompt alone fills `max_seq_length`, so no label is left.
         tokens: tokens of the kept rows.
         supervised_tokens: those of them that carry a label.
+        ignored: names of columns that are not fields of a row.
         passed_over: names of what lies in the folder and is no data file.
     """
 
@@ -50,6 +56,7 @@ class DataStatistics:
     dropped: int
     tokens: int
     supervised_tokens: int
+    ignored: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
 
     def summary(self, max_seq_length: int) -> str:
@@ -58,10 +65,10 @@ class DataStatistics:
             text += f"; {self.truncated:,} rows cut at {max_seq_length} tokens"
         if self.dropped:
             text += f"; {self.dropped:,} rows dropped, since their prompt alone fills {max_seq_length} tokens"
+        if self.ignored:
+            text += f"; columns that are ignored: {_listed(map(repr, self.ignored))}"
         if self.passed_over:
-            more = ", ..." if len(self.passed_over) > MOST_NAMES_SHOWN else ""
-            names = ", ".join(self.passed_over[:MOST_NAMES_SHOWN])
-            text += f"; no data files, and so passed over: {names}{more}"
+            text += f"; no data files, and so passed over: {_listed(self.passed_over)}"
         return text
 
 
@@ -92,7 +99,8 @@ def load_data(
     """Read, check and encode a file or folder, or take the result of an earlier call with the same content.
 
     The cache key covers the bytes of the files, the tokenizer and the encoding, so an edited row or another template
-    never meets stale tokens. A new entry is written aside and renamed; processes that want the same one wait.
+    never meets stale tokens. A new entry is written aside and renamed; processes that want the same one wait. An
+    entry that has lost a file or a part of one is made again.
 
     Args:
         num_proc: processes that check and encode; None is one for each core, up to 8. A few megabytes take one,
@@ -109,17 +117,19 @@ def load_data(
     files = find_files(path)
     encoding = replace(encoding, template=resolve_template(encoding.template, tokenizer))
     folder = Path(cache_dir) / _cache_key(files, tokenizer, encoding)
-    if not folder.exists():
+    entry = _complete_entry(folder)
+    if not entry:
         with _writing_into(folder.parent), FileLock(f"{folder}.lock"):
-            if not folder.exists():
+            entry = _complete_entry(folder)
+            if not entry:
                 _build(files, tokenizer, encoding, folder, num_proc)
-    counts = json.loads((folder / STATISTICS_NAME).read_text())
-    statistics = DataStatistics(**counts, passed_over=passed_over(path))
+                entry = _read_entry(folder)
+    rows, statistics = entry
     if not statistics.kept:
         raise InputError(
             f"{path}: no row has a label left within max_seq_length {encoding.max_seq_length}; raise max_seq_length"
         )
-    return datasets.Dataset.from_file(str(folder / ROWS_NAME)), statistics
+    return rows, replace(statistics, passed_over=passed_over(path))
 
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
@@ -142,8 +152,12 @@ def content_hash(path: str | Path) -> str:
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with file.open("rb") as stream:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with reading(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -153,6 +167,11 @@ def count_shared_rows(first: datasets.Dataset, second: datasets.Dataset) -> int:
         rows.select_columns("prompt_hash").with_format("numpy")[:]["prompt_hash"] for rows in (first, second)
     )
     return int(np.isin(second_hashes, first_hashes).sum())
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(islice(names, MOST_NAMES_SHOWN + 1))
+    return ", ".join([*first[:MOST_NAMES_SHOWN], *(["..."] if len(first) > MOST_NAMES_SHOWN else [])])
 
 
 def _prompt_hash(row: dict) -> int:
@@ -170,6 +189,24 @@ def _cache_key(files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: 
     return digest.hexdigest()[:32]
 
 
+def _complete_entry(folder: Path) -> tuple[datasets.Dataset, DataStatistics] | None:
+    """An entry of the cache; None if there is none, or a damaged one."""
+    try:
+        return _read_entry(folder)
+    except INCOMPLETE:
+        return None
+
+
+def _read_entry(folder: Path) -> tuple[datasets.Dataset, DataStatistics]:
+    file = folder / ROWS_NAME
+    counts = json.loads((folder / STATISTICS_NAME).read_bytes())
+    # A stream that is cut between two batches of rows opens all the same.
+    if (size := file.stat().st_size) != counts.pop("bytes"):
+        raise ValueError(f"{file} has {size} bytes")
+    statistics = DataStatistics(**counts | {"ignored": tuple(counts["ignored"])})
+    return datasets.Dataset.from_file(str(file)), statistics
+
+
 @contextmanager
 def _writing_into(cache_dir: Path) -> Iterator[None]:
     """A context in which encoded rows are written into a folder, which is made.
@@ -181,11 +218,11 @@ def _writing_into(cache_dir: Path) -> Iterator[None]:
         cache_dir.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNWRITABLE | NO_FOLDER:
             raise
         raise InputError(
-            f"encoded rows could not be written into {cache_dir}: {error}; make room, or name another folder with "
-            "--data_cache_dir"
+            f"encoded rows could not be written into {cache_dir}: {error}; name another folder with --data_cache_dir, "
+            "or start again once this one can be written"
         ) from error
 
 
@@ -193,7 +230,7 @@ def _build(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None
 ) -> None:
     workers = worker_count(files, num_proc)
-    total = check_rows(files, encoding.num_task_types, encoding.task_type_names, workers)
+    total, ignored = check_rows(files, encoding.num_task_types, encoding.task_type_names, workers)
     aside = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -209,10 +246,21 @@ def _build(
                 stream.write_batch(batch)
                 counts.update(of_block)
                 bar.update(of_block["rows"])
-        (aside / STATISTICS_NAME).write_text(json.dumps(counts))
+        statistics = {**counts, "ignored": ignored, "bytes": (aside / ROWS_NAME).stat().st_size}
+        (aside / STATISTICS_NAME).write_text(json.dumps(statistics))
+        for name in (ROWS_NAME, STATISTICS_NAME):
+            _flush(aside / name)
+        if folder.exists():  # Damaged. Processes that have its rows open keep them.
+            shutil.rmtree(folder)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Wait until a file is on the disk: a name that a power cut leaves has its content."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _encode_block(

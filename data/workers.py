@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -36,7 +37,7 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
         num_proc: processes that share the blocks; 1 means this one. They end with this one, however it ends.
 
     Raises:
-        InputError: a process was ended from outside.
+        InputError: a process was ended from outside, or a block cannot be handed to one.
     """
     if num_proc == 1:
         yield from map(function, blocks)
@@ -45,7 +46,8 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
     pending = deque()
     try:
         for block in blocks:
-            pending.append(pool.submit(_work, block))
+            # What cannot be pickled would fail in a thread of the pool, which can then wait for ever.
+            pending.append(pool.submit(_work, pickle.dumps(block)))
             if len(pending) > BLOCKS_AHEAD * num_proc:
                 yield pending.popleft().result()
         while pending:
@@ -54,6 +56,10 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
         raise InputError(
             "a process that works on the rows was ended from outside, perhaps for lack of memory; use fewer of "
             "them (--preprocessing_num_workers)"
+        ) from None
+    except RecursionError:
+        raise InputError(
+            "a row is nested too deeply to be handed to another process; use --preprocessing_num_workers 1"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -76,5 +82,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(block: Block) -> Result:
-    return _function(block)
+def _work(block: bytes) -> Result:
+    return _function(pickle.loads(block))

@@ -17,7 +17,8 @@ from transformers import GenerationConfig, TextStreamer
 
 from data import TEMPLATE_VARIABLES, TEMPLATES, AnswerFile, InputError, encode_prompt, file_hash
 from data.answers import unwritable_field
-from data.rows import find_files, read_block, row_problem, split_files
+from data.files import find_files, read_block, split_files
+from data.rows import row_problem
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.command_line import flag, parse_flags, refuse, run_verb
 from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers

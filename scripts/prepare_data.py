@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import datasets
@@ -159,7 +159,7 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
     """The unfinished folder and its counts, new or as an interrupted program has left them.
 
     Raises:
-        InputError: the folder is there, or the unfinished one belongs to other settings.
+        InputError: the folder is there, or the unfinished one belongs to other settings or is damaged.
     """
     if folder.exists():
         raise InputError(f"--output {folder} exists already; choose another folder, or delete it")
@@ -170,7 +170,10 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
         made_by = provenance("scripts.prepare_data", argv)
         made_by["versions"]["datasets"] = datasets.__version__
         return aside, {"settings": settings, **made_by, "train": {}, "evaluation": {}}
-    counts = json.loads(file.read_text())
+    try:
+        counts = json.loads(file.read_bytes())
+    except ValueError:
+        raise InputError(f"{file} is damaged; delete {aside} to start over") from None
     differing = [
         f"  {name}: {counts['settings'].get(name)!r} there, {value!r} now"
         for name, value in settings.items()
@@ -181,6 +184,9 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
         raise InputError(
             f"{aside} holds part of another mixture:\n{found}\ndelete it to start over, or choose another --output"
         )
+    # The share of each kind follows from those before it, so what comes after a lost file is made again, too.
+    kept = takewhile(lambda item: not item[1]["got"] or training_file(aside, item[0]).exists(), counts["train"].items())
+    counts["train"] = dict(kept)
     return aside, counts
 
 
@@ -260,7 +266,7 @@ def write_training(
             found = {source: Counter() for source in opened if source.task == task}
             seen: set[int] = set()
             streams = [new_rows(source, opened[source], asked, seen, args.max_words, found[source]) for source in found]
-            write_rows(aside / "train" / f"{task}.jsonl", counting(bar, islice(in_turn(streams), wanted)))
+            write_rows(training_file(aside, task), counting(bar, islice(in_turn(streams), wanted)))
             counts["train"][task] = task_counts(wanted, found)
             save(aside, counts)
 
@@ -318,7 +324,7 @@ def write_without_overlap(aside: Path, counts: dict) -> None:
     shutil.rmtree(aside / "evaluation_without_overlap", ignore_errors=True)
     right = {key for rows in sets.values() for row in rows for key in answer_keys(row)}
     taught: set[int] = set()  # of the right answers alone, so that it does not grow with the training rows
-    for row in read_rows(aside / "train" / f"{CLOSED_BOOK}.jsonl"):
+    for row in read_rows(training_file(aside, CLOSED_BOOK)):
         taught |= right & answer_keys(row)
     for name, rows in sets.items():
         new = [row for row in rows if taught.isdisjoint(answer_keys(row))]
@@ -340,6 +346,10 @@ def text_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(normalized(text).encode(), digest_size=8).digest())
 
 
+def training_file(aside: Path, task: str) -> Path:
+    return aside / "train" / f"{task}.jsonl"
+
+
 def file_name(source: Source) -> str:
     return f"{source.hub_id.split('/')[1]}_{source.config}"
 
@@ -357,7 +367,7 @@ def counting(bar: tqdm, rows: Iterable[dict]) -> Iterator[dict]:
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
     """JSON Lines; no file where there is no row, since a data file may not be empty."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as stream:
+    with file.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         is_empty = not stream.tell()
@@ -367,7 +377,7 @@ def write_rows(file: Path, rows: Iterable[dict]) -> None:
 
 def read_rows(file: Path) -> Iterator[dict]:
     if file.exists():
-        with file.open() as stream:
+        with file.open(encoding="utf-8") as stream:
             yield from map(json.loads, stream)
 
 

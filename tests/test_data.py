@@ -2,10 +2,16 @@
 
 import errno
 import json
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, example_rows, full_disk
 
-import data.rows
+import data.files
 import data.workers
 from data import (
     Collator,
@@ -28,7 +34,8 @@ from data import (
     resolve_template,
     row_lengths,
 )
-from data.rows import read_block, split_files
+from data.answers import unwritable_field
+from data.files import read_block, split_files
 from data.workers import map_blocks
 
 ENCODING = Encoding(template="plain", max_seq_length=256, num_task_types=2)
@@ -59,6 +66,28 @@ BAD_ROWS = {
     "type too large": (GOOD | {"task_type": 2}, r"row 2: 'task_type' is 2, but has to be 0 or 1"),
     "type as text": (GOOD | {"task_type": "1"}, r"row 2: 'task_type' is \"1\", but has to be 0 or 1"),
     "type as truth": (GOOD | {"task_type": True}, r"row 2: 'task_type' is true, but has to be 0 or 1"),
+    "type without value": (GOOD | {"task_type": float("nan")}, r"row 2: 'task_type' is NaN, but has to be 0 or 1"),
+    "null output": (GOOD | {"output": None}, r"row 2: 'output' is null, but has to be a string"),
+    "null instruction": (GOOD | {"instruction": None}, r"row 2: 'instruction' is null, but has to be a string"),
+    "null row": (None, r"row 2: is null, but has to be an object"),
+    "conversation": ({"messages": [{"role": "user"}]}, r"row 2: has a 'messages', which is not supported"),
+    "system prompt": (GOOD | {"System_Prompt": "Be brief."}, r"row 2: has a 'System_Prompt', which is not supported"),
+    "history": (GOOD | {"history": [["Hello", "Bonjour"]]}, r"row 2: has a 'history', which is not supported: a"),
+    "capital": (without("output") | {"Output": "a"}, r"row 2: 'Output' is not a known column: rename it to 'output'"),
+    **{
+        f"{name} for {field}": (without(field) | {name: value}, rf"row 2: '{name}' is not a known .* to '{field}', or")
+        for name, field, value in (
+            ("taskType", "task_type", 0),
+            ("task-type", "task_type", 0),
+            ("tasktype", "task_type", 0),
+            ("Task types", "task_type", 0),
+            ("inputs", "input", "text"),
+            ("context", "input", "text"),
+            ("ouput", "output", "a"),
+            ("Task", "task", "nli"),
+            ("alias", "aliases", ["a"]),
+        )
+    },
 }
 
 
@@ -91,6 +120,18 @@ BAD_FILES = {
     "another kind": ("rows.csv", "a,b", "unknown kind of data file '.csv'; allowed are .json, .jsonl, .parquet"),
     "nested without end": ("rows.json", "[" * 100000, "not JSON"),
     "not Parquet": ("rows.parquet", "nothing", "not a readable Parquet file"),
+    "a list by another name": ("rows.jsonl", json.dumps([GOOD], indent=2), "as a JSON list does; .* are named .json"),
+    "digits": ("rows.json", f'[{{"id": {"7" * 5000}}}]', "a number has 5,000 digits, which is too many: 77777777"),
+    "digits in a line": (
+        "rows.jsonl",
+        f'{json.dumps(GOOD)}\n{{"id": -{"7" * 5000}}}',
+        "row 2: a number has 5,000 digits",
+    ),
+    "name twice": ("rows.json", '[{"output": "a", "output": "b"}]', "the name 'output' occurs more than once in"),
+    "name twice in a line": ("rows.jsonl", '{"output": "a", "output": "b"}', "row 1: the name 'output' occurs more"),
+    "half a character": ("rows.jsonl", b"\xff\xfe" + json.dumps(GOOD).encode("utf-16-le")[:-1], "not readable text"),
+    "Latin-1": ("rows.jsonl", json.dumps(GOOD).encode() + b'\n{"output": "caf\xe9"}', "row 2: not JSON .* byte 0xe9"),
+    "zeros": ("rows.jsonl", bytes(100), "row 1: not JSON"),
 }
 
 
@@ -98,7 +139,7 @@ BAD_FILES = {
 def test_bad_files_are_named(tmp_path, tokenizer, name, content, message):
     file = tmp_path / name
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message) as caught:
         load(file, tokenizer, tmp_path)
     assert str(file) in str(caught.value)
@@ -130,8 +171,179 @@ def test_what_has_the_name_of_a_data_file_and_is_none_is_named(tmp_path, tokeniz
     (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
     (tmp_path / "x.json").mkdir()
     (tmp_path / "y.json").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"x\.json, .*y\.json: no file, but a folder or a broken link"):
+    with pytest.raises(InputError, match=r"x\.json, .*y\.json: not a regular file, but a folder, .* or a broken link"):
         load(tmp_path, tokenizer, tmp_path)
+
+
+def test_pipes_devices_and_sockets_are_named_without_waiting_for_them(tmp_path, tokenizer):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"/proc/self/fd/{os.open(tmp_path, os.O_PATH)}/socket.jsonl")  # whose paths have to be short
+    for name in ("pipe.jsonl", "device.json", "socket.jsonl"):
+        with pytest.raises(InputError, match=rf"{name}: not a regular file, but a folder, a pipe, a device or"):
+            load(tmp_path / name, tokenizer, tmp_path)
+    with pytest.raises(InputError, match=r"device\.json, .*pipe\.jsonl, .*socket\.jsonl: not a regular file"):
+        load(tmp_path, tokenizer, tmp_path)
+
+
+def test_names_that_are_not_text_can_be_shown(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    load(tmp_path, tokenizer, tmp_path / "elsewhere")[1].summary(256).encode()
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text(json.dumps(GOOD))
+    with pytest.raises(InputError, match=r"caf\\udce9.jsonl': the name is not valid UTF-8; rename the file"):
+        load(tmp_path, tokenizer, tmp_path)
+
+
+# Prints what a user without rights is told of each pair of data and cache.
+WITHOUT_RIGHTS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from conftest import tiny_tokenizer
+from data import Encoding, InputError, load_data
+
+for path, cache in (pair.split(",") for pair in sys.argv[1:]):
+    try:
+        print(len(load_data(path, tiny_tokenizer(), Encoding("plain", 256, 2), cache)[0]), "rows")
+    except InputError as error:
+        print(*str(error).splitlines())
+"""
+
+
+def test_what_may_not_be_read_or_written_is_one_message(tmp_path, tokenizer):
+    command = [sys.executable, "-c", WITHOUT_RIGHTS]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may read everything, and setpriv is not there to change that")
+        drop = "-dac_override,-dac_read_search"
+        command = ["setpriv", "--bounding-set", drop, "--inh-caps", drop, *command]
+    lines = json.dumps(GOOD) + "\n"
+    modes = {"closed.jsonl": 0o000, "folder": 0o000, "listed": 0o444, "cache": 0o000, "full": 0o555, "own": 0o755}
+    for name in ("folder", "listed", "cache", "full", "own"):
+        (tmp_path / name).mkdir()
+    for name in ("closed.jsonl", "open.jsonl", "folder/rows.jsonl", "listed/rows.jsonl"):
+        (tmp_path / name).write_text(lines)
+    load_data(tmp_path / "open.jsonl", tokenizer, ENCODING, tmp_path / "own")
+    (rows,) = (tmp_path / "own").glob("*/rows.arrow")
+    rows.chmod(0o000)
+    pairs = [("closed.jsonl", "own"), ("folder", "own"), ("folder/rows.jsonl", "own"), ("listed", "own")]
+    pairs += [("open.jsonl", "cache"), ("open.jsonl", "full"), ("open.jsonl", "own")]
+    arguments = [",".join(str(tmp_path / name) for name in pair) for pair in pairs]
+    for name, mode in modes.items():
+        (tmp_path / name).chmod(mode)
+    try:
+        told = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    finally:
+        for name in modes:
+            (tmp_path / name).chmod(0o755)
+    *messages, rebuilt = filter(None, told.splitlines())
+    assert [message.split(":")[0] for message in messages] == [
+        *(f"{tmp_path / name} cannot be read" for name in ("closed.jsonl", "folder", "folder/rows.jsonl")),
+        f"{tmp_path / 'listed/rows.jsonl'} cannot be read",
+        *(f"encoded rows could not be written into {tmp_path / name}" for name in ("cache", "full")),
+    ]
+    assert all("Permission denied" in message for message in messages)
+    assert rebuilt == "1 rows"
+
+
+ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_every_encoding_of_unicode_and_every_line_end_is_read(tmp_path, tokenizer, small_blocks, suffix):
+    rows = [*example_rows(20), GOOD | {"output": "\u0a0a caf\xe9 \u2028\x85 \U0001f600"}]
+    for end in ("\n", "\r\n", "\r"):
+        for encoding in ("utf-8", *ENCODINGS):
+            texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+            text = end.join(texts) if suffix == ".jsonl" else f"[{f',{end}'.join(texts)}]"
+            file = tmp_path / f"{encoding}{suffix}"
+            file.write_bytes(text.encode(encoding))
+            found = [row for block in split_files([file]) for row in read_block(block)]
+            assert found == list(enumerate(rows, start=1)), (end, encoding)
+
+
+NO_TEXT = pyarrow.array([b"caf\xe9", b"a"]).view(pyarrow.string())
+FAR = pyarrow.array([2**40, 0], pyarrow.timestamp("s"))
+TEXT = pyarrow.array(["a", "b"])
+BAD_COLUMNS = {
+    "no text": ("output", NO_TEXT, r"row 1: 'output' cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+    "no text in a list": (
+        "aliases",
+        pyarrow.ListArray.from_arrays([0, 1, 2], NO_TEXT),
+        "row 1: 'aliases' cannot be read: 'utf-8'",
+    ),
+    "bytes": ("output", TEXT.cast(pyarrow.binary()), r"row 1: 'output' is \"b'a'\", but has to be a string"),
+    "a far time": ("task", FAR, "row 1: 'task' cannot be read: "),
+    "a time": ("task", FAR[1:].take([0, 0]), r"row 1: 'task' is \"1970-01-01 00:00:00\", but has to be a string"),
+    "a fraction": ("task_type", pyarrow.array([1.0, None]), r"row 1: 'task_type' is 1.0, but has to be 0 or 1"),
+    "a large number": (
+        "task_type",
+        pyarrow.array([2**64 - 1, 0], pyarrow.uint64()),
+        "row 1: 'task_type' is 18446744073709551615, but",
+    ),
+}
+GOOD_COLUMNS = {
+    "no text": ("note", NO_TEXT),
+    "no text inside": ("note", pyarrow.StructArray.from_arrays([NO_TEXT], ["inner"])),
+    "a far date": ("note", pyarrow.array([2**30, 0], pyarrow.date32())),
+    "a far time": ("note", FAR),
+    "a time of an unknown zone": ("note", FAR.cast(pyarrow.timestamp("s", "Mars/Base"))),
+    "decimals": ("note", pyarrow.array([Decimal("1.5"), None])),
+    "a map": ("note", pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64()))),
+    "categories": ("task", TEXT.dictionary_encode()),
+    "large strings": ("task", TEXT.cast(pyarrow.large_string())),
+    "small numbers": ("task_type", pyarrow.array([0, None], pyarrow.int8())),
+}
+
+
+def write_columns(file: Path, name: str, values: pyarrow.Array) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": TEXT, "output": TEXT} | {name: values}), file)
+    return file
+
+
+@pytest.mark.parametrize(("name", "values", "message"), BAD_COLUMNS.values(), ids=BAD_COLUMNS)
+def test_bad_values_of_parquet_are_named_by_row_and_column(tmp_path, tokenizer, name, values, message):
+    file = write_columns(tmp_path / "rows.parquet", name, values)
+    with pytest.raises(InputError, match=f"rows.parquet: {message}"):
+        load(file, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "values"), GOOD_COLUMNS.values(), ids=GOOD_COLUMNS)
+def test_values_of_parquet_that_are_not_used_may_be_anything(tmp_path, tokenizer, name, values):
+    file = write_columns(tmp_path / "rows.parquet", name, values)
+    rows, counts = load(file, tokenizer, tmp_path)
+    assert rows["output"][:] == ["a", "b"]
+    assert counts.ignored == (("note",) if name == "note" else ())
+
+
+def test_a_value_that_cannot_be_read_is_not_written_into_answers(tmp_path):
+    (block,) = split_files([write_columns(tmp_path / "rows.parquet", "note", NO_TEXT)])
+    (_, first), (_, second) = read_block(block)
+    assert unwritable_field(first).startswith("'note' cannot be read: 'utf-8' codec")
+    assert unwritable_field(second) is None
+
+
+def test_columns_of_one_name_are_refused(tmp_path, tokenizer):
+    table = pyarrow.Table.from_arrays([TEXT, TEXT, TEXT], names=["instruction", "output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=r"rows.parquet: more than one column is called 'output'"):
+        load(tmp_path / "rows.parquet", tokenizer, tmp_path)
+
+
+def test_columns_that_are_ignored_are_named(tmp_path, tokenizer, small_blocks):
+    """Those that hold something, whatever row they are in; also when the rows come from the cache."""
+    rows = example_rows(40)
+    rows[3] |= {"id": 3, "system": "", "history": [], "messages": None, "Input": " "}
+    rows[30] |= {"task_id": 0, "\x1b": "x", "context": "known from the input", "inputs": "same", "input": "a"}
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    for processes in (3, 1):
+        _, counts = load(file, tokenizer, tmp_path, num_proc=processes)
+        assert counts.ignored == ("\x1b", "context", "id", "inputs", "task_id")
+        assert counts.summary(256).endswith(r"; columns that are ignored: '\x1b', 'context', 'id', 'inputs', 'task_id'")
+    many = write_lines(tmp_path / "many.jsonl", [GOOD | {f"x{number}": 1 for number in range(6)}])
+    assert load(many, tokenizer, tmp_path)[1].summary(256).endswith("ignored: 'x0', 'x1', 'x2', 'x3', 'x4', ...")
 
 
 def test_json_lines_parquet_and_folders_hold_the_same_rows(tmp_path, tokenizer):
@@ -291,11 +503,68 @@ def test_an_interrupted_build_is_repeated(tmp_path, tokenizer, data_file, monkey
     assert not list((tmp_path / "cache").glob("*incomplete*"))
 
 
+DAMAGE = {
+    "rows cut": lambda entry: os.truncate(entry / "rows.arrow", 100),
+    "last byte cut": lambda entry: os.truncate(entry / "rows.arrow", (entry / "rows.arrow").stat().st_size - 1),
+    "rows emptied": lambda entry: os.truncate(entry / "rows.arrow", 0),
+    "rows zeroed": lambda entry: (entry / "rows.arrow").write_bytes(bytes((entry / "rows.arrow").stat().st_size)),
+    "rows lost": lambda entry: (entry / "rows.arrow").unlink(),
+    "counts lost": lambda entry: (entry / "statistics.json").unlink(),
+    "all lost": lambda entry: [file.unlink() for file in entry.iterdir()],
+    **{
+        f"counts {text!r}": lambda entry, text=text: (entry / "statistics.json").write_text(text)
+        for text in ("", "{", "{}", "[]", "null", "\0" * 200, '{"bytes": 1}')
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_entry_is_made_again(tmp_path, tokenizer, data_file, damage):
+    rows, counts = load(data_file, tokenizer, tmp_path)
+    expected = rows.to_list()
+    (entry,) = (folder for folder in (tmp_path / "cache").iterdir() if folder.is_dir())
+    damage(entry)
+    rows, again = load(data_file, tokenizer, tmp_path)
+    assert rows.to_list() == expected
+    assert again == counts
+    assert {file.name for file in entry.iterdir()} == {"rows.arrow", "statistics.json"}
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {"", ".lock"}
+
+
+def test_processes_that_find_a_damaged_entry_make_it_once(tmp_path, tokenizer, data_file):
+    """And one that has its rows open keeps them."""
+    earlier, counts = load(data_file, tokenizer, tmp_path)
+    expected = earlier.to_list()
+    (statistics,) = (tmp_path / "cache").glob("*/statistics.json")
+    statistics.unlink()
+    load_again = partial(load, data_file, tokenizer, tmp_path)
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(4, mp_context=context) as pool:
+        found = [future.result() for future in [pool.submit(_entry_seen, load_again) for _ in range(8)]]
+    assert {counts_found for _, _, counts_found in found} == {counts}
+    assert all(rows == expected for rows, _, _ in found)
+    assert len({inode for _, inode, _ in found}) == 1
+    assert earlier.to_list() == expected
+
+
+def _entry_seen(load_again) -> tuple:
+    rows, counts = load_again()
+    return rows.to_list(), os.stat(rows.cache_files[0]["filename"]).st_ino, counts
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "loop", "x" * 300])
+def test_a_cache_that_cannot_be_a_folder_is_one_message(tmp_path, tokenizer, data_file, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match=r"encoded rows could not be written into .*--data_cache_dir"):
+        load_data(data_file, tokenizer, ENCODING, tmp_path / name)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few rows, which processes share as they share those of large files."""
-    monkeypatch.setattr(data.rows, "BYTES_OF_A_BLOCK", 200)
-    monkeypatch.setattr(data.rows, "ROWS_OF_A_BLOCK", 7)
+    monkeypatch.setattr(data.files, "CHARACTERS_OF_A_BLOCK", 200)
+    monkeypatch.setattr(data.files, "ROWS_OF_A_BLOCK", 7)
     monkeypatch.setattr(data.workers, "BYTES_WORTH_A_WORKER", 200)
 
 
@@ -411,6 +680,15 @@ def test_a_row_that_the_template_cannot_hold_is_one_message(tmp_path, tokenizer,
     for processes in (1, 2):
         with pytest.raises(InputError, match="use prompt_template plain"):
             load(write_lines(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path, chat, num_proc=processes)
+
+
+def test_a_row_that_is_nested_too_deeply_for_processes_is_one_message(tmp_path, tokenizer, small_blocks):
+    nested = '{"instruction": "a", "output": "b", "other": ' + "[" * 500 + "]" * 500 + "}"
+    file = tmp_path / "rows.json"
+    file.write_text(f"[{', '.join([nested] * 8)}]")
+    with pytest.raises(InputError, match=r"nested too deeply .* use --preprocessing_num_workers 1"):
+        load(file, tokenizer, tmp_path, num_proc=2)
+    assert len(load(file, tokenizer, tmp_path, num_proc=1)[0]) == 8
 
 
 def test_an_edited_row_means_another_entry(tmp_path, tokenizer, small_blocks):

@@ -555,6 +555,21 @@ def test_an_interrupted_program_is_gone_on_with(hub, tmp_path, monkeypatch):
     assert files_in(tmp_path / "mix") == files_in(tmp_path / "undisturbed")
 
 
+def test_an_unfinished_folder_that_has_lost_a_file_is_completed(hub, tmp_path, monkeypatch):
+    flags = [*FEW, "--size", "15"]
+    prepare(tmp_path / "mix", *flags)
+    finished = files_in(tmp_path / "mix")
+    unfinished = tmp_path / "mix.incomplete"
+    (tmp_path / "mix").rename(unfinished)
+    (unfinished / "train" / "coreference.jsonl").unlink()
+    prepare(tmp_path / "mix", *flags)
+    assert files_in(tmp_path / "mix") == finished
+    (tmp_path / "mix").rename(unfinished)
+    (unfinished / "counts.json").write_bytes(bytes(100))
+    with pytest.raises(InputError, match=r"counts.json is damaged; delete .*mix.incomplete to start over"):
+        prepare(tmp_path / "mix", *flags)
+
+
 def test_a_kind_that_is_left_out_after_an_interruption_leaves_no_rows(hub, tmp_path, monkeypatch):
     """Interrupted in the first kind, all of whose sets are then left out."""
     flags = [*FEW, "--size", "15"]
