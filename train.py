@@ -23,6 +23,7 @@ from data import (
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from transformers_patch.training.base_model import (
+    adapter_warnings,
     build_model,
     check_attention,
     check_base_model,
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args)
+    say(args, *adapter_warnings(model_args))
     folder = RunFolder(args.output_dir)
     repository = open_repository(args)
     with folder.held() if args.process_index == 0 else nullcontext():

@@ -18,10 +18,15 @@ from data.errors import InputError, first_line
 from data.prompt import (
     TEMPLATE_VARIABLES,
     TEMPLATES,
+    encode_answer,
     encode_prompt,
     encode_target,
+    encode_turns,
+    is_broken,
     marked_row,
     resolve_template,
+    show_turns,
+    with_fixed_date,
 )
 from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
 
@@ -40,13 +45,18 @@ __all__ = [
     "InputError",
     "content_hash",
     "count_shared_rows",
+    "encode_answer",
     "encode_prompt",
     "encode_target",
+    "encode_turns",
     "file_hash",
     "first_line",
+    "is_broken",
     "load_data",
     "marked_row",
     "resolve_template",
     "row_lengths",
+    "show_turns",
     "task_types",
+    "with_fixed_date",
 ]

@@ -1,5 +1,6 @@
 """Turning rows into the text that the model reads (prompt) and the text that it learns to write (target)."""
 
+from datetime import date
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,10 @@ TEMPLATES = ("auto", "plain", "chat")
 # it is part of the prompt as well, so that the answer alone is learnt and generated. Others ignore the variable.
 TEMPLATE_VARIABLES = {"enable_thinking": False}
 PLACEHOLDER = "PLACE-OF-THE-CONTENT"
+# Templates that write today's date would train on one day and answer on another. This is the date that Llama 3 falls
+# back to.
+TEMPLATE_DATE = date(2024, 7, 26)
+DATE_CODES = "-d", "-m", *"aAbBdejmuwyYFDxcHIMSpT"
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -28,6 +33,14 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return name
 
 
+def with_fixed_date(chat_template: str) -> str:
+    """A chat template whose `strftime_now` gives `TEMPLATE_DATE` on every day, here and wherever it is used."""
+    codes = "".join(f"|replace('%{code}', '{TEMPLATE_DATE:%{code}}')" for code in DATE_CODES)
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{ format{codes} }}}}{{%- endmacro %}}\n"
+    needed = "strftime_now" in chat_template and not chat_template.startswith(macro)
+    return macro + chat_template if needed else chat_template
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, context: str) -> list[int]:
     """Token ids of the prompt, up to the place where the answer begins. Training and generation share it.
 
@@ -35,11 +48,54 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction
     chat: the tokenizer's own template with the same text as the user's turn.
 
     Special tokens come from the template alone: text in a row that spells one (`</s>`) stays text.
+
+    Raises:
+        InputError: the text cannot be written as UTF-8.
     """
-    texts = [_user_text(instruction, context)]
+    return encode_turns(tokenizer, template, [{"role": "user", "content": _user_text(instruction, context)}])
+
+
+def encode_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, up to the place where the next answer begins.
+
+    Args:
+        turns: each with `role` and `content`. In `plain`, which knows no turns, they are paragraphs of one prompt.
+
+    Raises:
+        InputError: a text cannot be written as UTF-8.
+    """
+    if any(is_broken(turn["content"]) for turn in turns):
+        raise InputError("the prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
     if template == "plain":
-        return _plain_prompts(tokenizer, texts)[0]
-    return _encode_rendered(tokenizer, _render(tokenizer, _shown(tokenizer, texts)), texts)[0]
+        return _plain_prompts(tokenizer, [_paragraphs(turns)])[0]
+    return _encode_rendered(tokenizer, _render(tokenizer, [_shown_turns(tokenizer, turns)]), [_contents(turns)])[0]
+
+
+def show_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]]) -> str:
+    """The text of what `encode_turns` encodes."""
+    if template == "plain":
+        return _paragraphs(turns) + tokenizer.eos_token
+    return _render(tokenizer, [turns])[0]
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]], answer: str
+) -> list[int]:
+    """Token ids of an answer to a conversation, the token that ends it included.
+
+    Raises:
+        InputError: the chat template does not simply append the answer to the prompt.
+    """
+    return _encode_exchanges(tokenizer, template, [turns], [answer])[1][0]
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text has halves of surrogate pairs, which bytes that are not UTF-8 become on the command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def encode_target(
@@ -50,8 +106,7 @@ def encode_target(
     Raises:
         InputError: the chat template does not simply append the answer to the prompt.
     """
-    row = {"instruction": instruction, "input": context, "output": output}
-    return encode_rows(tokenizer, template, [row])[1][0]
+    return encode_answer(tokenizer, template, [{"role": "user", "content": _user_text(instruction, context)}], output)
 
 
 def encode_rows(
@@ -64,21 +119,8 @@ def encode_rows(
     """
     if not rows:
         return [], []
-    texts = [_user_text(row["instruction"], row["input"]) for row in rows]
-    outputs = [row["output"] for row in rows]
-    if template == "plain":
-        targets = [[*ids, tokenizer.eos_token_id] for ids in _tokenize(tokenizer, outputs, literal=True)]
-        return _plain_prompts(tokenizer, texts), targets
-    shown = _shown(tokenizer, texts)
-    rendered = _render(tokenizer, shown)
-    prompts = _encode_rendered(tokenizer, rendered, texts)
-    answers = _render_answers(tokenizer, shown, rendered, _shown(tokenizer, outputs))
-    targets = _encode_rendered(tokenizer, answers, outputs)
-    if _marks_beginnings(tokenizer):
-        behind = _encode_behind(tokenizer, prompts, rendered, answers, outputs)
-        targets = [ids or apart for ids, apart in zip(behind, targets, strict=True)]
-    ends = set(_control_tokens(tokenizer).values())
-    return prompts, [ids if ids and ids[-1] in ends else [*ids, tokenizer.eos_token_id] for ids in targets]
+    turns = [[{"role": "user", "content": _user_text(row["instruction"], row["input"])}] for row in rows]
+    return _encode_exchanges(tokenizer, template, turns, [row["output"] for row in rows])
 
 
 def marked_row(tokenizer: PreTrainedTokenizerBase, row: dict, most_characters: int = 400) -> str:
@@ -86,6 +128,33 @@ def marked_row(tokenizer: PreTrainedTokenizerBase, row: dict, most_characters: i
     ids, length = list(row["input_ids"]), row["prompt_length"]
     prompt, target = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids[:length], ids[length:]))
     return f"{_shortened(prompt, most_characters)}[[{_shortened(target, most_characters)}]]"
+
+
+def _encode_exchanges(
+    tokenizer: PreTrainedTokenizerBase, template: str, conversations: list[list[dict[str, str]]], outputs: list[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of conversations as prompts, and of the answers to them."""
+    if template == "plain":
+        targets = [[*ids, tokenizer.eos_token_id] for ids in _tokenize(tokenizer, outputs, literal=True)]
+        return _plain_prompts(tokenizer, list(map(_paragraphs, conversations))), targets
+    shown = [_shown_turns(tokenizer, turns) for turns in conversations]
+    rendered = _render(tokenizer, shown)
+    prompts = _encode_rendered(tokenizer, rendered, list(map(_contents, conversations)))
+    answers = _render_answers(tokenizer, shown, rendered, _shown(tokenizer, outputs))
+    targets = _encode_rendered(tokenizer, answers, [[output] for output in outputs])
+    if _marks_beginnings(tokenizer):
+        behind = _encode_behind(tokenizer, prompts, rendered, answers, outputs)
+        targets = [ids or apart for ids, apart in zip(behind, targets, strict=True)]
+    ends = set(_control_tokens(tokenizer).values())
+    return prompts, [ids if ids and ids[-1] in ends else [*ids, tokenizer.eos_token_id] for ids in targets]
+
+
+def _contents(turns: list[dict[str, str]]) -> list[str]:
+    return [turn["content"] for turn in turns]
+
+
+def _paragraphs(turns: list[dict[str, str]]) -> str:
+    return "\n\n".join(_contents(turns))
 
 
 def _user_text(instruction: str, context: str) -> str:
@@ -102,19 +171,27 @@ def _shown(tokenizer: PreTrainedTokenizerBase, contents: list[str]) -> list[str]
     return [PLACEHOLDER if _spells_control(tokenizer, content) else content for content in contents]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+def _shown_turns(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{**turn, "content": text} for turn, text in zip(turns, _shown(tokenizer, _contents(turns)), strict=True)]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> list[str]:
     """Prompts as the chat template writes them."""
-    turns = [[{"role": "user", "content": text}] for text in texts]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **TEMPLATE_VARIABLES)
+    return tokenizer.apply_chat_template(
+        conversations, tokenize=False, add_generation_prompt=True, **TEMPLATE_VARIABLES
+    )
 
 
 def _render_answers(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], prompts: list[str], outputs: list[str]
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict[str, str]]],
+    prompts: list[str],
+    outputs: list[str],
 ) -> list[str]:
     """What the chat template puts behind the prompts for the answers, without the white space between turns."""
     turns = [
-        [{"role": "user", "content": text}, {"role": "assistant", "content": output}]
-        for text, output in zip(texts, outputs, strict=True)
+        [*conversation, {"role": "assistant", "content": output}]
+        for conversation, output in zip(conversations, outputs, strict=True)
     ]
     wholes = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_VARIABLES)
     if not all(map(str.startswith, wholes, prompts)):
@@ -125,7 +202,9 @@ def _render_answers(
     return [whole[len(prompt) :].rstrip() for whole, prompt in zip(wholes, prompts, strict=True)]
 
 
-def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: list[str], contents: list[str]) -> list[list[int]]:
+def _encode_rendered(
+    tokenizer: PreTrainedTokenizerBase, rendered: list[str], contents: list[list[str]]
+) -> list[list[int]]:
     """Token ids of what the template wrote for contents: special tokens count only where they are the template's."""
     rows = [_pieces(tokenizer, *both) for both in zip(rendered, contents, strict=True)]
     ids = {
@@ -135,17 +214,19 @@ def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: list[str], co
     return [[token for _, literal in row for token in next(ids[literal])] for row in rows]
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, rendered: str, content: str) -> list[tuple[str, bool]]:
+def _pieces(tokenizer: PreTrainedTokenizerBase, rendered: str, contents: list[str]) -> list[tuple[str, bool]]:
     """The pieces of a rendered text that are encoded apart, and for each whether its special tokens are text."""
-    if not _spells_control(tokenizer, content):
+    spelling = [content for content in contents if _spells_control(tokenizer, content)]
+    if not spelling:
         return [(rendered, False)]
-    parts = rendered.split(PLACEHOLDER)
-    if len(parts) != 2:
+    first, *parts = rendered.split(PLACEHOLDER)
+    if len(parts) != len(spelling):
         raise InputError(
             "a row spells a special token, and the tokenizer's chat template does not show its text exactly once, so "
             "the two cannot be told apart; use prompt_template plain"
         )
-    return [(parts[0], False), (content, True), (parts[1], False)]
+    pairs = zip(spelling, parts, strict=True)
+    return [(first, False), *(piece for content, part in pairs for piece in ((content, True), (part, False)))]
 
 
 def _encode_behind(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from data import InputError
+from data import InputError, first_line
+from transformers_patch.auto import load_config
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more) -> dict:
@@ -50,6 +51,6 @@ def find_architecture(name: str) -> PretrainedConfig:
             f"{', '.join(ARCHITECTURES)}"
         )
     try:
-        return AutoConfig.from_pretrained(name)
+        return load_config(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {name} holds no model configuration: {error}") from error
+        raise InputError(f"--model {name} holds no model configuration: {first_line(error)}") from error

@@ -12,16 +12,16 @@ from pathlib import Path
 from datasets import Dataset
 
 from data import TEMPLATES, DataStatistics, Encoding, InputError, content_hash, load_data
-from transformers_patch.command_line import flag, parse_flags, run_verb
+from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
 from transformers_patch.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from transformers_patch.generation import DecodingArguments
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
+from transformers_patch.metrics import PACKAGE_OF
 from transformers_patch.training.arguments import DataArguments
 from transformers_patch.training.base_model import check_lengths
 from transformers_patch.training.run_folder import write_json
 
 COMMAND = "python -m scripts.evaluate"
-PACKAGES = ("torch", "transformers", "rouge-score", "sacrebleu", "lm-eval")
 
 
 @dataclass
@@ -71,6 +71,8 @@ class EvaluateArguments:
         ):
             if (value := getattr(self, name)) is not None and value < least:
                 problems.append(f"--{name} is {value}, but has to be at least {least}")
+        if self.output and (problem := output_problem(self.output, self.data)):
+            problems.append(problem)
         if self.output and Path(self.output).suffix != ".json":
             problems.append(f"--output {self.output}: the name has to end in .json")
         return problems
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         "load_in_kbits": inference.load_in_kbits,
         "template": template,
         "seed": args.seed,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in used_packages(args)},
         "data": [],
     }
     for path, rows, statistics in load_sets(trained, template, args):
@@ -114,6 +116,13 @@ def main(argv: list[str] | None = None) -> None:
         print(*harness_lines(report["lm_eval"]), sep="\n")
     if args.output:
         write_report(Path(args.output), report)
+
+
+def used_packages(args: EvaluateArguments) -> list[str]:
+    """The packages that the numbers come from."""
+    measures_rows = args.data or not args.lm_eval
+    of_metrics = {PACKAGE_OF[name] for name in args.metrics if name in PACKAGE_OF} if measures_rows else set()
+    return ["torch", "transformers", *sorted(of_metrics), *(["lm-eval"] if args.lm_eval else [])]
 
 
 def load_sets(
@@ -223,10 +232,19 @@ def write_report(path: Path, report: dict) -> None:
 
 
 def _find_harness_tasks(names: list[str]):
-    """The harness takes seconds to import: only where it is asked for."""
+    """The harness takes seconds to import: only where it is asked for.
+
+    Raises:
+        InputError: it is not installed, or has no such task.
+    """
     if not names:
         return None
-    from transformers_patch.harness import find_tasks
+    try:
+        from transformers_patch.harness import find_tasks
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise InputError("--lm_eval needs the package lm-eval, which is not installed: pip install lm-eval") from error
 
     return find_tasks(names)
 

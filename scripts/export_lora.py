@@ -23,7 +23,7 @@ from data import InputError
 from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, static_lora
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
-from transformers_patch.command_line import flag, parse_flags, run_verb
+from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
 from transformers_patch.labels import LabelledPositions
 from transformers_patch.rows import batches, load_rows
@@ -52,7 +52,7 @@ class ExportArguments:
     data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
 
     def problems(self) -> list[str]:
-        problems = []
+        problems = list(filter(None, [output_problem(self.output)]))
         if self.rank is not None and self.rank < 1:
             problems.append(f"--rank is {self.rank}, but has to be at least 1")
         if self.rank is not None and self.weights != "fitted":
@@ -112,15 +112,31 @@ def check_export(trained: TrainedModel, args: ExportArguments) -> None:
         raise InputError(f"--rank is {args.rank}, but the adapter has rank {config.r * config.lora_nums} at most")
     if not args.merge:
         return
-    if kinds := {type(layer.base_layer) for _, layer in adapted(base)} - {nn.Linear}:
-        kind = kinds.pop().__name__
-        form = "stored transposed (Conv1D), which merging does not know" if kind == "Conv1D" else f"quantised ({kind})"
-        raise InputError(
-            f"--merge adds to the weights of the base model, but these are {form}: the sum could not be kept. Merge "
-            "into the unquantised base model (--load_in_kbits 16), or export the adapter"
-        )
+    for kind, linear in {type(layer.base_layer): layer.base_layer for _, layer in adapted(base)}.items():
+        if not linear.weight.is_floating_point():
+            raise InputError(
+                f"--merge adds to the weights of the base model, but these are quantised ({kind.__name__}): the sum "
+                "could not be kept. Merge into the unquantised base model (--load_in_kbits 16), or export the adapter"
+            )
+        if not is_plain_product(linear):
+            raise InputError(
+                f"--merge does not know how a {kind.__name__} uses its weights (Conv1D stores them transposed); export "
+                "the adapter instead"
+            )
     if any(layer.weight is base.get_input_embeddings().weight for _, layer in adapted(base)):
         raise InputError("--merge cannot change the output layer, which shares its weights with the embeddings")
+
+
+def is_plain_product(linear: nn.Module) -> bool:
+    """Whether a module is Wx + b: `nn.Linear` itself, and subclasses of it such as Falcon's that compute the same."""
+    if type(linear) is nn.Linear:
+        return True
+    if not isinstance(linear, nn.Linear):
+        return False
+    weight = linear.weight
+    x_BI = torch.linspace(-1, 1, 2 * linear.in_features, device=weight.device, dtype=weight.dtype).view(2, -1)
+    with torch.no_grad():
+        return torch.allclose(linear(x_BI), nn.functional.linear(x_BI, weight, linear.bias), rtol=1e-2, atol=1e-3)
 
 
 def adapted(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -84,7 +84,7 @@ def check_output_is_free(output: Path) -> None:
     """Raise SystemExit if something other than an empty folder lies at the output path."""
     if output.is_dir() and not any(output.iterdir()):
         return
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise fail(
             f"{output} exists, but is no complete folder of this model; nothing was changed. Move it away, or choose "
             "another place with --output."
@@ -174,7 +174,7 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     # The file names the pre-tokenizer "smollm", which splits off every digit first. transformers ignores that name and
     # would, for example, cut "\n\n1." into other tokens than those the model was trained with.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
@@ -188,7 +188,7 @@ def convert_model(gguf: Path, target: Path) -> None:
     """Write the model of a GGUF file as a plain float32 Llama model into a folder."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     settings = loaded.config.to_dict()
     # transformers regards the loaded model as quantized even though its weights are unpacked, and would save that.
     settings.pop("quantization_config", None)

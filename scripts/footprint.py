@@ -143,7 +143,8 @@ class _Step:
 
 
 def _adapted_model(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> PeftModel:
-    model = get_peft_model(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION), adapter)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
+    model = get_peft_model(base, adapter)
     if shape.casts_adapter:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):

@@ -5,6 +5,7 @@ the repository root. A prompt is put into the template that the adapter was trai
 always the same, unless a temperature is given.
 """
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,12 +16,13 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
-from data import TEMPLATE_VARIABLES, TEMPLATES, AnswerFile, InputError, encode_prompt, file_hash
+from data import TEMPLATES, AnswerFile, InputError, encode_prompt, encode_turns, file_hash, is_broken
 from data.answers import unwritable_field
 from data.files import find_files, read_block, split_files
 from data.rows import row_problem
 from peft.saving import WEIGHTS_NAME
-from transformers_patch.command_line import flag, parse_flags, refuse, run_verb
+from transformers_patch.auto import context_length
+from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
 from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
 
@@ -47,6 +49,10 @@ class GenerateArguments:
             problems.append("exactly one of --prompt, --input and --chat has to be given")
         if (self.input is None) != (self.output is None):
             problems.append("--input and --output belong together")
+        if self.prompt is not None and is_broken(self.prompt):
+            problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
+        if self.output and (problem := output_problem(self.output, [self.input])):
+            problems.append(problem)
         if self.output and Path(self.output).suffix not in OUTPUT_KINDS:
             problems.append(f"--output {self.output}: the name has to end in {' or '.join(OUTPUT_KINDS)}")
         if self.chat and self.compare_base:
@@ -85,10 +91,15 @@ class Answerer:
             InputError: it leaves no room for an answer in the model's context.
         """
         ids = encode_prompt(self.tokenizer, self.template, instruction, context)
-        longest = self.trained.model.config.max_position_embeddings - 1
-        if len(ids) > longest:
-            raise InputError(f"a prompt has {len(ids)} tokens, the model reads {longest}: {instruction[:60]!r}...")
+        if not self.has_room(ids):
+            most = context_length(self.trained.model) - 1
+            raise InputError(f"a prompt has {len(ids)} tokens, the model reads {most}: {instruction[:60]!r}...")
         return ids
+
+    def has_room(self, prompt: list[int], answer: int = 1) -> bool:
+        """Whether a prompt leaves room for an answer of so many tokens in the model's context."""
+        context = context_length(self.trained.model)
+        return context is None or len(prompt) + answer <= context
 
     def answers(self, prompts: list[list[int]], offset: int = 0) -> list[dict[str, str]]:
         """For each prompt, the answer by the field of the output that it belongs into."""
@@ -131,15 +142,21 @@ def load_prompts(path: str) -> list[dict]:
     rows, problems = [], []
     for block in split_files(find_files(path)):
         for number, row in read_block(block):
-            # What the row expects as an answer is of no concern here.
-            texts = {**row, "output": "any", "task_type": None} if isinstance(row, dict) else row
-            if problem := row_problem(texts, num_task_types=1) or unwritable_field(row):
+            if problem := prompt_problem(row) or unwritable_field(row):
                 problems.append(f"{block.file}: row {number}: {problem}")
             rows.append(row)
     refuse(problems)
     if not rows:
         raise InputError(f"{path}: there is no row")
     return rows
+
+
+def prompt_problem(row: object) -> str | None:
+    """What is wrong with a row as a prompt, or None; what it expects as an answer is of no concern."""
+    if isinstance(row, dict) and row.get("instruction") is None:
+        return f"has no 'instruction'; its fields are {', '.join(map(repr, row)) or 'none'}"
+    texts = {**row, "output": "any", "task_type": None} if isinstance(row, dict) else row
+    return row_problem(texts, num_task_types=1)
 
 
 def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
@@ -188,17 +205,13 @@ def chat(answerer: Answerer) -> None:
             turns.clear()
         if line in ("", "/reset"):
             continue
-        turns.append({"role": "user", "content": line})
-        ids = torch.tensor([_conversation(answerer, turns)], device=model.device)
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=answerer.settings,
-                streamer=streamer,
-            )
-        answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        turns.append({"role": "assistant", "content": answer})
+        try:
+            turns, ids = _conversation(answerer, [*turns, {"role": "user", "content": line}])
+        except InputError as error:
+            print(f"not sent: {error}")
+            continue
+        (tokens,) = generate_answers(model, [ids], answerer.settings, streamer)
+        turns.append({"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)})
 
 
 def answer_lines(answer: dict[str, str]) -> list[str]:
@@ -208,22 +221,27 @@ def answer_lines(answer: dict[str, str]) -> list[str]:
     return ["--- base", answer["generated_by_base"], "--- adapter", answer["generated"]]
 
 
-def _conversation(answerer: Answerer, turns: list[dict[str, str]]) -> list[int]:
-    """Token ids of the conversation, without its oldest exchanges where it has outgrown the model's context."""
-    longest = answerer.trained.model.config.max_position_embeddings - answerer.settings.max_new_tokens
-    while True:
-        if len(turns) == 1:
-            return answerer.encode(turns[0]["content"])
-        ids = answerer.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=True, **TEMPLATE_VARIABLES
-        )["input_ids"]
-        if len(ids) <= longest:
-            return ids
-        del turns[:2]
+def _conversation(answerer: Answerer, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+    """The conversation without its oldest exchanges, where it has outgrown the model's context, and its token ids.
+
+    Raises:
+        InputError: the last turn alone leaves no room for an answer.
+    """
+    wanted = answerer.settings.max_new_tokens
+    # An answer may be allowed more than the whole context: half of it is left to the conversation.
+    room = min(wanted, (context_length(answerer.trained.model) or 2 * wanted) // 2)
+    while len(turns) > 1:
+        ids = encode_turns(answerer.tokenizer, answerer.template, turns)
+        if answerer.has_room(ids, room):
+            return turns, ids
+        turns = turns[2:]
+    return turns, answerer.encode(turns[0]["content"])
 
 
 def _typed_lines() -> Iterator[str]:
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one bad byte is one bad line, not the end
     while True:
         try:
             line = input(prompt).strip()

@@ -31,6 +31,7 @@ from peft import LoraConfig, TaskType
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
 from scripts.fetch_base_model import partial_prefix
+from transformers_patch.command_line import output_problem
 from transformers_patch.training.arguments import FLAG_OF_FIELD
 
 PICKLE_NAME = "adapter_model.bin"
@@ -89,6 +90,8 @@ def import_checkpoint(
         InputError: the output folder is taken, files are missing or damaged, or something in them cannot be imported.
             Nothing has been written then.
     """
+    if problem := output_problem(str(output)):
+        raise InputError(problem)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder; move it away or choose another --output")
     if missing := [name for name in (CONFIG_NAME, PICKLE_NAME) if not (checkpoint / name).is_file()]:

@@ -51,7 +51,9 @@ def build(request: dict) -> nn.Module:
     torch.manual_seed(0)
 
     def base() -> nn.Module:
-        return transformers.AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            request["model"], dtype=torch.float32, trust_remote_code=False
+        )
 
     if request["variant"] == "peft_lora":
         config = lora_config(request["experts"] * request["rank"], request["dropout"])

@@ -321,7 +321,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     result = plan(config, flags)
     if flags.json:
-        flags.json.write_text(json.dumps(result, indent=1) + "\n")
+        try:
+            flags.json.write_text(json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--json {flags.json} cannot be written: {error.strerror}") from error
     print(report(result, flags))
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from data import InputError, encode_prompt
+from data import InputError, encode_prompt, is_broken
 from peft import PeftModel
-from transformers_patch.command_line import flag, parse_flags, run_verb
-from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
+from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
+from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained, read_run_config
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.rows import batches, load_rows
 from transformers_patch.training.checkpoint import STATE
@@ -42,6 +42,10 @@ class PlotArguments:
         problems = []
         if self.prompt is not None and not self.prompt.strip():
             problems.append("--prompt is empty")
+        if self.output and (problem := output_problem(self.output)):
+            problems.append(problem)
+        if self.prompt is not None and is_broken(self.prompt):
+            problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
         if self.output and Path(self.output).is_file():
             problems.append(f"--output {self.output} is a file, but has to be a folder")
         return problems
@@ -103,21 +107,22 @@ def route_prompt(trained: TrainedModel, text: str) -> dict:
 
 
 def read_curves(runs: list[str]) -> dict[str, dict]:
-    """Evenness of the routing over the steps of several runs, from what they have logged.
+    """Evenness of the routing over the steps of several runs or checkpoints, from what they have logged.
 
     Raises:
         InputError: a folder is not that of a run, or a file of it is damaged.
     """
     curves: dict[str, dict] = {}
     for folder in map(Path, runs):
-        if missing := [name for name in (STATE, CONFIG_NAME) if not (folder / name).is_file()]:
+        config = read_run_config(folder)
+        found = {STATE: (folder / STATE).is_file(), CONFIG_NAME: config}
+        if missing := [name for name, there in found.items() if not there]:
             raise InputError(f"{folder} is no folder of a run: it has no {' and no '.join(missing)}")
         try:
             log = json.loads((folder / STATE).read_text())["log_history"]
-            blc_weight = json.loads((folder / CONFIG_NAME).read_text())["blc_weight"]
+            curves |= training_curves(folder.name, log, config["blc_weight"])
         except (ValueError, KeyError) as error:
-            raise InputError(f"{STATE} or {CONFIG_NAME} in {folder} is damaged ({error})") from None
-        curves |= training_curves(folder.name, log, blc_weight)
+            raise InputError(f"{STATE} or {CONFIG_NAME} of {folder} is damaged ({error})") from None
     return curves
 
 

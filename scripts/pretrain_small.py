@@ -121,7 +121,7 @@ def make_untrained(folder: Path, rows: list[dict], seed: int) -> None:
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     settings = {"tokenizer_class": "LlamaTokenizer", "add_eos_token": False, "legacy": False, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer = LlamaTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)

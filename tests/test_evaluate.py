@@ -10,8 +10,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, THINKING, example_rows, fill_adapter, filled_model, tiny_config, tiny_tokenizer
+from tokenizers import processors
 
-from data import Collator, InputError, encode_prompt, encode_target
+from data import Collator, InputError, encode_prompt, encode_target, encode_turns
 from peft import LoraConfig, get_peft_model
 from scripts import evaluate
 from transformers_patch import LlamaLoRAMoEForCausalLM
@@ -203,6 +204,79 @@ def test_the_harness_asks_in_the_adapters_template(adapter_dir):
     for lm, template in ((plain, "plain"), (chat, "chat")):
         wanted = encode_prompt(trained.tokenizer, template, "the cat", "")
         assert lm.tok_encode(lm.apply_chat_template(turns)) == wanted
+
+
+FEW_SHOT = [
+    {"role": "user", "content": "the </s> cat"},
+    {"role": "assistant", "content": "sat"},
+    {"role": "user", "content": "the dog "},
+]
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_the_harness_asks_with_the_tokens_of_training(adapter_dir, template):
+    from transformers_patch.harness import TemplateLM
+
+    trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
+    tokenizer = trained.tokenizer
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.chat_template = (
+        "{% for turn in messages %}({{ turn.role }}) {{ turn.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}(assistant) {% endif %}"
+    )
+    lm = TemplateLM(trained, template, 2)
+
+    context = lm.apply_chat_template(FEW_SHOT[:1])
+    prompt = encode_prompt(tokenizer, template, "the </s> cat", "")
+    target = encode_target(tokenizer, template, "the </s> cat", "", "sat")
+    assert lm._encode_pair(context, "sat") == (prompt, target[:-1])
+    assert prompt.count(0) == (template == "plain")
+    batch, mask = lm.tok_batch_encode([context, lm.apply_chat_template(FEW_SHOT[2:])])
+    assert batch[0].tolist() == prompt
+    assert mask.sum(dim=1).tolist() == [len(prompt), len(encode_prompt(tokenizer, template, "the dog ", ""))]
+    assert lm.tok_encode(context, left_truncate_len=3) == prompt[-3:]
+
+    few = encode_turns(tokenizer, template, FEW_SHOT)
+    assert lm.tok_encode(lm.apply_chat_template(FEW_SHOT)) == few
+    ends = 1 if template == "plain" else 3
+    assert few.count(1) == ends  # that of the text `</s>` is none
+    begun = lm.apply_chat_template([*FEW_SHOT, {"role": "assistant", "content": "Answer: "}], False)
+    letters = tokenizer("Answer: B", add_special_tokens=False)["input_ids"]
+    asked, continued = lm._encode_pair(begun, "B")
+    assert asked + continued == [*few, *letters]
+    assert asked == lm.tok_encode(begun)
+
+
+def test_a_template_that_refuses_a_system_turn_is_asked_without(adapter_dir):
+    from transformers_patch.harness import TemplateLM
+
+    trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    trained.tokenizer.chat_template = refuse + trained.tokenizer.chat_template
+    lm = TemplateLM(trained, "chat", 2)
+    text = lm.apply_chat_template([{"role": "system", "content": "Be kind"}, {"role": "user", "content": "the cat"}])
+    assert lm.tok_encode(text) == encode_prompt(trained.tokenizer, "chat", "the cat", "")
+
+
+def test_packages_are_needed_by_their_own_metrics_alone(run, labelled_file, monkeypatch):
+    for name in ("lm_eval", "sacrebleu", "rouge_score"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    monkeypatch.delitem(sys.modules, "transformers_patch.harness", raising=False)
+    _, report = run("--data", labelled_file, "--metrics", "lm_loss", "f1")
+    assert set(report["versions"]) == {"torch", "transformers"}
+    with pytest.raises(InputError, match="--lm_eval needs the package lm-eval"):
+        run("--lm_eval", "tiny_data")
+
+
+def test_a_report_over_its_own_data_is_refused(labelled_file, adapter_dir):
+    folder = labelled_file.parent
+    for data, output in ((labelled_file, labelled_file), (folder, folder / "report.json")):
+        flags = map(str, ["--adapter", adapter_dir, "--data", data, "--output", output])
+        with pytest.raises(InputError, match=r"--output .* (is the input itself|lies in the input folder)"):
+            evaluate.main(list(flags))
 
 
 @pytest.mark.parametrize(

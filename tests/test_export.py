@@ -9,13 +9,21 @@ import pytest
 import torch
 from conftest import example_rows, fill_adapter, filled_model, tiny_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 from data import Encoding, InputError, load_data
 from peft import Calibration, LoraConfig, PeftModel, Router, get_peft_model, static_lora
 from peft.saving import WEIGHTS_NAME as WEIGHTS
 from scripts import export_lora
 from scripts.export_lora import adapted
+from transformers_patch import AutoModelForCausalLM as PatchedAutoModel
 
 INPUT = torch.randint(4, 300, (3, 20), generator=torch.Generator().manual_seed(2))
 KINDS = ("uniform", "calibrated", "fitted")
@@ -253,6 +261,28 @@ REFUSED = {
 def test_what_cannot_be_exported_is_refused(export, tmp_path, message):
     assert message in refusal(export, **REFUSED[message])
     assert not (tmp_path / "exported").exists()
+
+
+def test_a_linear_of_another_class_that_computes_the_same_is_merged(export, tmp_path, data_file):
+    config = FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    torch.manual_seed(0)
+    FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
+    tiny_tokenizer().save_pretrained(tmp_path / "falcon")
+    settings = {"r": 2, "lora_alpha": 4, "lora_nums": 1, "target_modules": ["dense_h_to_4h", "dense_4h_to_h"]}
+    base = PatchedAutoModel.from_pretrained(tmp_path / "falcon")
+    model = fill_adapter(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)))
+    model.active_peft_config.base_model_name_or_path = str(tmp_path / "falcon")
+    model.save_pretrained(tmp_path / "mixture")
+    tiny_tokenizer().save_pretrained(tmp_path / "mixture")
+    merged, _ = export("--merge", adapter=tmp_path / "mixture", weights="uniform")
+    found = logits(FalconForCausalLM.from_pretrained(merged))
+    assert (found - logits(FalconForCausalLM.from_pretrained(tmp_path / "falcon"))).abs().max() > 0.1
+    torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_that_is_a_link_to_nowhere_is_named(export, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "is a link to" in refusal(export, output=tmp_path / "link")
 
 
 def test_an_output_folder_that_holds_something_is_left_alone(export, model_dir):

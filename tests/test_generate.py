@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import THINKING, example_rows, filled_model, full_disk, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from data import AnswerFile, InputError, encode_prompt
 from scripts import generate
@@ -201,7 +202,7 @@ def test_a_conversation_longer_than_the_context_loses_its_beginning(adapter_dir)
     answerer = generate.Answerer(trained, DecodingArguments(max_new_tokens=6), args)
     turns = [{"role": role, "content": "the cat " * 20} for role in ("user", "assistant") * 4]
     turns.append({"role": "user", "content": "the dog"})
-    ids = generate._conversation(answerer, turns)
+    turns, ids = generate._conversation(answerer, turns)
     assert len(ids) + 6 <= 256
     assert 1 < len(turns) < 9
     assert turns[-1]["content"] == "the dog"
@@ -210,9 +211,10 @@ def test_a_conversation_longer_than_the_context_loses_its_beginning(adapter_dir)
 def test_a_conversation_does_not_think(adapter_dir):
     trained = generate.load_trained(generate.InferenceArguments(adapter=str(adapter_dir)))
     trained.tokenizer.chat_template = THINKING
-    answerer = generate.Answerer(trained, DecodingArguments(max_new_tokens=6), generate.GenerateArguments(chat=True))
+    args = generate.GenerateArguments(chat=True, template="chat")
+    answerer = generate.Answerer(trained, DecodingArguments(max_new_tokens=6), args)
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    ids = generate._conversation(answerer, turns)
+    _, ids = generate._conversation(answerer, turns)
     assert trained.tokenizer.decode(ids) == "<|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>(thought: )"
 
 
@@ -228,6 +230,7 @@ def test_a_conversation_does_not_think(adapter_dir):
         (("--prompt", "x", "--top_k", "5"), "need a --temperature above 0"),
         (("--input", "nowhere.json", "--output", "y.json"), "no such file or folder"),
         (("--prompt", "the cat " * 200), "the model reads 255"),
+        (("--prompt", "caf\udce9"), "--prompt has a byte that is not UTF-8"),
     ],
 )
 def test_mistakes_are_named(run, flags, message):
@@ -244,3 +247,56 @@ def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(run, tmp_path, 
     file.write_text(content)
     with pytest.raises(InputError, match=message):
         run("--input", file, "--output", tmp_path / "y.json", adapter=tmp_path)
+
+
+@pytest.fixture
+def gpt2_dir(tmp_path):
+    """A model with a table of 64 positions."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_answers_and_conversations_stop_where_the_positions_end(gpt2_dir, tmp_path, monkeypatch, capsys):
+    adapter, long = ["--adapter", str(gpt2_dir), "--max_new_tokens", "256"], "the cat " * 40
+    generate.main([*adapter, "--prompt", "the cat"])
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "the cat"}, {"instruction": "a dog"}]))
+    generate.main([*adapter, "--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "answers.json")])
+    with pytest.raises(InputError, match=r"a prompt has .* tokens, the model reads 63"):
+        generate.main([*adapter, "--prompt", long])
+    capsys.readouterr()
+    seen = []
+    answers = generate.generate_answers
+    monkeypatch.setattr(generate, "generate_answers", lambda *args: seen.append(len(args[1][0])) or answers(*args))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"cat\ndog\n{long}\nmat\n"))
+    generate.main([*adapter[:-1], "12", "--chat", "--template", "chat"])
+    assert "not sent: a prompt has" in capsys.readouterr().out
+    assert len(seen) == 3
+    assert seen[0] < seen[1] <= 64 - 12
+
+
+def test_a_line_that_is_not_utf8_is_not_sent_and_the_conversation_goes_on(run, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nthe cat\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr(generate, "generate_answers", lambda *args: [tiny_tokenizer()("sat")["input_ids"]])
+    seen = []
+    monkeypatch.setattr(generate, "encode_prompt", lambda *args: seen.append(args[2]) or encode_prompt(*args))
+    assert run("--chat").count("not sent: the prompt has a byte that is not UTF-8") == 1
+    assert seen == ["caf\udce9", "the cat"]
+
+
+def test_answers_never_become_prompts(run, prompts_file, tmp_path):
+    for output, message in ((tmp_path / "answers.jsonl", "would be read as input"), (prompts_file, "the input itself")):
+        with pytest.raises(InputError, match=message):
+            run("--input", tmp_path if output != prompts_file else prompts_file, "--output", output)
+    (tmp_path / "link.json").symlink_to(tmp_path / "nowhere.json")
+    with pytest.raises(InputError, match=r"is a link to .*nowhere.json, which does not exist"):
+        run("--input", prompts_file, "--output", tmp_path / "link.json")
+
+
+def test_the_fields_that_are_named_are_the_rows_own(run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}')
+    with pytest.raises(InputError, match=r"row 1: has no 'instruction'; its fields are 'messages'$"):
+        run("--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out" / "y.json")

@@ -1,6 +1,7 @@
 """A trained adapter on its base model: what is loaded, and what is refused with one message."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -166,6 +167,13 @@ def test_a_base_model_of_another_size_is_refused_by_layer_before_its_weights_are
     assert "model.layers.0.mlp.down_proj.experts.lora_A has shape (8, 48), the model needs (8, 96)" in message
     assert len(message.splitlines()) < 20
     assert "more" in message.splitlines()[-1]
+
+
+def test_another_base_model_of_the_same_shape_is_warned_of(adapter_dir, model_dir, tmp_path, capsys):
+    load(adapter_dir, base_model=f"{model_dir}/.")
+    assert "warning" not in capsys.readouterr().err
+    load(adapter_dir, base_model=str(shutil.copytree(model_dir, tmp_path / "other")))
+    assert re.search(r"warning: the adapter was trained on .*tiny-llama, and the base .*other", capsys.readouterr().err)
 
 
 def test_adapter_weights_that_are_damaged_or_missing(adapter_dir):

@@ -28,6 +28,31 @@ def test_the_normalisation_is_squads():
 
 
 @pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("", "A"), ("The", "A"), ("B", "A, B"), ("B", "A and B"), ("Answer:", "Answer: A"), ("-", "+"), ("<", ">"),
+        ("15", "1.5"), ("5", "-5"), ("+5", "-5"), ("5", ".5"), ("12", "1,2"), ("330", "3:30"), ("12", "1/2"),
+        ("x < y", "x > y"), ("C", "C++"), ("C#", "C++"), ("A", "A-"),
+    ],
+)  # fmt: skip
+def test_labels_and_numbers_stay_apart(answer, expected):
+    assert exact_match(answer, [expected]) == 0
+    assert token_f1(answer, [expected]) < 1
+    assert exact_match(f" {expected}\n", [expected]) == exact_match(expected.lower(), [expected]) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("(a)", "A"), ("A.", "A"), ("a dog", "dog"), ("1,234,567", "1234567"), ("+5", "5"), ("$5.", "5"), ("50%", "50"),
+        ("COVID-19", "covid19"), ("'tis well-known", "tis wellknown"), ("a -- dash", "dash"), ("one--two", "onetwo"),
+    ],
+)  # fmt: skip
+def test_other_punctuation_and_articles_are_removed_as_in_squad(answer, expected):
+    assert exact_match(answer, [expected]) == token_f1(answer, [expected]) == 1
+
+
+@pytest.mark.parametrize(
     ("answer", "references", "exact", "f1"),
     [
         ("The Nile.", ["nile"], 1, 1),
@@ -35,7 +60,7 @@ def test_the_normalisation_is_squads():
         ("the river Nile", ["Nile"], 0, 2 / 3),
         ("Nile Nile", ["Nile"], 0, 2 / 3),
         ("", ["Nile"], 0, 0),
-        ("the", ["an"], 1, 1),
+        ("the", ["an"], 0, 0),
     ],
 )
 def test_exact_match_and_f1(answer, references, exact, f1):

@@ -560,6 +560,13 @@ def test_a_fully_tuned_model_is_saved_as_a_stock_llama(tmp_path):
     assert torch.equal(stock(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
 
 
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["lm_head"]}])
+def test_the_vocabulary_is_not_resized_under_an_adapter_on_it(settings):
+    with pytest.raises(ValueError, match="resize the base model first"):
+        filled_model(**settings).get_base_model().resize_token_embeddings(320)
+    assert filled_model().get_base_model().resize_token_embeddings(320).num_embeddings == 320
+
+
 def test_an_adapted_base_model_is_neither_saved_nor_uploaded(tmp_path):
     model = filled_model()
     with pytest.raises(ValueError, match="save the PeftModel"):

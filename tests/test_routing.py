@@ -247,6 +247,18 @@ def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):
         plot_routing.main(["--adapter", str(run.output), "--prompt", " "])
 
 
+def test_a_checkpoint_is_plotted_like_the_run_that_it_is_of(run, tmp_path):
+    run(max_steps=2)
+    words = ["--data_cache_dir", str(tmp_path / "cache"), "--output", str(tmp_path / "plot")]
+    plot_routing.main(["--adapter", str(run.output / "checkpoint-2"), *words])
+    assert set(json.loads((tmp_path / "plot" / "routing.json").read_text())["training"]) == {"checkpoint-2 (beta 0.1)"}
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"is a link to .*nowhere, which does not exist"):
+        plot_routing.main(["--adapter", str(run.output), "--output", str(tmp_path / "link")])
+    with pytest.raises(InputError, match="--prompt has a byte that is not UTF-8"):
+        plot_routing.main(["--adapter", str(run.output), "--prompt", "caf\udce9"])
+
+
 def test_an_adapter_without_a_router_has_nothing_to_plot(adapter_dir, model_dir, tmp_path, capsys):
     filled_model(lora_nums=1, base_model_name_or_path=str(model_dir)).save_pretrained(adapter_dir)
     for folder in (adapter_dir, model_dir):

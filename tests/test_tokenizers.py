@@ -1,5 +1,6 @@
 """Tokenizers of both families, with their conventions, through prompt and answer."""
 
+import datetime
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import THINKING, tiny_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerBase
 
-from data import InputError, encode_prompt, encode_target, marked_row
+from data import InputError, encode_prompt, encode_target, marked_row, with_fixed_date
 from data.prompt import encode_rows
 from transformers_patch.training.base_model import load_tokenizer
 
@@ -170,3 +171,27 @@ def test_a_tokenizer_without_a_fast_backend_is_refused(tmp_path):
     CTRLTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt", eos_token="a").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is a CTRLTokenizer, which has no fast backend"):
         load_tokenizer(str(tmp_path))
+
+
+TODAY = "{{ strftime_now('%d %b %Y') }}|{% set today = strftime_now('%Y-%m-%d') %}{{ today }}|"
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tmp_path):
+    """Also where stock transformers uses the tokenizer that a run has saved."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if strftime_now is defined %}" + TODAY + "{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "base")
+    turns = [{"role": "user", "content": "the cat"}]
+    date, plain = "26 Jul 2024|2024-07-26|", "<|user|>the cat</s><|assistant|>"
+    ours = load_tokenizer(str(tmp_path / "base"))
+    ours.save_pretrained(tmp_path / "run")
+    again, stock = load_tokenizer(str(tmp_path / "run")), AutoTokenizer.from_pretrained(tmp_path / "run")
+    for each in (ours, again, stock):
+        assert each.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == date + plain
+    assert ours.decode(encode_prompt(ours, "chat", "the cat", "")) == date + plain
+    assert again.chat_template == ours.chat_template
+    assert with_fixed_date(plain) == plain
+    codes = "aAbBdejmuwyYFDxcHIMSpT"
+    for code in (*codes, "-d", "-m"):
+        ours.chat_template = with_fixed_date(f"{{{{ strftime_now('%{code}') }}}}")
+        assert ours.apply_chat_template(turns, tokenize=False) == datetime.date(2024, 7, 26).strftime(f"%{code}")

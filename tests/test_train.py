@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -497,6 +498,26 @@ def test_full_tuning_takes_the_same_path(run, capsys):
     assert model.config.architectures == ["LlamaForCausalLM"]
     assert "rows of task type" not in capsys.readouterr().out
     assert not (run.output / "routing.json").exists()
+
+
+def test_full_tuning_keeps_proposed_settings_that_contradict_each_other(run, tmp_path, model_dir):
+    """Older chat models propose a temperature without do_sample, and a Trainer enters its special tokens beside it."""
+    base, fields = tmp_path / "base", {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}
+    shutil.copytree(model_dir, base)
+    (base / "generation_config.json").write_text(json.dumps(fields))
+    run(tuning="full", model_name_or_path=base, max_steps=1)
+    found = json.loads((run.output / "generation_config.json").read_text())
+    assert fields.items() <= found.items()
+    LlamaForCausalLM.from_pretrained(run.output).save_pretrained(tmp_path / "again")
+
+
+def test_an_adapter_of_another_base_model_is_warned_of(run, tmp_path, model_dir, capsys):
+    for base, warned in ((str(model_dir), False), ("someone/else", True)):
+        filled_model(base_model_name_or_path=base).save_pretrained(tmp_path / "adapter")
+        same = {"peft_path": tmp_path / "adapter", "lora_rank": 2, "lora_alpha": 4}
+        train.main(run.arguments(**same, prepare_only="true", output_dir=tmp_path / f"run {warned}"))
+        said = "warning: the adapter was trained on someone/else, and the base model is" in capsys.readouterr().out
+        assert said == warned
 
 
 def test_training_continues_from_an_adapter(run, tmp_path):

@@ -2,6 +2,8 @@
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from torch import nn
@@ -41,7 +43,7 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 POSITION_TABLES = {"wpe", "embed_positions", "position_embeddings"}
 
 # Which version of a model is meant and how it is fetched: the same for configuration and weights.
-HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
 class AutoModelForCausalLM:
@@ -52,18 +54,48 @@ class AutoModelForCausalLM:
         """Load a base model from a local folder or a hub id; keyword arguments as in transformers.
 
         Raises:
-            ValueError: the architecture cannot be patched.
+            ValueError: the architecture cannot be patched, or needs code of its own, which is never run.
         """
+        if kwargs.pop("trust_remote_code", False):
+            raise ValueError("trust_remote_code: code of a model's folder is never run; leave it out")
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **where)
-        config = _text_config(config)
-        return patched_class(config).from_pretrained(name_or_path, config=config, **kwargs)
+        config = _text_config(kwargs.pop("config", None) or load_config(name_or_path, **where))
+        stock = patched_class(config)
+        return stock.from_pretrained(name_or_path, config=config, trust_remote_code=False, **kwargs)
 
     @staticmethod
     def from_config(config: PretrainedConfig) -> nn.Module:
         """A model with random weights; under `torch.device("meta")`, one without any, to look at its modules."""
         config = _text_config(config)
         return patched_class(config)(config)
+
+
+def load_config(name_or_path: str | os.PathLike, **where) -> PretrainedConfig:
+    """The configuration of a base model; `where` are those of `HUB_ARGUMENTS`.
+
+    Raises:
+        OSError, ValueError: there is none, or it needs code of its own, which is never run.
+    """
+    with code_refused():
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **where)
+
+
+@contextmanager
+def code_refused() -> Iterator[None]:
+    """A context for loading with `trust_remote_code=False`: transformers' advice to allow the code is replaced.
+
+    Raises:
+        ValueError: what is loaded needs code of its own.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            "it needs Python code of its own (auto_map in its JSON files), which is never run; use a model and a "
+            "tokenizer whose classes are part of transformers"
+        ) from error
 
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -106,6 +138,11 @@ def most_positions(model: nn.Module) -> int | None:
         for name, module in model.named_modules()
     )
     return model.config.max_position_embeddings if has_table else None
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest text in tokens that a model is made for; None where its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def most_new_tokens(model: nn.Module, prompts: list[list[int]], wanted: int) -> int:

@@ -3,8 +3,9 @@
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
+from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
@@ -39,6 +40,26 @@ class FlagParser(HfArgumentParser):
             if near := difflib.get_close_matches(name, self._option_string_actions, n=2):
                 message += f"; did you mean {' or '.join(near)} instead of {name}?"
         raise InputError(f"{message} ({self.prog} --help lists every flag)")
+
+
+def output_problem(output: str, inputs: Sequence[str | None] = ()) -> str | None:
+    """What is wrong with the place that a program shall write to, or None.
+
+    Args:
+        inputs: files and folders that the program reads: what is written there would be read the next time.
+    """
+    place = Path(output)
+    if place.is_symlink() and not place.exists():
+        return f"--output {output} is a link to {place.readlink()}, which does not exist; make that, or remove the link"
+    for source in map(Path, filter(None, inputs)):
+        if place.resolve() == source.resolve():
+            return f"--output {output} is the input itself, which would be lost; choose another file"
+        if source.is_dir() and source.resolve() in place.resolve().parents:
+            return (
+                f"--output {output} lies in the input folder {source} and would be read as input the next time; "
+                "choose a place outside"
+            )
+    return None
 
 
 def parse_flags(command: str, description: str, kinds: tuple[type, ...], argv: list[str] | None) -> tuple:

@@ -1,6 +1,5 @@
 """The evaluation of a model on one data set: every metric, for all rows, by task kind and by task type."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from data import encode_target
-from transformers_patch.auto import most_new_tokens
 from transformers_patch.generation import generate_answers, in_batches
 from transformers_patch.metrics import (
     CORPUS_METRICS,
@@ -93,12 +91,7 @@ def run_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Datase
     right = _right_labels(model, tokenizer, rows, plan, bar("choosing")) if "accuracy" in plan.metrics else {}
     if set(plan.metrics) & set(DECODED_METRICS):
         prompts = [row["input_ids"][: row["prompt_length"]] for row in encoded]
-
-        def answer(batch: list[list[int]]) -> list[list[int]]:
-            settings = copy.copy(plan.decoding)
-            settings.max_new_tokens = most_new_tokens(model, batch, settings.max_new_tokens)
-            return generate_answers(model, batch, settings)
-
+        answer = partial(generate_answers, model, settings=plan.decoding)
         tokens = in_batches(answer, prompts, [len(each) for each in prompts], plan.batch_size, bar("answering"))
         answers = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return RowResults(scores, right, answers)

@@ -1,14 +1,17 @@
 """Answers of a model: batches of prompts in, tokens out."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
 
 from data import encode_target
 from peft import PeftModel
+from transformers_patch.auto import most_new_tokens
 from transformers_patch.command_line import flag
 
 
@@ -69,21 +72,28 @@ def drop_proposed_settings(model: nn.Module, pad_token_id: int) -> None:
     )
 
 
-def generate_answers(model: nn.Module, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+def generate_answers(
+    model: nn.Module, prompts: list[list[int]], settings: GenerationConfig, streamer: BaseStreamer | None = None
+) -> list[list[int]]:
     """Token ids of the answer to each prompt, the token that ended it included.
 
-    Prompts are padded on the left, so that each answer goes on directly behind its prompt. Under ZeRO-3 this is a
-    collective: every rank calls it with the same prompts.
+    Prompts are padded on the left, so that each answer goes on directly behind its prompt. Answers stop where the
+    model's table of positions ends for the longest prompt. Under ZeRO-3 this is a collective: every rank calls it with
+    the same prompts.
 
     Args:
-        settings: needs `pad_token_id` and `eos_token_id`.
+        settings: needs `max_new_tokens`, `pad_token_id` and `eos_token_id`.
+        streamer: shows an answer as it is made; for one prompt alone.
     """
+    settings = copy.copy(settings)
+    settings.max_new_tokens = most_new_tokens(model, prompts, settings.max_new_tokens)
     input_ids_BT, mask_BT = left_padded(prompts, settings.pad_token_id)
     with torch.no_grad():
         output_BT = model.generate(
             input_ids=input_ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             generation_config=settings,
+            streamer=streamer,
         )
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return [_up_to_end(answer, ends) for answer in output_BT[:, input_ids_BT.shape[1] :].tolist()]

@@ -4,11 +4,14 @@ import difflib
 import logging
 from pathlib import Path
 
+from jinja2 import TemplateError
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import Tensor
 
-from data import TEMPLATE_VARIABLES, InputError
+from data import InputError, encode_answer, encode_turns, show_turns
+from transformers_patch.generation import left_padded
 from transformers_patch.inference import TrainedModel
 
 # It warns of what its own task files leave out, and of a model that is loaded already.
@@ -17,30 +20,56 @@ OWN_TASKS = Path(__file__).resolve().parent.parent / "scripts" / "lm_eval_tasks"
 
 
 class TemplateLM(HFLM):
-    """The harness's model, whose requests go through the prompt template that the adapter was trained with.
+    """The harness's model, which is asked with the tokens that training would give the same conversation.
 
     Args:
         trained: the model.
-        template: `chat` is the tokenizer's own; with `plain`, the end-of-sequence token follows the harness's text, as
-            it followed every prompt in training.
+        template: `plain` or `chat`.
         batch_size: rows at once.
     """
 
     def __init__(self, trained: TrainedModel, template: str, batch_size: int):
-        super().__init__(
-            pretrained=trained.model,
-            tokenizer=trained.tokenizer,
-            batch_size=batch_size,
-            chat_template_args=TEMPLATE_VARIABLES,
-        )
+        super().__init__(pretrained=trained.model, tokenizer=trained.tokenizer, batch_size=batch_size)
         self._template = template
+        # By the text that the harness asks for: the turns, and the beginning of the answer that a task may prescribe.
+        self._asked: dict[str, tuple[list[dict[str, str]], str]] = {}
         trained.model.generation_config.eos_token_id = trained.end_tokens(template)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if self._template == "chat":
-            return super().apply_chat_template(chat_history, add_generation_prompt)
-        text = "\n\n".join(turn["content"] for turn in chat_history)
-        return text + self.tokenizer.eos_token if add_generation_prompt else text
+        turns = list(chat_history)
+        prefix = "" if add_generation_prompt else turns.pop()["content"]
+        try:
+            text = show_turns(self.tokenizer, self._template, turns)
+        except TemplateError:  # some templates take no system turn
+            turns = [turn for turn in turns if turn["role"] != "system"]
+            text = show_turns(self.tokenizer, self._template, turns)
+        self._asked[text + prefix] = turns, prefix
+        return text + prefix
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs
+    ) -> list[int]:
+        if string not in self._asked:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        turns, prefix = self._asked[string]
+        ids = encode_turns(self.tokenizer, self._template, turns)
+        ids += self._encode_beginning(turns, prefix) if prefix else []
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        prompts = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        return left_padded(prompts, self.tokenizer.pad_token_id)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        turns, prefix = self._asked[context]
+        prompt, beginning = self.tok_encode(context), self._encode_beginning(turns, prefix) if prefix else []
+        return prompt, self._encode_beginning(turns, prefix + continuation)[len(beginning) :]
+
+    def _encode_beginning(self, turns: list[dict[str, str]], text: str) -> list[int]:
+        """A text where an answer begins, without the token that ends an answer."""
+        return encode_answer(self.tokenizer, self._template, turns, text)[:-1]
 
 
 def find_tasks(names: list[str]) -> TaskManager:

@@ -1,6 +1,7 @@
 """A trained adapter on its base model, ready for inference; the folder of a fully fine-tuned model likewise."""
 
 import json
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from transformers_patch.auto import AutoModelForCausalLM
 from transformers_patch.command_line import flag, listed
 from transformers_patch.generation import drop_proposed_settings, end_tokens
 from transformers_patch.training.arguments import DataArguments
-from transformers_patch.training.base_model import check_base_model, load_tokenizer, quantization
+from transformers_patch.training.base_model import check_base_model, load_tokenizer, other_base_warning, quantization
 from transformers_patch.training.checkpoint import NAME as CHECKPOINT_NAME
 from transformers_patch.training.publish import PUBLISHED
 from transformers_patch.training.run_folder import CONFIG_NAME as RUN_CONFIG_NAME
@@ -128,6 +129,22 @@ class TrainedModel:
         return self.model.disable_adapter()
 
 
+def read_run_config(folder: Path) -> dict:
+    """The configuration of the run that made a folder, or made the checkpoint that it is; {} where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.absolute().name)
+    file = (folder.absolute().parent if is_checkpoint else folder) / RUN_CONFIG_NAME
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}): the file is damaged, restore it") from None
+
+
 def load_trained(args: InferenceArguments) -> TrainedModel:
     """Load the model of an adapter folder (or of a whole model's folder); everything is checked before any weight.
 
@@ -146,9 +163,11 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
         named = "--base_model" if args.base_model else f"the base model that {folder} names"
         raise InputError(f"{base}: no such folder ({named}); give the base model's place with --base_model")
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
+    if config and (warning := other_base_warning(config.base_model_name_or_path, base)):
+        print(warning, file=sys.stderr)
     put_adapter = partial(PeftModel.from_pretrained, directory=folder) if config else nn.Module.eval
     check_base_model(base, tokenizer, put_adapter)
-    run_config = _run_config(folder)
+    run_config = read_run_config(folder)
     model = _load_weights(base, args)
     proposed = model.generation_config
     drop_proposed_settings(model, tokenizer.pad_token_id)
@@ -178,18 +197,6 @@ def _adapter_config(folder: Path) -> LoraConfig | None:
         return LoraConfig.from_pretrained(folder)
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def _run_config(folder: Path) -> dict:
-    """The configuration of the run that made a folder, or made the checkpoint that it is; {} where there is none."""
-    is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.absolute().name)
-    file = (folder.absolute().parent if is_checkpoint else folder) / RUN_CONFIG_NAME
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}): the file is damaged, restore it") from None
 
 
 def _load_weights(base: str, args: InferenceArguments) -> nn.Module:

@@ -8,13 +8,27 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+
+PUNCTUATION = f"[{re.escape(string.punctuation)}]"
+# Commas between groups of thousands, and the plus sign of a number: the number is the same without them.
+SURPLUS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<![\w+])\+(?=\$?\.?\d)")
+# Punctuation that tells answers apart, by what stands around it.
+TELLING = re.compile(
+    rf"""(?<=\d){PUNCTUATION}(?=\d)      # within a number, a time or a range: 1.5, 3:30, 2010-12
+    | (?<![\w-])-(?=\$?\.?\d)           # the sign of a number: -5
+    | (?<![\w.])\.(?=\d)                # a decimal point without a zero before it: .5
+    | (?<=\w)[+\#-]+(?![\w+\#-])       # the end of a name: C++, C#, A-
+    | (?<!\S)[<>=+*/^]+(?!\S)          # an operator that stands alone""",
+    re.VERBOSE,
+)
+# "a" is a label where nothing follows that it could be the article of.
+ARTICLE = re.compile(r"\b(an|the)\b|\ba\b(?=\s+(?!(and|or|[a-z])\b)\w)")
 
 
 @dataclass(frozen=True)
@@ -30,9 +44,18 @@ class Estimate:
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation, articles and surplus white space (SQuAD's normalisation)."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """Lower case, without punctuation, articles and surplus white space.
+
+    SQuAD's normalisation, but for what tells short answers apart: `TELLING` punctuation, "a" as a label, and a text of
+    nothing but punctuation or articles stay, so that no answer becomes empty.
+    """
+    text = SURPLUS.sub("", text.lower())
+    telling = {match.start() + offset for match in TELLING.finditer(text) for offset in range(len(match[0]))}
+    words = "".join(
+        character for place, character in enumerate(text) if place in telling or character not in string.punctuation
+    )
+    without_articles = ARTICLE.sub(" ", words)
+    return next(filter(None, (" ".join(each.split()) for each in (without_articles, words, text))), "")
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -47,7 +70,7 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of words, by the package rouge-score without stemming."""
-    return _ROUGE.score_multi(references, answer)["rougeL"].fmeasure
+    return _rouge().score_multi(references, answer)["rougeL"].fmeasure
 
 
 TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -55,14 +78,18 @@ TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "f1": token_f1,
     "rouge_l": rouge_l,
 }
-CORPUS_METRICS: dict[str, type] = {"chrf": CHRF, "bleu": BLEU}
+CORPUS_METRICS = ("chrf", "bleu")
+# The packages that some metrics are computed with; they are loaded only for these.
+PACKAGE_OF = {"rouge_l": "rouge-score", "chrf": "sacrebleu", "bleu": "sacrebleu"}
 
 
 def corpus_estimate(name: str, answers: Sequence[str], references: Sequence[Sequence[str]], seed: int) -> Estimate:
     """chrF or BLEU of all answers together, by sacreBLEU at its defaults, on its scale of 0 to 100."""
+    from sacrebleu.metrics import BLEU, CHRF
+
     most = max(map(len, references))
     streams = [[each[place] if place < len(each) else None for each in references] for place in range(most)]
-    metric = CORPUS_METRICS[name]()
+    metric = {"chrf": CHRF, "bleu": BLEU}[name]()
     # sacreBLEU's public bootstrap mixes Python's floats with numpy's, and fails where a resample scores 0.
     counts_NC = np.array(metric._extract_corpus_statistics(answers, streams))
     return _estimate(counts_NC, lambda sums_C: metric._compute_score_from_stats(sums_C.tolist()).score, seed)
@@ -96,4 +123,8 @@ def _f1(answer: list[str], reference: list[str]) -> float:
     return 2 * shared / (len(answer) + len(reference))
 
 
-_ROUGE = RougeScorer(["rougeL"])
+@cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
@@ -177,6 +177,20 @@ class LoRAMoEMixin:
         coefficients_BE = balance_coefficients(task_types_B, config.group_sizes, config.blc_alpha)
         return localized_balance_term(shares_LBE, coefficients_BE)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As the stock class.
+
+        Raises:
+            ValueError: the adapter is on the embeddings or on the output layer, whose size it has.
+        """
+        ends = self.get_input_embeddings(), self.get_output_embeddings()
+        if new_num_tokens is not None and any(isinstance(end, LoraLayer | TrainedCopy) for end in ends):
+            raise ValueError(
+                "the vocabulary cannot be resized under an adapter that has embed_tokens or lm_head: resize the base "
+                "model first, then put the adapter on it"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save as the stock class, so that the folder (full fine-tuning, a merged model) loads anywhere.
 
@@ -185,6 +199,10 @@ class LoRAMoEMixin:
         """
         if any(isinstance(module, LoraLayer | TrainedCopy) for module in self.modules()):
             raise ValueError("this base model has an adapter on it: save the PeftModel, which writes the adapter alone")
+        # transformers saves settings that contradict each other (temperature without do_sample, as older chat models
+        # have) only as they were loaded, and a Trainer enters its special tokens.
+        settings = self.generation_config
+        settings._original_object_hash = hash(settings)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("transformers."))

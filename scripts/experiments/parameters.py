@@ -5,12 +5,12 @@ from dataclasses import fields
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from peft import PeftModel
 from peft.inject import find_targets
 from peft.static import static_lora
 from transformers_patch import AutoModelForCausalLM
+from transformers_patch.auto import load_config
 from transformers_patch.training.arguments import ModelArguments
 from transformers_patch.training.base_model import with_adapter
 
@@ -34,7 +34,7 @@ def equal_flags(model: str, flags: dict, mixture_flags: dict) -> dict:
 def adapter_size(arguments: ModelArguments) -> int:
     """Trainable parameters of a fresh adapter; no weight is read."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments.model_name_or_path))
+        skeleton = AutoModelForCausalLM.from_config(load_config(arguments.model_name_or_path))
         return num_trainable(with_adapter(skeleton, arguments))
 
 

@@ -1,18 +1,19 @@
 """The base model, its tokenizer, and the adapter on it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from data import InputError, first_line, row_lengths
+from data import InputError, first_line, row_lengths, with_fixed_date
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.saving import load_adapter_weights
-from transformers_patch.auto import AutoModelForCausalLM, most_positions, patched_class
+from transformers_patch.auto import AutoModelForCausalLM, code_refused, load_config, most_positions, patched_class
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
 
 MOST_LINES_SHOWN = 12
@@ -21,11 +22,15 @@ MOST_LINES_SHOWN = 12
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, with the end-of-sequence token for padding where it has no padding token.
 
+    Its chat template writes the same date on every day.
+
     Raises:
-        InputError: there is none at that place, it has no fast backend, or it has no end-of-sequence token.
+        InputError: there is none at that place, it needs code of its own, it has no fast backend, or it has no
+            end-of-sequence token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with code_refused():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -37,6 +42,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(f"the tokenizer of {name} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # by name; "default" is the one that is used
+        tokenizer.chat_template = {name: with_fixed_date(template) for name, template in templates.items()}
+    elif templates:
+        tokenizer.chat_template = with_fixed_date(templates)
     return tokenizer
 
 
@@ -58,7 +68,7 @@ def check_base_model(
             model.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = load_config(name)
     except (OSError, ValueError) as error:
         raise InputError(f"no model could be found at {name}: {first_line(error)}") from error
     _refuse_other_quantisation(name, config)
@@ -167,6 +177,24 @@ def with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
     return model
 
 
+def adapter_warnings(model_args: ModelArguments) -> list[str]:
+    """What is doubtful about the adapter at `peft_path`."""
+    if not model_args.peft_path:
+        return []
+    trained_on = LoraConfig.from_pretrained(model_args.peft_path).base_model_name_or_path
+    return list(filter(None, [other_base_warning(trained_on, model_args.model_name_or_path)]))
+
+
+def other_base_warning(trained_on: str | None, base: str) -> str | None:
+    """A warning where an adapter is put on another base model than the one that it names."""
+    if not trained_on or trained_on == base or Path(trained_on).resolve() == Path(base).resolve():
+        return None
+    return (
+        f"warning: the adapter was trained on {trained_on}, and the base model is {base}: this is right only if both "
+        "have the same weights"
+    )
+
+
 def _adapter_config(model_args: ModelArguments) -> LoraConfig:
     """The adapter's configuration. Where training continues, shapes and scaling are those of the adapter that is there,
     while dropout and balance term follow the flags."""
@@ -218,7 +246,7 @@ def _attention(model_args: ModelArguments, args: RunArguments) -> str | None:
     capable = half_on_gpu and torch.cuda.get_device_capability(args.device)[0] >= 8
     if not (capable and is_flash_attn_2_available()):
         return None
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    config = load_config(model_args.model_name_or_path)
     return "flash_attention_2" if patched_class(config)._supports_flash_attn else None
 
 
