@@ -31,7 +31,7 @@ from transformers_patch.training.base_model import (
     load_tokenizer,
     with_adapter,
 )
-from transformers_patch.training.checkpoint import STATE, filling, find_checkpoint, writing
+from transformers_patch.training.checkpoint import STATE, filling, find_checkpoint, writers, writing
 from transformers_patch.training.ending import run_process
 from transformers_patch.training.publish import open_repository, publish
 from transformers_patch.training.report import (
@@ -195,6 +195,8 @@ def build_trainer(
         model.print_trainable_parameters()
     if checkpoint:
         say(args, f"resuming from {checkpoint}")
+        if (before := writers(checkpoint)) != args.world_size:
+            say(args, f"processes were {before}, now {args.world_size}: dropout masks will differ")
     args.eval_on_start = eval_data is not None
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
     trainer = LoRAMoETrainer(

@@ -18,6 +18,7 @@ from conftest import ROOT, deepspeed_file, filled_model, tiny_model
 from safetensors.torch import load_file
 from test_train import Runner
 
+from data import InputError
 from peft import LoraConfig, PeftModel
 from transformers_patch.training.checkpoint import checkpoint_problem
 
@@ -138,6 +139,26 @@ def test_two_processes_train_as_one(run, tmp_path, name, settings):
     for key, tensor in alone.items():
         assert (tensor - start[key]).norm() > 1e-2 * start[key].norm()
         assert (together[key] - tensor).norm() <= 1e-4 * tensor.norm()
+
+
+def test_a_run_goes_on_with_another_number_of_processes(run):
+    """Without DeepSpeed and dropout: the same rows in every step, so the same adapter."""
+    settings = {"lora_dropout": 0, "num_train_epochs": 1, "save_steps": 1}
+    run(**settings)
+    expected = load_file(run.output / "adapter_model.safetensors")
+    for name in ("checkpoint-3", "all_results.json", "adapter_model.safetensors"):
+        path = run.output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    flags = run.arguments(**settings, per_device_train_batch_size=2)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    outcome = call([sys.executable, *launcher, "train.py", *flags])
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert "checkpoint-2\nprocesses were 1, now 2: dropout masks will differ" in outcome.stdout
+    found = load_file(run.output / "adapter_model.safetensors")
+    for key, tensor in expected.items():
+        assert (found[key] - tensor).norm() <= 1e-4 * tensor.norm()
+    with pytest.raises(InputError, match="another configuration:\n  num_processes: 2 there, 1 now"):
+        run(**settings, per_device_train_batch_size=2)
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

@@ -76,6 +76,11 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, torn
 
 
+def writers(folder: Path) -> int:
+    """Number of processes that wrote a checkpoint: each leaves its random states."""
+    return len(list(folder.glob("rng_state*.pth")))
+
+
 def put_in_place(aside: Path, name: str) -> None:
     """Move a checkpoint that is written out of the folder `aside`, in one step, and remove that folder.
 

@@ -1,6 +1,7 @@
 """The folder of one run: which configuration it belongs to, whether it is finished, where to resume."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ WITHOUT_EFFECT_PREFIXES = ("do_", "eval_", "hub_", "log_", "logging_", "push_", 
 OF_EVALUATION = (
     "eval_delay", "eval_steps", "eval_strategy", "per_device_eval_batch_size", "save_steps", "save_strategy",
 )  # fmt: skip
+
+# How the rows of a micro-batch are divided among the processes.
+DIVISION = ("num_processes", "per_device_train_batch_size")
 
 # In the configuration for the reader; what counts is the content, which is there as well.
 DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path"}
@@ -96,21 +100,24 @@ class RunFolder:
             there = json.loads(file.read_text())
         except ValueError as error:
             raise InputError(f"{file} is damaged ({error}), so what it belongs to is not known; {_WAY_OUT}") from None
+        trained, wanted = _deciding(there), _deciding(config)
         differing = [
             f"  {name}: {there.get(name)!r} there, {config.get(name)!r} now"
-            for name in sorted((there.keys() | config.keys()) - DESCRIPTIVE)
-            if there.get(name) != config.get(name)
+            for name in sorted(there.keys() | config.keys())
+            if trained.get(name) != wanted.get(name) and there.get(name) != config.get(name)
         ]
         if differing:
             found = "\n".join(differing)
             raise InputError(f"{self.path} holds a run with another configuration:\n{found}\n{_WAY_OUT}")
 
     def claim(self, config: dict) -> None:
-        """Make the folder this configuration's, and clear away what a killed run was just writing."""
+        """Make the folder this configuration's, unless its run is finished, and clear away what a killed run was just
+        writing."""
         with writing(self.path, CONFIG_NAME):
             self.path.mkdir(parents=True, exist_ok=True)
             clear_unfinished(self.path)
-            write_json(self.path / CONFIG_NAME, config)
+            if self.results is None:
+                write_json(self.path / CONFIG_NAME, config)
 
     def set_aside(self) -> Path | None:
         """Rename the folder, so that a new run can start; nothing is deleted. Returns its new place.
@@ -157,6 +164,19 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
     if args.load_best_model_at_end or args.lr_scheduler_type in EVALUATED:
         config |= {name: values[name] for name in OF_EVALUATION}
     return json.loads(json.dumps(config, default=str))
+
+
+def _deciding(config: dict) -> dict:
+    """The part of a configuration that decides what is trained.
+
+    Where nothing belongs to one process alone, neither a part of the optimizer's state (DeepSpeed) nor of the balance
+    term (`blc_reference`), only the rows that all processes share count, and a run can go on with another number.
+    """
+    values = {name: value for name, value in config.items() if name not in DESCRIPTIVE}
+    if not config.get("deepspeed") and not config.get("blc_reference"):
+        shared = math.prod(values.get(name) or 0 for name in DIVISION)
+        values |= dict.fromkeys(DIVISION, shared)
+    return values
 
 
 def write_json(path: Path, value: dict) -> None:
