@@ -106,16 +106,30 @@ def merged_linear(layer: LoraLayer, adapter_name: str) -> nn.Linear:
     """A plain Linear that computes what a wrapped one does with a plain LoRA: W0 + (alpha/r) B A, in W0's dtype.
 
     Raises:
-        ValueError: the adapter has a router and is no matrix to add, or the wrapped Linear is not of the plain kind:
-            quantised, or a Conv1D, which stores its weight transposed.
+        ValueError: the adapter has a router and is no matrix to add, or see `is_plain_product`.
     """
     experts, base = layer.experts[adapter_name], layer.base_layer
     if experts.router is not None:
         raise ValueError("a mixture has a router and cannot be merged")
-    if type(base) is not nn.Linear:
+    if not is_plain_product(base):
         raise ValueError(f"the weights of a {type(base).__name__} cannot be merged into")
     weight_OI = base.weight.float() + experts.scaling * (experts.lora_B @ experts.lora_A)
     merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     merged.weight = nn.Parameter(weight_OI.to(base.weight.dtype), requires_grad=False)
     merged.bias = base.bias
     return merged
+
+
+def is_plain_product(linear: nn.Module) -> bool:
+    """Whether a module is Wx + b: `nn.Linear`, or a subclass such as Falcon's that computes the same.
+
+    Quantised Linears are not, nor is a Conv1D, which stores its weight transposed.
+    """
+    if type(linear) is nn.Linear:
+        return True
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        return False
+    weight = linear.weight
+    x_BI = torch.linspace(-1, 1, 2 * linear.in_features, device=weight.device, dtype=weight.dtype).view(2, -1)
+    with torch.no_grad():
+        return torch.allclose(linear(x_BI), nn.functional.linear(x_BI, weight, linear.bias), rtol=1e-2, atol=1e-3)

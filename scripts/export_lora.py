@@ -23,6 +23,7 @@ from data import InputError
 from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, static_lora
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
+from peft.static import is_plain_product
 from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
 from transformers_patch.labels import LabelledPositions
@@ -125,18 +126,6 @@ def check_export(trained: TrainedModel, args: ExportArguments) -> None:
             )
     if any(layer.weight is base.get_input_embeddings().weight for _, layer in adapted(base)):
         raise InputError("--merge cannot change the output layer, which shares its weights with the embeddings")
-
-
-def is_plain_product(linear: nn.Module) -> bool:
-    """Whether a module is Wx + b: `nn.Linear` itself, and subclasses of it such as Falcon's that compute the same."""
-    if type(linear) is nn.Linear:
-        return True
-    if not isinstance(linear, nn.Linear):
-        return False
-    weight = linear.weight
-    x_BI = torch.linspace(-1, 1, 2 * linear.in_features, device=weight.device, dtype=weight.dtype).view(2, -1)
-    with torch.no_grad():
-        return torch.allclose(linear(x_BI), nn.functional.linear(x_BI, weight, linear.bias), rtol=1e-2, atol=1e-3)
 
 
 def adapted(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

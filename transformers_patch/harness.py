@@ -63,6 +63,8 @@ class TemplateLM(HFLM):
         return left_padded(prompts, self.tokenizer.pad_token_id)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context not in self._asked:
+            return super()._encode_pair(context, continuation)
         turns, prefix = self._asked[context]
         prompt, beginning = self.tok_encode(context), self._encode_beginning(turns, prefix) if prefix else []
         return prompt, self._encode_beginning(turns, prefix + continuation)[len(beginning) :]
