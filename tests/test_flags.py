@@ -158,7 +158,7 @@ REFUSED = [
     ({"lr_scheduler_type": "x"}, "--lr_scheduler_type is 'x'; there are linear, cosine"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr cannot .* min_lr_rate"),
     ({"lr_scheduler_type": "warmup_stable_decay"}, "cannot be used .*num_decay_steps"),
-    ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch", "learning_rate": 1e-4}, "greedy without .* leaves"),
+    ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch", "learning_rate": 1e-4}, "greedy needs a min_lr"),
     *[({"lr_scheduler_type": name}, f"--lr_scheduler_type {name} needs an --eval_strategy") for name in EVALUATED],
     ({"lr_scheduler_kwargs": '{"min_lr": 1}', "lr_scheduler_type": "cosine_with_min_lr"}, "leaves the range from 0 to"),
     ({"lr_scheduler_kwargs": "x"}, "--lr_scheduler_kwargs is 'x', but has to be a JSON object"),
@@ -383,9 +383,7 @@ def test_a_base_that_bitsandbytes_has_quantised_trains_with_the_same_bits_alone(
     quantised = LlamaForCausalLM.from_pretrained(quantisable_dir, quantization_config=quantization(bits, torch.float32))
     quantised.save_pretrained(base)
     for other in (12 - bits, 16):
-        with pytest.raises(
-            InputError, match=rf"--load_in_kbits is {other}, but .* {bits} bits already: set it to {bits}"
-        ):
+        with pytest.raises(InputError, match=rf"--load_in_kbits is {other}, but .* {bits} bits already: set"):
             train.main(run.arguments(model_name_or_path=base, load_in_kbits=other, prepare_only="true"))
     results = run(model_name_or_path=base, load_in_kbits=bits)
     run.output = tmp_path / "from unquantised weights"

@@ -27,6 +27,7 @@ OPTIMIZERS = {
 WITHOUT_SETTINGS = ("constant", "constant_with_warmup")
 # They follow the evaluations.
 EVALUATED = ("reduce_lr_on_plateau", "greedy")
+LEAST_RATES = {"reduce_lr_on_plateau": 0, "greedy": 1e-3}  # below which they do not go, where min_lr is not given
 STEPS = 1_000_000
 # What the libraries raise at settings that they do not know, or at values that are out of range.
 REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError)
@@ -68,6 +69,8 @@ def schedule_problems(flags: argparse.Namespace) -> list[str]:
     if name in EVALUATED and settings.get("mode", "min") != "min":
         return ["--lr_scheduler_kwargs: mode has to be min, since every measure here is better the lower it is"]
     try:
+        if name in EVALUATED and settings.get("min_lr", LEAST_RATES[name]) > flags.learning_rate:
+            return [f"--lr_scheduler_kwargs: {name} needs a min_lr below --learning_rate {flags.learning_rate}"]
         rates = _rates(name, flags.learning_rate, settings)
     except REFUSALS as error:
         return [f"--lr_scheduler_type {name} cannot be used with --lr_scheduler_kwargs {json.dumps(settings)}: {error}"]
