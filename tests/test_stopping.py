@@ -68,7 +68,7 @@ def sigterm_at(method: str, step: int):
         yield calls
 
 
-BEST = {"metric_for_best_model": "eval_lm_loss", "greater_is_better": "false", "lora_dropout": 0}
+BEST = {"metric_for_best_model": "eval_lm_loss", "greater_is_better": "false"}
 STEPS = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4, "per_device_eval_batch_size": 2}
 EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "per_device_eval_batch_size": 2}
 STEPS_AND_EPOCHS = EPOCHS | {"save_strategy": "steps", "save_steps": 3}
