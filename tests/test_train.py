@@ -625,7 +625,7 @@ BAD_FLAGS = {
     "Trainer's own": ({"warmup_steps": -1}, r"warmup_steps"),
     "no finite scaling": ({"lora_alpha": "nan"}, r"--lora_alpha is nan, but has to be a number above 0"),
     "no finite beta": ({"blc_weight": "inf"}, r"--blc_weight is inf"),
-    "negative seed": ({"seed": -1}, r"--seed is -1, but has to be at least 0"),
+    "negative seed": ({"seed": -1}, r"--seed is -1, but has to be from 0 to 4294967295"),
     "batch of none": (
         {"per_device_train_batch_size": 0},
         r"--per_device_train_batch_size is 0, but has to be at least 1",
