@@ -15,6 +15,7 @@ from data.dataset import (
     task_types,
 )
 from data.errors import InputError, first_line
+from data.files import is_unicode
 from data.prompt import (
     TEMPLATE_VARIABLES,
     TEMPLATES,
@@ -22,7 +23,6 @@ from data.prompt import (
     encode_prompt,
     encode_target,
     encode_turns,
-    is_broken,
     marked_row,
     resolve_template,
     show_turns,
@@ -51,7 +51,7 @@ __all__ = [
     "encode_turns",
     "file_hash",
     "first_line",
-    "is_broken",
+    "is_unicode",
     "load_data",
     "marked_row",
     "resolve_template",

@@ -6,6 +6,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import InputError
+from data.files import is_unicode
 
 TEMPLATES = ("auto", "plain", "chat")
 # Variables of chat templates. Some write an empty block of thought before an answer that has none: with thinking off
@@ -64,7 +65,7 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[
     Raises:
         InputError: a text cannot be written as UTF-8.
     """
-    if any(is_broken(turn["content"]) for turn in turns):
+    if any(not is_unicode(turn["content"]) for turn in turns):
         raise InputError("the prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
     if template == "plain":
         return _plain_prompts(tokenizer, [_paragraphs(turns)])[0]
@@ -87,15 +88,6 @@ def encode_answer(
         InputError: the chat template does not simply append the answer to the prompt.
     """
     return _encode_exchanges(tokenizer, template, [turns], [answer])[1][0]
-
-
-def is_broken(text: str) -> bool:
-    """Whether a text has halves of surrogate pairs, which bytes that are not UTF-8 become on the command line."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def encode_target(

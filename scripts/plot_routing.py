@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from data import InputError, encode_prompt, is_broken
+from data import InputError, encode_prompt, is_unicode
 from peft import PeftModel
 from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained, read_run_config
@@ -44,7 +44,7 @@ class PlotArguments:
             problems.append("--prompt is empty")
         if self.output and (problem := output_problem(self.output)):
             problems.append(problem)
-        if self.prompt is not None and is_broken(self.prompt):
+        if self.prompt is not None and not is_unicode(self.prompt):
             problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
         if self.output and Path(self.output).is_file():
             problems.append(f"--output {self.output} is a file, but has to be a folder")
