@@ -3,7 +3,7 @@
 # train.py can be added:   lora_rank=8 exp_name=rank8 bash run_loramoe.sh --weight_decay 0.01
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# A relative path that is set means the folder where this script is called ($OLDPWD), unless only this repository has it.
+# A relative path is resolved against the caller's folder ($OLDPWD), or against this repository if only that has it.
 if [[ $OLDPWD != "$PWD" ]]; then
     for name in pretrained_model tokenizer_path peft_path dataset_dir validation_file deepspeed_config_file output_dir; do
         value=${!name:-}
@@ -170,7 +170,9 @@ if ((gpus > 0 || num_processes > 1 || nnodes > 1)) || [[ -n $deepspeed_config_fi
     else
         launch+=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "$master_addr" --master_port "${master_port:-29500}")
     fi
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # torchrun would give each process one thread, but offloading runs the optimizer on the CPU.
+    threads=$(($(nproc) / num_processes))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
 
 # The terminal shows everything, the run's folder keeps it, and the exit code is the trainer's, not tee's.

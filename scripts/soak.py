@@ -79,7 +79,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bash scripts/soak.sh", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="how often a run is killed at least (default 20)")
     parser.add_argument("--during_save", type=int, default=5, help="how many of these during a save (default 5)")
-    parser.add_argument("--launches", type=int, default=0, help="in place of kills, so many runs that end in every way")
+    parser.add_argument("--launches", type=int, default=0, help="number of runs to end in every way, instead of kills")
     parser.add_argument("--num_processes", type=int, default=1, help="ranks of each run, under torchrun (default 1)")
     parser.add_argument("--max_steps", type=int, default=200, help="optimizer steps of each run (default 200)")
     parser.add_argument("--save_steps", type=int, default=1, help="optimizer steps between checkpoints (default 1)")

@@ -76,6 +76,7 @@ MOMENTS = {
     "in an evaluation": (STEPS, "prediction_step", 2, 2),
     "in an evaluation, where a save is due, too": (STEPS, "prediction_step", 4, 4),
     "in a step with an evaluation at its end": (STEPS, "compute_loss", 1, 2),
+    "in a step of a run that saves models only": (STEPS | {"save_only_model": "true"}, "compute_loss", 1, 2),
     "in a step with an evaluation and a save at its end": (STEPS, "compute_loss", 3, 4),
     "in a save": (STEPS, "_save_checkpoint", 4, 5),
     "in the evaluation of an epoch": (EPOCHS, "prediction_step", 3, 3),

@@ -127,9 +127,22 @@ class LoRAMoEMixin:
         output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **_known(outputs))  # Trainer scales `loss` in place
         if not return_logits:
             output.logits = None
+        self._add_terms(output, recorder, labels, attention_mask, task_types, balance_scale)
+        return output
+
+    def _add_terms(
+        self,
+        output: LoRAMoEOutput,
+        recorder: RoutingRecorder,
+        labels_BT: Tensor,
+        attention_mask: Tensor | None,
+        task_types_B: Tensor | None,
+        balance_scale: float,
+    ) -> None:
+        """Put the balance term and the routing shares into the output and, while training, the terms into its loss."""
         output.balance_loss = output.lm_loss.new_zeros(())
         config = self._balance_config
-        mask_BT = torch.ones_like(labels) if attention_mask is None else attention_mask
+        mask_BT = torch.ones_like(labels_BT) if attention_mask is None else attention_mask
         tells_padding = isinstance(mask_BT, Tensor) and mask_BT.ndim == 2
         if self.training and config is not None and config.balances and not tells_padding:
             raise ValueError(
@@ -137,12 +150,12 @@ class LoRAMoEMixin:
                 "from text; this one is " + (str(tuple(mask_BT.shape)) if isinstance(mask_BT, Tensor) else "no tensor")
             )
         if config is not None and config.lora_nums > 1 and tells_padding:
-            trains = self.training and torch.is_grad_enabled()
-            mask_BT = mask_BT[:, -labels.shape[1] :]  # with a cache, it covers what is in there as well
+            mask_BT = mask_BT[:, -labels_BT.shape[1] :]  # with a cache, it covers what is in there as well
             if config.balances:
+                trains = self.training and torch.is_grad_enabled()
                 with torch.set_grad_enabled(trains):
-                    term = self._balance_term(recorder, mask_BT, task_types, over_ranks=trains)
-                output.balance_loss = term.to(loss.device)
+                    term = self._balance_term(recorder, mask_BT, task_types_B, over_ranks=trains)
+                output.balance_loss = term.to(output.loss.device)
             if self.training:
                 with torch.no_grad():
                     output.routing_shares = recorder.sample_shares(mask_BT)
@@ -150,7 +163,6 @@ class LoRAMoEMixin:
                 output.loss = output.loss + config.blc_weight * balance_scale * output.balance_loss
         if self.training and output.aux_loss is not None:
             output.loss = output.loss + self.router_aux_loss_coef * balance_scale * output.aux_loss
-        return output
 
     def _balance_term(
         self, recorder: RoutingRecorder, mask_BT: Tensor, task_types_B: Tensor | None, over_ranks: bool

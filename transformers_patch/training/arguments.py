@@ -63,14 +63,13 @@ UNSUPPORTED = (
     ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes by itself from its last checkpoint"),
     ("hub_strategy", ("end",), "--hub_strategy: --push_to_hub uploads a run once, at its end"),
     ("attn_implementation", ATTENTION, f"--attn_implementation has to be one of {', '.join(ATTENTION)}"),
-    ("auto_find_batch_size", (False,), "--auto_find_batch_size would leave what is trained to the memory that is free"),
+    ("auto_find_batch_size", (False,), "--auto_find_batch_size would make the result depend on free memory"),
     ("torch_compile", (False,), "--torch_compile is not supported"),
     ("torch_compile_backend", (None,), "--torch_compile_backend: --torch_compile is not supported"),
     ("torch_compile_mode", (None,), "--torch_compile_mode: --torch_compile is not supported"),
     ("bf16_full_eval", (False,), "--bf16_full_eval would round the weights for the last evaluation alone; use --bf16"),
     ("fp16_full_eval", (False,), "--fp16_full_eval would round the weights for the last evaluation alone; use --fp16"),
     ("do_predict", (False,), "--do_predict: python -m scripts.generate answers prompts with a trained adapter"),
-    ("save_only_model", (False,), "--save_only_model would leave checkpoints from which no run can resume"),
     ("save_on_each_node", (False,), "--save_on_each_node: all nodes share the run's folder"),
     ("enable_jit_checkpoint", (False,), "--enable_jit_checkpoint: on SIGTERM a run saves a checkpoint by itself"),
     ("ignore_data_skip", (False,), "--ignore_data_skip would make a resumed run repeat rows and leave others out"),
@@ -86,7 +85,7 @@ UNSUPPORTED = (
     ("greater_is_better", (None, False), "--greater_is_better: every measure here is better the lower it is"),
     ("metric_for_best_model", (None, *MEASURES, *(f"eval_{name}" for name in MEASURES)),
      f"--metric_for_best_model has to be one of {', '.join(MEASURES)}"),
-    ("debug", (None, "", ["underflow_overflow"]), "--debug may be underflow_overflow alone"),
+    ("debug", (None, "", ["underflow_overflow"]), "--debug: the only supported value is underflow_overflow"),
 )  # fmt: skip
 
 # What a number has to be, a test of it, and the flags that it holds for. None, where it is the default, is allowed.
@@ -418,7 +417,7 @@ def _device_problems(flags: argparse.Namespace) -> list[str]:
     if on_cpu and kernel in ("flex_attention", *FLASH_ATTENTION):
         problems.append(f"--attn_implementation {kernel} cannot train on a CPU; use sdpa or eager")
     elif kernel in FLASH_ATTENTION and not FLASH_ATTENTION[kernel]():
-        problems.append(f"--attn_implementation {kernel}: its package is not installed here, or does not fit the GPU")
+        problems.append(f"--attn_implementation {kernel}: its package is not installed or does not support this GPU")
     elif kernel in FLASH_ATTENTION and not (flags.bf16 or flags.fp16):
         problems.append(f"--attn_implementation {kernel} computes in half precision: add --bf16 or --fp16")
     return problems

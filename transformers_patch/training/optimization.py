@@ -76,7 +76,7 @@ def schedule_problems(flags: argparse.Namespace) -> list[str]:
         return [f"--lr_scheduler_type {name} cannot be used with --lr_scheduler_kwargs {json.dumps(settings)}: {error}"]
     if not all(0 <= rate <= flags.learning_rate * (1 + 1e-6) for rate in rates):
         found = f"--lr_scheduler_kwargs {json.dumps(settings)}" if settings else "without --lr_scheduler_kwargs"
-        return [f"--lr_scheduler_type {name} {found} leaves the range from 0 to --learning_rate {flags.learning_rate}"]
+        return [f"--lr_scheduler_type {name} {found} gives rates outside 0 to --learning_rate {flags.learning_rate}"]
     return []
 
 

@@ -69,7 +69,7 @@ class StopSignals(TrainerCallback):
             )
 
     def stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Have the step that is just made saved and training ended; note down what was due then beside."""
+        """Save after this step and end training; record the pending evaluation."""
         ends_epoch = state.epoch == int(state.epoch)
         evaluation = control.should_evaluate or (
             ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
@@ -78,6 +78,7 @@ class StopSignals(TrainerCallback):
             save = control.should_save or (ends_epoch and args.save_strategy == SaveStrategy.EPOCH)
             state.stateful_callbacks[DUE] = {"save": save}
         self.stopped = True
+        args.save_only_model = False  # a run goes on from this checkpoint
         control.should_evaluate = False
         control.should_save = True
         control.should_training_stop = True
