@@ -147,12 +147,12 @@ arguments=(
     --per_device_train_batch_size "$per_device_train_batch_size"
     --per_device_eval_batch_size "$per_device_eval_batch_size"
     --gradient_accumulation_steps "$gradient_accumulation_steps"
-    --activation_checkpointing "$gradient_checkpointing"
     --output_dir "$output_dir/$exp_name"
     --num_processes "$((num_processes * nnodes))"
     --save_steps "$save_steps"
     "${hardware[@]}"
 )
+[[ $gradient_checkpointing != false ]] && arguments+=(--activation_checkpointing "$gradient_checkpointing")
 [[ -n $tokenizer_path ]] && arguments+=(--tokenizer_name_or_path "$tokenizer_path")
 [[ -n $peft_path ]] && arguments+=(--peft_path "$peft_path")
 [[ -n $validation_file ]] && arguments+=(--validation_file "$validation_file" --eval_strategy steps --eval_steps "$eval_steps")

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             model_args.model_name_or_path, tokenizer, partial(with_adapter, model_args=model_args)
         )
         check_attention(skeleton, model_args.attn_implementation)
-        model_args.resolve_targets(skeleton.default_target_modules)
+        model_args.resolve(skeleton)
         train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args)
@@ -109,15 +109,15 @@ def run(
     stop_signals.raise_if_terminated(args.device)
     padding = trainer.train_sampler().padding_share()
     say(args, f"{padding:.1%} of the tokens in the batches of the first epoch are padding")
-    with writing(folder.path, "tensorboard", args.process_index):
+    with writing(folder.path, "tensorboard"):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     if stop_signals.stopped:
         step = trainer.state.global_step
         raise StoppedError(f"stopped by a signal; step {step} is saved, and the same command goes on from it")
     results |= {"train_samples": len(train_data), "padding_share": padding}
-    with writing(folder.path, WEIGHTS_NAME, args.process_index):
+    with writing(folder.path, WEIGHTS_NAME):
         trainer.save_model()
-    with writing(folder.path, RESULTS_NAME, args.process_index):
+    with writing(folder.path, RESULTS_NAME):
         if eval_data is not None:
             results |= evaluate(trainer, config["prompt_template"])
         finish(trainer, folder, config, results)

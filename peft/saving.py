@@ -33,8 +33,8 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """Full tensors of one adapter, by their key in the file.
 
-    Where DeepSpeed trains the adapter, these are the float32 weights that its optimizer keeps, not their copies in half
-    precision. They are distributed over the ranks, and every rank has to take part in gathering them.
+    Where ZeRO (stages 1 to 3) trains the adapter, these are the float32 weights that its optimizer keeps, not their
+    copies in half precision. They are distributed over the ranks, and every rank has to take part in gathering them.
 
     Args:
         model: a PeftModel.

@@ -11,8 +11,7 @@ from peft.saving import gathered
 class TrainedCopy(nn.Module):
     """Wraps a module, an embedding say, and lets the active adapter's own copy of it take its place.
 
-    Copies are made in float32, whatever the dtype of the frozen module (DeepSpeed casts them to half precision and
-    keeps the float32 weights itself); the output has the frozen module's dtype.
+    Copies are made in float32, whatever the dtype of the frozen module; the output has the frozen module's dtype.
 
     Args:
         base_layer: the frozen module; it maps one tensor to one tensor.

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from scripts.instruments import count_flops
 from transformers_patch import LlamaLoRAMoEForCausalLM
 from transformers_patch.training import throughput
+from transformers_patch.training.profiling import StepProfiler
 from transformers_patch.training.throughput import FlopsEstimate, Throughput, peak_flops
 
 ONE_PROCESS = SimpleNamespace(parallel_mode=transformers.training_args.ParallelMode.NOT_PARALLEL, world_size=1)
@@ -48,6 +49,13 @@ def test_the_estimate_is_near_what_a_step_counts(adapted, tied):
     assert 1 <= estimate / (counted - recomputed) < 1.06
 
 
+def test_a_weight_that_a_trained_copy_replaces_does_not_count():
+    config = LoraConfig(lora_nums=4, r=4, blc_weight=0, modules_to_save=["lm_head"])
+    model = get_peft_model(LlamaLoRAMoEForCausalLM(tiny_config()), config)
+    head = model.get_output_embeddings().weight.numel()
+    assert FlopsEstimate(model).flops(tokens=0, supervised_tokens=1, squared_lengths=0) == 6 * head
+
+
 def test_tokens_per_second_leave_out_padding_and_pauses(monkeypatch):
     clock = iter([100.0, 103.0, 113.0, 115.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
@@ -64,9 +72,10 @@ def test_the_peak_of_a_gpu_is_known_by_its_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("NVIDIA A10G") == 125e12
+    assert peak_flops("NVIDIA A10") == 125e12
     assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
-    assert peak_flops("something else") is None
+    for name in ("NVIDIA RTX A1000", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "something else"):
+        assert peak_flops(name) is None
 
 
 def test_log_lines_hold_the_speed_and_steps_are_profiled(run):
@@ -78,6 +87,16 @@ def test_log_lines_hold_the_speed_and_steps_are_profiled(run):
     assert trace.name == "steps-2-3-rank-0.json.gz"
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert {"aten::addmm_", "Optimizer.step#AdamW.step"} <= names
+
+
+def test_a_run_that_resumes_inside_the_profiled_steps_profiles_the_rest(tmp_path):
+    profiler = StepProfiler(2, 3, tmp_path)
+    arguments = (SimpleNamespace(process_index=0), SimpleNamespace(global_step=2), None)
+    profiler.on_step_begin(*arguments)
+    torch.ones(2) + 1
+    arguments[1].global_step = 3
+    profiler.on_step_end(*arguments)
+    assert [file.name for file in (tmp_path / "profile").iterdir()] == ["steps-3-3-rank-0.json.gz"]
 
 
 @pytest.mark.parametrize("steps", ["0", "3-2", "first", "2-"])

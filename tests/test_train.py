@@ -774,3 +774,21 @@ def test_every_deepspeed_file_is_accepted():
     for file in Path(arguments.__file__).parents[2].glob("scripts/deepspeed/*.json"):
         flags = ["--model_name_or_path", "m", "--dataset_dir", "d", "--output_dir", "o", "--prepare_only"]
         assert arguments.parse_arguments([*flags, "--deepspeed", str(file)])[2].deepspeed == str(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bf16": {"enabled": True}}, r"bf16.enabled is true, but has to be auto, or false as the flags have it"),
+        ({"train_micro_batch_size_per_gpu": 3}, r"train_micro_batch_size_per_gpu is 3, but has to be auto, or 4"),
+        ({"scheduler": {"type": "WarmupLR"}}, r"leave scheduler out; the flags choose it"),
+        ({"zero_optimization": None}, r"the stage in zero_optimization has to be 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 0}}, r"the stage in zero_optimization has to be 1, 2 or 3"),
+    ],
+)
+def test_a_deepspeed_file_that_overrules_flags_is_refused(run, no_weights, changes, message):
+    config = json.loads((ROOT / "scripts" / "deepspeed" / "zero2.json").read_text())
+    file = run.folder / "zero.json"
+    file.write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=message):
+        run(deepspeed=file, prepare_only=True)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_tf32_available
@@ -56,6 +57,7 @@ UNSUPPORTED = (
     ("average_tokens_across_devices", (True,), "--average_tokens_across_devices false ties the loss to the processes"),
     ("fsdp", (None, False, ""), "--fsdp is not supported; shard with --deepspeed scripts/deepspeed/zero3.json"),
     ("remove_unused_columns", (False,), "--remove_unused_columns would take away what the collator needs"),
+    ("eval_use_gather_object", (False,), "--eval_use_gather_object is not supported"),
     ("eval_do_concat_batches", (True,), "--eval_do_concat_batches false is not supported"),
     ("batch_eval_metrics", (False,), "--batch_eval_metrics is not supported"),
     ("use_liger_kernel", (False,), "--use_liger_kernel replaces the model's forward, which computes the balance term"),
@@ -175,10 +177,13 @@ class ModelArguments:
     def task_type_names(self) -> list[str] | None:
         return listed(self.task_types)
 
-    def resolve_targets(self, defaults: tuple[str, ...]) -> None:
-        """Put the names that `auto` stands for in its place, so that the run's configuration tells what was trained."""
+    def resolve(self, base: nn.Module) -> None:
+        """Put what the base model decides in place of flags that leave it open, so that the run's configuration tells
+        what was trained."""
         if self.trainable == "auto" and not self.peft_path:
-            self.trainable = ",".join(defaults)
+            self.trainable = ",".join(base.default_target_modules)
+        if hasattr(base, "router_aux_loss_coef") and self.output_router_logits is None:
+            self.output_router_logits = bool(base.config.output_router_logits)
 
     def __post_init__(self):
         if self.num_task_types is None:
@@ -398,6 +403,11 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
             for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
             if getattr(flags, name)
         ]
+    checkpointing = {flags.activation_checkpointing, flags.gradient_checkpointing}
+    if checkpointing == {True, False}:
+        problems.append(
+            "--activation_checkpointing and --gradient_checkpointing are the same and contradict each other"
+        )
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if re.sub(r"\s", "", getattr(flags, name) or "{}").lower() not in ("{}", '{"use_reentrant":false}'):
             problems.append(
@@ -434,8 +444,12 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
         return [f"--deepspeed {flags.deepspeed}: has to be a JSON object"]
     if not flags.prepare_only and "RANK" not in os.environ:
         return ["--deepspeed needs a launcher, for one process too: use run_loramoe.sh or torchrun"]
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3):
+        return [f"--deepspeed {flags.deepspeed}: the stage in zero_optimization has to be 1, 2 or 3"]
+    if problems := _deepspeed_mismatches(config, flags):
+        return problems
     if stage == 3 and flags.tuning == "full" and not zero.get(GATHER):
         return [
             f"--tuning full would leave no weights: set {GATHER} to true, in zero_optimization of {flags.deepspeed}"
@@ -443,3 +457,29 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
     if stage == 3 and flags.load_in_kbits in (4, 8):
         return [f"--load_in_kbits {flags.load_in_kbits} cannot be sharded by ZeRO-3; use scripts/deepspeed/zero2.json"]
     return []
+
+
+def _deepspeed_mismatches(config: dict, flags: argparse.Namespace) -> list[str]:
+    """Settings of a DeepSpeed file that would overrule flags."""
+    wanted = {
+        "train_micro_batch_size_per_gpu": flags.per_device_train_batch_size,
+        "gradient_accumulation_steps": flags.gradient_accumulation_steps,
+        "gradient_clipping": flags.max_grad_norm,
+    }
+    found = {name: config.get(name) for name in wanted}
+    for half in ("bf16", "fp16"):
+        section = config.get(half)
+        found[f"{half}.enabled"] = section.get("enabled", False) if isinstance(section, dict) else False
+        wanted[f"{half}.enabled"] = getattr(flags, half)
+    problems = [
+        f"--deepspeed {flags.deepspeed}: {name} is {json.dumps(value)}, but has to be auto, or "
+        f"{json.dumps(wanted[name])} as the flags have it"
+        for name, value in found.items()
+        if value not in ("auto", wanted[name])
+    ]
+    problems += [
+        f"--deepspeed {flags.deepspeed}: leave {name} out; the flags choose it"
+        for name in ("optimizer", "scheduler")
+        if name in config
+    ]
+    return problems

@@ -4,7 +4,6 @@ import errno
 import json
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +97,7 @@ def put_in_place(aside: Path, name: str) -> None:
 
 
 @contextmanager
-def writing(run_folder: Path, name: str, rank: int = 0) -> Iterator[None]:
+def writing(run_folder: Path, name: str) -> Iterator[None]:
     """A context in which something is written into a run's folder.
 
     Raises:
@@ -111,10 +110,7 @@ def writing(run_folder: Path, name: str, rank: int = 0) -> Iterator[None]:
     except Exception as error:
         if not _cannot_write(error):
             raise
-        message = _unwritten_message(run_folder, name, error)
-        if rank:  # The main process prints its own.
-            print(f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
-        raise InputError(message) from error
+        raise InputError(_unwritten_message(run_folder, name, error)) from error
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def run_process(main: Callable[[], None]) -> None:
     status = 1
     try:
         main()
-        close_process_group()
+        _close_process_group()
         # As Python's finalisation does first: wait for threads, call what libraries have registered.
         threading._shutdown()
         atexit._run_exitfuncs()
@@ -48,7 +48,7 @@ def run_process(main: Callable[[], None]) -> None:
     os._exit(status)
 
 
-def close_process_group() -> None:
+def _close_process_group() -> None:
     """Leave the process group; what still refers to it goes first, since gloo's threads must not outlive it."""
     gc.collect()
     if dist.is_initialized():

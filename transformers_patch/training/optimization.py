@@ -39,7 +39,7 @@ def optimizer_problems(flags: argparse.Namespace) -> list[str]:
         return [f"--optim {flags.optim} is not supported; there are {', '.join(OPTIMIZERS)}"]
     known = OPTIMIZERS[flags.optim]
     pairs = [pair.strip().partition("=") for pair in (flags.optim_args or "").split(",") if pair.strip()]
-    if any(name.strip() not in known or not value for name, _, value in pairs):
+    if flags.optim_args and (not pairs or any(name.strip() not in known or not value for name, _, value in pairs)):
         reads = f"reads {', '.join(f'{name}=VALUE' for name in known)}" if known else "reads none"
         return [f"--optim_args is {flags.optim_args!r}, but --optim {flags.optim} {reads}"]
     settings = argparse.Namespace(**{**vars(flags), "optim": OptimizerNames(flags.optim)})

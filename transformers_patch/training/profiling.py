@@ -32,9 +32,11 @@ class StepProfiler(TrainerCallback):
         self.first, self.last = first, last
         self.folder = Path(folder) / FOLDER_NAME
         self._profile: profile | None = None
+        self._begin = 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.global_step + 1 == self.first:
+        if self._profile is None and self.first <= state.global_step + 1 <= self.last:
+            self._begin = state.global_step + 1
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
             self._profile.start()
@@ -51,7 +53,7 @@ class StepProfiler(TrainerCallback):
             return
         self._profile.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"steps-{self.first}-{state.global_step}-rank-{args.process_index}.json.gz"
+        file = self.folder / f"steps-{self._begin}-{state.global_step}-rank-{args.process_index}.json.gz"
         self._profile.export_chrome_trace(str(file))
         self._profile = None
-        print(f"profile of steps {self.first} to {state.global_step}: {file}", flush=True)
+        print(f"profile of steps {self._begin} to {state.global_step}: {file}", flush=True)

@@ -169,11 +169,12 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
 def _deciding(config: dict) -> dict:
     """The part of a configuration that decides what is trained.
 
-    Where nothing belongs to one process alone, neither a part of the optimizer's state (DeepSpeed) nor of the balance
-    term (`blc_reference`), only the rows that all processes share count, and a run can go on with another number.
+    Where nothing belongs to one process alone, neither a part of the optimizer's state (DeepSpeed) nor a term of the
+    loss (`blc_reference`, a base model's own router loss), only the rows that all processes share count, and a run can
+    go on with another number.
     """
     values = {name: value for name, value in config.items() if name not in DESCRIPTIVE}
-    if not config.get("deepspeed") and not config.get("blc_reference"):
+    if not any(config.get(name) for name in ("deepspeed", "blc_reference", "output_router_logits")):
         shared = math.prod(values.get(name) or 0 for name in DIVISION)
         values |= dict.fromkeys(DIVISION, shared)
     return values

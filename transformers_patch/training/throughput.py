@@ -1,5 +1,6 @@
 """Tokens per second, peak device memory and model FLOPs utilisation, for the log lines."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
 from data import IGNORED_LABEL
-from peft import PeftModel
+from peft import PeftModel, TrainedCopy
 from peft.model import true_size
 
-# Dense bf16 TFLOP/s from the data sheets, by a part of the name that CUDA gives the device; the first match counts.
+# Dense bf16 TFLOP/s from the data sheets, by words of the name that CUDA gives the device; the first match counts.
 PEAK_TFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
@@ -26,11 +27,16 @@ PEAK_TFLOPS = {
     "RTX 4090": 165,
 }
 GIB = 2**30
+# The names that configurations of mixtures of expert MLPs give to the number of experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s that the data sheet promises of a GPU; None for one that is not in the table."""
-    return next((1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in device_name), None)
+    """FLOP/s that the data sheet promises of a GPU; None for one that is not in the table, or is a laptop's."""
+    if "Laptop" in device_name:
+        return None
+    found = (tflops for words, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", device_name))
+    return next((1e12 * tflops for tflops in found), None)
 
 
 class FlopsEstimate:
@@ -49,8 +55,15 @@ class FlopsEstimate:
         config = base.config
         head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
         outside = {*head.parameters(), *embedding.parameters()}
-        self._per_supervised_token = sum(map(_flops_per_token, head.parameters()))
-        self._per_token = sum(_flops_per_token(each) for each in model.parameters() if each not in outside)
+        replaced = {
+            parameter
+            for module in model.modules()
+            if isinstance(module, TrainedCopy)
+            for parameter in module.base_layer.parameters()
+        }
+        self._per_supervised_token = sum(_flops_per_token(each) for each in head.parameters() if each not in replaced)
+        taking_part = (each for each in model.parameters() if each not in outside | replaced)
+        self._per_token = sum(map(_flops_per_token, taking_part))
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         self._per_squared_length = 12 * config.num_hidden_layers * width
@@ -83,8 +96,7 @@ class Throughput:
         self._start: float | None = None
         self._on_gpu = device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if self._on_gpu else None
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        is_expert_mixture = hasattr(base, "router_aux_loss_coef")
+        is_expert_mixture = any(getattr(model.config, name, None) for name in EXPERT_COUNTS)
         self._estimate = FlopsEstimate(model) if self._peak and not is_expert_mixture else None
 
     @contextmanager

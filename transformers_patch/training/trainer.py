@@ -74,7 +74,7 @@ class LoRAMoETrainer(Trainer):
         except Exception as error:
             # Of DeepSpeed, which cannot lower the loss scale of fp16 any further.
             if "loss scale already at minimum" in str(error):
-                step, skipped = self.state.global_step, self.state.stateful_callbacks[SKIPPED_STEPS]
+                step, skipped = self.state.global_step, self.state.stateful_callbacks.get(SKIPPED_STEPS, 0)
                 self.stop_signals.raise_skipped(self.args, step + 1, skipped + 1)
             raise
 
@@ -252,7 +252,7 @@ class LoRAMoETrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._aside = aside
         try:
-            with self.throughput.paused(), writing(run_folder, name, self.args.process_index):
+            with self.throughput.paused(), writing(run_folder, name):
                 super()._save_checkpoint(model, trial)
                 if self.state.best_model_checkpoint == str(aside / name):
                     self.state.best_model_checkpoint = str(run_folder / name)
