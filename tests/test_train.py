@@ -653,7 +653,9 @@ def test_bad_flags_are_named_before_any_weight_is_read(run, no_weights, changes,
 
 def test_full_tuning_that_zero_3_would_not_gather_is_refused(run, no_weights):
     file = run.folder / "own.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    config = json.loads((ROOT / "scripts" / "deepspeed" / "zero3.json").read_text())
+    del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    file.write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"set stage3_gather_16bit_weights_on_model_save to true, in .* of .*own.json"):
         run(tuning="full", deepspeed=file, prepare_only=True)
 
@@ -780,6 +782,7 @@ def test_every_deepspeed_file_is_accepted():
     ("changes", "message"),
     [
         ({"bf16": {"enabled": True}}, r"bf16.enabled is true, but has to be auto, or false as the flags have it"),
+        ({"gradient_clipping": None}, r"gradient_clipping is missing, but has to be auto, or 1.0"),
         ({"train_micro_batch_size_per_gpu": 3}, r"train_micro_batch_size_per_gpu is 3, but has to be auto, or 4"),
         ({"scheduler": {"type": "WarmupLR"}}, r"leave scheduler out; the flags choose it"),
         ({"zero_optimization": None}, r"the stage in zero_optimization has to be 1, 2 or 3"),

@@ -405,9 +405,7 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
         ]
     checkpointing = {flags.activation_checkpointing, flags.gradient_checkpointing}
     if checkpointing == {True, False}:
-        problems.append(
-            "--activation_checkpointing and --gradient_checkpointing are the same and contradict each other"
-        )
+        problems.append("--activation_checkpointing and --gradient_checkpointing, the same flag, contradict each other")
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if re.sub(r"\s", "", getattr(flags, name) or "{}").lower() not in ("{}", '{"use_reentrant":false}'):
             problems.append(
@@ -472,7 +470,7 @@ def _deepspeed_mismatches(config: dict, flags: argparse.Namespace) -> list[str]:
         found[f"{half}.enabled"] = section.get("enabled", False) if isinstance(section, dict) else False
         wanted[f"{half}.enabled"] = getattr(flags, half)
     problems = [
-        f"--deepspeed {flags.deepspeed}: {name} is {json.dumps(value)}, but has to be auto, or "
+        f"--deepspeed {flags.deepspeed}: {name} is {'missing' if value is None else json.dumps(value)}, but has to be auto, or "
         f"{json.dumps(wanted[name])} as the flags have it"
         for name, value in found.items()
         if value not in ("auto", wanted[name])
