@@ -470,8 +470,8 @@ def _deepspeed_mismatches(config: dict, flags: argparse.Namespace) -> list[str]:
         found[f"{half}.enabled"] = section.get("enabled", False) if isinstance(section, dict) else False
         wanted[f"{half}.enabled"] = getattr(flags, half)
     problems = [
-        f"--deepspeed {flags.deepspeed}: {name} is {'missing' if value is None else json.dumps(value)}, but has to be auto, or "
-        f"{json.dumps(wanted[name])} as the flags have it"
+        f"--deepspeed {flags.deepspeed}: {name} is {'missing' if value is None else json.dumps(value)}, but has to be "
+        f"auto, or {json.dumps(wanted[name])} as the flags have it"
         for name, value in found.items()
         if value not in ("auto", wanted[name])
     ]
