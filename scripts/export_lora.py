@@ -53,7 +53,7 @@ class ExportArguments:
     data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
 
     def problems(self) -> list[str]:
-        problems = list(filter(None, [output_problem(self.output)]))
+        problems = list(filter(None, [output_problem(self.output, is_folder=True)]))
         if self.rank is not None and self.rank < 1:
             problems.append(f"--rank is {self.rank}, but has to be at least 1")
         if self.rank is not None and self.weights != "fitted":

@@ -51,7 +51,7 @@ class GenerateArguments:
             problems.append("--input and --output belong together")
         if self.prompt is not None and not is_unicode(self.prompt):
             problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
-        if self.output and (problem := output_problem(self.output, [self.input])):
+        if problem := output_problem(self.output, [self.input]):
             problems.append(problem)
         if self.output and Path(self.output).suffix not in OUTPUT_KINDS:
             problems.append(f"--output {self.output}: the name has to end in {' or '.join(OUTPUT_KINDS)}")

@@ -90,7 +90,7 @@ def import_checkpoint(
         InputError: the output folder is taken, files are missing or damaged, or something in them cannot be imported.
             Nothing has been written then.
     """
-    if problem := output_problem(str(output)):
+    if problem := output_problem(output, is_folder=True):
         raise InputError(problem)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder; move it away or choose another --output")
