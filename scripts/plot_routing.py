@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from data import InputError, encode_prompt, is_unicode
 from peft import PeftModel
-from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
+from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained, read_run_config
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.rows import batches, load_rows
@@ -42,12 +42,10 @@ class PlotArguments:
         problems = []
         if self.prompt is not None and not self.prompt.strip():
             problems.append("--prompt is empty")
-        if self.output and (problem := output_problem(self.output)):
+        if self.output and (problem := output_problem(Path(self.output) / "routing.json", [self.data])):
             problems.append(problem)
         if self.prompt is not None and not is_unicode(self.prompt):
             problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
-        if self.output and Path(self.output).is_file():
-            problems.append(f"--output {self.output} is a file, but has to be a folder")
         return problems
 
 
@@ -69,13 +67,17 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{inference.adapter} has no router, so there is no routing to plot")
         return
     path, rows = load_rows(trained, args.data, "validation_file", args.data_cache_dir)
+    folder = Path(args.output or inference.adapter)
+    refuse(list(filter(None, [output_problem(folder / "routing.json", [path])])))
     routing = route(trained, rows, inference.batch_size)
     summary = routing_summary(routing, trained.model.active_peft_config) | {"training": curves}
     if args.prompt:
         summary["prompt"] = route_prompt(trained, args.prompt)
-    folder = Path(args.output or inference.adapter)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_routing(folder, summary)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_routing(folder, summary)
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be written: {error.strerror}") from error
     print(f"{len(rows)} rows of {path}", *routing_lines(routing, trained.model.active_peft_config), sep="\n")
     print(
         f"relative entropy {summary['entropy']:.3f}, coefficient of variation {summary['coefficient_of_variation']:.3f}"

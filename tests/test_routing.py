@@ -224,6 +224,17 @@ def test_plot_routing_writes_both_files_for_an_adapter_and_a_prompt(adapter_dir,
     assert "coefficient of variation" in shown
 
 
+def test_a_place_that_cannot_be_written_is_named_before_the_model_is_loaded(adapter_dir, data_file, tmp_path):
+    words = ["--adapter", str(adapter_dir), "--data_cache_dir", str(tmp_path / "cache")]
+    for output, data, message in (
+        (data_file, data_file, f"cannot be made: {data_file} is not a folder"),
+        (data_file / "new", data_file, f"cannot be made: {data_file} is not a folder"),
+        (data_file.parent, data_file.parent, "would be read as input the next time"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plot_routing.main([*words, "--data", str(data), "--output", str(output), "--base_model", "./nowhere"])
+
+
 def filled_base(adapter_dir) -> str:
     return json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"]
 
