@@ -45,14 +45,18 @@ def check_rows(
             count += rows
             problems += found
             ignored |= others
-            if len(problems) > MOST_PROBLEMS_SHOWN:
-                first = problems[:MOST_PROBLEMS_SHOWN]
-                raise InputError("\n".join([*first, "... and perhaps more; mend these first"]))
-    if problems:
-        raise InputError("\n".join(problems))
+            refuse_rows(problems, at_least=MOST_PROBLEMS_SHOWN + 1)
+    refuse_rows(problems)
     if not count:
         raise InputError(f"{', '.join(map(str, files))}: there is no row")
     return count, sorted(ignored)
+
+
+def refuse_rows(problems: list[str], at_least: int = 1) -> None:
+    """Raises InputError with the first of the problems that rows have, if there are so many."""
+    if len(problems) >= at_least:
+        more = ["... and perhaps more; fix these first"] if len(problems) > MOST_PROBLEMS_SHOWN else []
+        raise InputError("\n".join([*problems[:MOST_PROBLEMS_SHOWN], *more]))
 
 
 def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str] = ()) -> str | None:

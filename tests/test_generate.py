@@ -249,6 +249,17 @@ def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(run, tmp_path, 
         run("--input", file, "--output", tmp_path / "y.json", adapter=tmp_path)
 
 
+def test_the_first_bad_prompts_are_listed_and_fields_that_are_not_read_may_be_anything(tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps([{"question": "x"}] * 30))
+    with pytest.raises(InputError, match=r"row 10: has no 'instruction'.*\n... and perhaps more") as caught:
+        generate.load_prompts(file)
+    assert len(str(caught.value).splitlines()) == 11
+    rows = [{"instruction": "x", "Task": 3, "task": 1, "task_type": "nli", "aliases": "y", "alias": 1, "ouput": None}]
+    file.write_text(json.dumps([*rows, {"instruction": "x", "Task types": 1, "Aliases": 2, "outputs": "x"}]))
+    assert len(generate.load_prompts(file)) == 2
+
+
 @pytest.fixture
 def gpt2_dir(tmp_path):
     """A model with a table of 64 positions."""
