@@ -36,6 +36,7 @@ from data import (
 )
 from data.answers import unwritable_field
 from data.files import read_block, split_files
+from data.rows import row_problem
 from data.workers import map_blocks
 
 ENCODING = Encoding(template="plain", max_seq_length=256, num_task_types=2)
@@ -87,6 +88,14 @@ BAD_ROWS = {
             ("Task", "task", "nli"),
             ("alias", "aliases", ["a"]),
         )
+    },
+    **{
+        name: (GOOD | {name: [["Hello", "Bonjour"]]}, rf"row 2: has a '{name}', which is not supported")
+        for name in ("conversation_history", "chatHistory", "dialogue", "dialog", "turns", "chat", "system_message")
+    },
+    **{
+        f"aliases as {value}": (GOOD | {"aliases": value}, rf"row 2: 'aliases' is {shown}, but has to be a list")
+        for value, shown in ((0, "0"), ("", '""'), ({}, "{}"), (False, "false"))
     },
 }
 
@@ -330,6 +339,13 @@ def test_columns_of_one_name_are_refused(tmp_path, tokenizer):
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(InputError, match=r"rows.parquet: more than one column is called 'output'"):
         load(tmp_path / "rows.parquet", tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("nothing", [False, 0, [[]], [["", " "]], [{"content": ""}, None]], ids=str)
+def test_conversations_that_say_nothing_and_columns_of_ids_are_ignored(nothing):
+    row = {"instruction": "Say", "output": "a", "history": nothing}
+    others = {"input_id": 7, "input1": "x", "input_ids": [1], "InputIDs": [1], "task_type_id": 1, "alias_id": 3}
+    assert row_problem(row | others, num_task_types=2) is None
 
 
 def test_columns_that_are_ignored_are_named(tmp_path, tokenizer, small_blocks):
