@@ -140,6 +140,7 @@ BAD_FILES = {
     "name twice in a line": ("rows.jsonl", '{"output": "a", "output": "b"}', "row 1: the name 'output' occurs more"),
     "half a character": ("rows.jsonl", b"\xff\xfe" + json.dumps(GOOD).encode("utf-16-le")[:-1], "not readable text"),
     "Latin-1": ("rows.jsonl", json.dumps(GOOD).encode() + b'\n{"output": "caf\xe9"}', "row 2: not JSON .* byte 0xe9"),
+    "zeros behind": ("rows.jsonl", json.dumps(GOOD).encode() + b"\n" + bytes(64), r"row 2: not JSON \(Expecting value"),
     "zeros": ("rows.jsonl", bytes(100), "row 1: not JSON"),
 }
 
@@ -201,8 +202,14 @@ def test_names_that_are_not_text_can_be_shown(tmp_path, tokenizer):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
     load(tmp_path, tokenizer, tmp_path / "elsewhere")[1].summary(256).encode()
     (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text(json.dumps(GOOD))
-    with pytest.raises(InputError, match=r"caf\\udce9.jsonl': the name is not valid UTF-8; rename the file"):
+    with pytest.raises(InputError, match=r"caf\\udce9.jsonl': the path is not valid UTF-8; rename the file or"):
         load(tmp_path, tokenizer, tmp_path)
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    shutil.copy(tmp_path / "a.jsonl", folder)
+    for path in (folder, folder / "a.jsonl"):
+        with pytest.raises(InputError, match=r"caf\\udce9/a.jsonl': the path is not valid UTF-8"):
+            load(path, tokenizer, tmp_path)
 
 
 # Prints what a user without rights is told of each pair of data and cache.
