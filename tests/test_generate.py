@@ -171,7 +171,9 @@ def test_fields_that_cannot_be_written_are_refused_before_the_model_is_loaded(ru
     surrogate.write_text(json.dumps([{"instruction": "x", "note": ["\ud800"]}]))
     table = pyarrow.Table.from_pylist([{"instruction": "x", "asked": datetime.datetime(2024, 1, 1)}])
     pyarrow.parquet.write_table(table, times)
-    for file, field in ((surrogate, "note"), (times, "asked")):
+    numbers = tmp_path / "prompts.jsonl"
+    numbers.write_text('{"instruction": "x", "score": [NaN]}')
+    for file, field in ((surrogate, "note"), (times, "asked"), (numbers, "score")):
         with pytest.raises(InputError, match=f"row 1: '{field}' cannot be written as JSON"):
             run("--input", file, "--output", tmp_path / "y.json", adapter=tmp_path)
 
