@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from data import InputError, encode_prompt, is_unicode
+from data.errors import reading
 from peft import PeftModel
 from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained, read_run_config
@@ -59,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         InputError: flags, adapter, rows or run folders are not as they have to be.
     """
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
-    curves = read_curves(args.runs or ([inference.adapter] if (Path(inference.adapter) / STATE).is_file() else []))
+    with reading(Path(inference.adapter)):
+        own = [inference.adapter] if (Path(inference.adapter) / STATE).is_file() else []
+        curves = read_curves(args.runs or own)
     trained = load_trained(inference)
     if not args.output and not Path(inference.adapter).is_dir():
         raise InputError(f"{inference.adapter} is on the hub: name a folder for both files with --output")

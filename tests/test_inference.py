@@ -154,6 +154,12 @@ def test_a_base_model_that_is_not_there(adapter_dir, tmp_path):
     assert "no such folder (--base_model)" in message
 
 
+def test_names_that_the_system_refuses_are_one_message(adapter_dir):
+    for name in ("x" * 300, f"./{'x' * 300}"):
+        assert "cannot be read: File name too long" in refusal(name)
+        assert "cannot be read: File name too long" in refusal(adapter_dir, base_model=name)
+
+
 def test_an_adapter_that_names_no_base_model(adapter_dir):
     config = json.loads((adapter_dir / "adapter_config.json").read_text())
     (adapter_dir / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
