@@ -118,6 +118,7 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
         InputError: a folder is not that of a run, or a file of it is damaged.
     """
     curves: dict[str, dict] = {}
+    names = [Path(folder).name for folder in runs]
     for folder in map(Path, runs):
         config = read_run_config(folder)
         found = {STATE: (folder / STATE).is_file(), CONFIG_NAME: config}
@@ -125,7 +126,8 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
             raise InputError(f"{folder} is no folder of a run: it has no {' and no '.join(missing)}")
         try:
             log = json.loads((folder / STATE).read_text())["log_history"]
-            curves |= training_curves(folder.name, log, config["blc_weight"])
+            label = folder.name if names.count(folder.name) == 1 else str(folder)
+            curves |= training_curves(label, log, config["blc_weight"])
         except (ValueError, KeyError) as error:
             raise InputError(f"{STATE} or {CONFIG_NAME} of {folder} is damaged ({error})") from None
     return curves

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -252,6 +253,9 @@ def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):
     plot_routing.main([*words, "--data_cache_dir", str(tmp_path), "--output", str(tmp_path / "both")])
     training = json.loads((tmp_path / "both" / "routing.json").read_text())["training"]
     assert set(training) == {"run (beta 0.1)", "free (no constraint)"}
+    namesake = shutil.copytree(run.output, tmp_path / "other" / run.output.name)
+    both = plot_routing.read_curves([str(run.output), str(namesake)])
+    assert set(both) == {f"{run.output} (beta 0.1)", f"{namesake} (beta 0.1)"}
     with pytest.raises(InputError, match=r"adapter is no folder of a run: it has no trainer_state.json"):
         plot_routing.main(["--adapter", str(run.output), "--runs", str(adapter_dir)])
     with pytest.raises(InputError, match="--prompt is empty"):
