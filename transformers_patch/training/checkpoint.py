@@ -109,7 +109,7 @@ def writing(run_folder: Path, name: str, rank: int = 0) -> Iterator[None]:
     except InputError:  # of a checkpoint within
         raise
     except Exception as error:
-        if not _cannot_write(error):
+        if not cannot_write(error):
             raise
         message = _unwritten_message(run_folder, name, error)
         if rank:  # The main process prints its own.
@@ -142,7 +142,7 @@ def clear_unfinished(folder: Path) -> None:
         file.unlink()
 
 
-def _cannot_write(error: Exception) -> bool:
+def cannot_write(error: Exception) -> bool:
     """Whether an exception says that a file cannot be written. Torch says so in words alone."""
     return _error_number(error) in UNWRITABLE or bool(TORCH_CANNOT_WRITE.search(str(error)))
 
