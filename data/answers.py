@@ -108,7 +108,7 @@ def unwritable_field(row: dict) -> str | None:
         if isinstance(value, Unreadable):
             return f"{name!r} cannot be read: {value.reason}"
         try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             return f"{name!r} cannot be written as JSON: {error}"
     return None

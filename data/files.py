@@ -68,8 +68,8 @@ def find_files(path: str | Path) -> list[Path]:
                 "of a data file"
             )
     for file in files:
-        if not is_unicode(file.name):
-            raise InputError(f"{str(file)!r}: the name is not valid UTF-8; rename the file")
+        if not is_unicode(str(file)):
+            raise InputError(f"{str(file)!r}: the path is not valid UTF-8; rename the file or its folder")
         with reading(file), file.open("rb"):
             pass
     return files
@@ -114,7 +114,7 @@ def read_block(block: Block) -> Iterator[tuple[int, object]]:
         return
     for number, line in enumerate(block.content.split(b"\n"), start=block.first):
         if line.strip():
-            yield number, _parsed(line, f"{block.file}: row {number}")
+            yield number, _parsed(line, f"{block.file}: row {number}", encoding="utf-8-sig")
 
 
 def is_unicode(text: str) -> bool:
@@ -176,14 +176,15 @@ def _split_json_lines(file: Path) -> Iterator[Block]:
             raise InputError(f"{file}: not readable text ({error})") from None
 
 
-def _parsed(content: bytes, place: str, hint: str = "") -> object:
-    """The value of some JSON.
+def _parsed(content: bytes, place: str, hint: str = "", encoding: str | None = None) -> object:
+    """The value of some JSON, whose encoding is that of its first bytes where none is given.
 
     Raises:
         InputError: it has none, led by the place; the hint follows where it is not JSON.
     """
     try:
-        return json.loads(content, object_pairs_hook=_named_once, parse_int=_integer)
+        text = content.decode(encoding or json.detect_encoding(content), errors="surrogatepass")
+        return json.loads(text, object_pairs_hook=_named_once, parse_int=_integer)
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
     except NOT_JSON as error:

@@ -7,6 +7,7 @@ unless their names say that they were meant to be trained on.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,7 +20,10 @@ from data.workers import map_blocks
 
 FIELDS = ("instruction", "input", "output", "task_type", "task", "aliases")
 # Without underscores, the names under which other formats keep what comes before an instruction.
-CONVERSATION = ("system", "systemprompt", "history", "messages", "conversation", "conversations")
+CONVERSATION = {
+    "system", "systemmessage", "systemprompt", "history", "chathistory", "conversationhistory", "messages", "turns",
+    "chat", "conversation", "conversations", "dialog", "dialogue",
+}  # fmt: skip
 # What Dolly's format calls a field.
 SYNONYMS = {"context": "input"}
 # Ratio of matching letters from which a name is a misspelt field: `inputs`, `ouput`, `alias`; not `task_id`.
@@ -45,14 +49,18 @@ def check_rows(
             count += rows
             problems += found
             ignored |= others
-            if len(problems) > MOST_PROBLEMS_SHOWN:
-                first = problems[:MOST_PROBLEMS_SHOWN]
-                raise InputError("\n".join([*first, "... and perhaps more; mend these first"]))
-    if problems:
-        raise InputError("\n".join(problems))
+            refuse_rows(problems, at_least=MOST_PROBLEMS_SHOWN + 1)
+    refuse_rows(problems)
     if not count:
         raise InputError(f"{', '.join(map(str, files))}: there is no row")
     return count, sorted(ignored)
+
+
+def refuse_rows(problems: list[str], at_least: int = 1) -> None:
+    """Raises InputError with the first of the problems that rows have, if there are so many."""
+    if len(problems) >= at_least:
+        more = ["... and perhaps more; fix these first"] if len(problems) > MOST_PROBLEMS_SHOWN else []
+        raise InputError("\n".join([*problems[:MOST_PROBLEMS_SHOWN], *more]))
 
 
 def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str] = ()) -> str | None:
@@ -76,8 +84,10 @@ def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str]
             return f"{name!r} holds half of a surrogate pair, which is no character: {shown(value)}"
     if not row["output"].strip():
         return "'output' is empty: there is nothing to learn from"
-    aliases = row.get("aliases") or []
-    if not (isinstance(aliases, list) and all(isinstance(alias, str) and is_unicode(alias) for alias in aliases)):
+    aliases = row.get("aliases")
+    if aliases is not None and not (
+        isinstance(aliases, list) and all(isinstance(alias, str) and is_unicode(alias) for alias in aliases)
+    ):
         return f"'aliases' is {shown(aliases)}, but has to be a list of strings, or be left out"
     task_type = row.get("task_type")
     if isinstance(task_type, str) and task_type in task_type_names:
@@ -132,7 +142,7 @@ def _other_columns(row: dict) -> list[str]:
 
 def _column_problem(row: dict, name: str) -> str | None:
     """What is wrong with a column that is not a field, or None where it may be ignored."""
-    if _letters(name) in CONVERSATION:
+    if _letters(name) in CONVERSATION and _says_something(row[name]):
         return (
             f"has a {name!r}, which is not supported: a row is one instruction and one answer; put its text into "
             "'instruction' or 'input', or take it out"
@@ -147,6 +157,8 @@ def _column_problem(row: dict, name: str) -> str | None:
 def _meant_field(name: str) -> str | None:
     """The field of which a column's name is another spelling, or None."""
     fields = {_letters(field): field for field in FIELDS}
+    if any(re.fullmatch(rf"{field}(ids?|\d+)", _letters(name)) for field in fields):
+        return None  # token ids, the number of a row, one of several
     near = difflib.get_close_matches(_letters(name), fields, n=1, cutoff=MISSPELT)
     return fields[near[0]] if near else SYNONYMS.get(_letters(name))
 
@@ -157,3 +169,15 @@ def _letters(name: str) -> str:
 
 def _is_empty(value: object) -> bool:
     return value is None or (value.strip() if isinstance(value, str) else value) in ("", [], {})
+
+
+def _says_something(value: object) -> bool:
+    """False for what holds no text and no true value, however nested."""
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+        elif value.strip() if isinstance(value, str) else value:
+            return True
+    return False

@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from data import TEMPLATES, DataStatistics, Encoding, InputError, content_hash, load_data
-from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
+from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
 from transformers_patch.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from transformers_patch.generation import DecodingArguments
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
@@ -71,7 +71,7 @@ class EvaluateArguments:
         ):
             if (value := getattr(self, name)) is not None and value < least:
                 problems.append(f"--{name} is {value}, but has to be at least {least}")
-        if self.output and (problem := output_problem(self.output, self.data)):
+        if problem := output_problem(self.output, self.data):
             problems.append(problem)
         if self.output and Path(self.output).suffix != ".json":
             problems.append(f"--output {self.output}: the name has to end in .json")
@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {name: version(name) for name in used_packages(args)},
         "data": [],
     }
-    for path, rows, statistics in load_sets(trained, template, args):
+    paths = data_paths(trained, args)
+    refuse(list(filter(None, [output_problem(args.output, paths)])))  # the run's own file among them
+    for path, rows, statistics in load_sets(trained, paths, template, args):
         print(f"{path}: {statistics.summary(max_length(trained, args))}", flush=True)
         report["data"].append(evaluate_set(trained, models, rows, template, args, inference.batch_size))
         report["data"][-1] |= {"path": path, "sha256": content_hash(path), "rows": len(rows)}
@@ -125,19 +127,27 @@ def used_packages(args: EvaluateArguments) -> list[str]:
     return ["torch", "transformers", *sorted(of_metrics), *(["lm-eval"] if args.lm_eval else [])]
 
 
+def data_paths(trained: TrainedModel, args: EvaluateArguments) -> list[str]:
+    """The files and folders of rows that are measured.
+
+    Raises:
+        InputError: none is named.
+    """
+    if args.data or args.lm_eval:
+        return args.data
+    if not (own := trained.run_config.get("validation_file")):
+        raise InputError("there is nothing to measure on: name files with --data, or tasks with --lm_eval")
+    return [own]
+
+
 def load_sets(
-    trained: TrainedModel, template: str, args: EvaluateArguments
+    trained: TrainedModel, paths: list[str], template: str, args: EvaluateArguments
 ) -> list[tuple[str, Dataset, DataStatistics]]:
     """Every data set, encoded; all are read before any is measured.
 
     Raises:
-        InputError: none is named, or one is bad.
+        InputError: one is bad.
     """
-    paths = args.data
-    if not paths and not args.lm_eval:
-        if not (own := trained.run_config.get("validation_file")):
-            raise InputError("there is nothing to measure on: name files with --data, or tasks with --lm_eval")
-        paths = [own]
     encoding = Encoding(template, max_length(trained, args), trained.num_task_types, trained.task_type_names)
     sets = []
     for path in paths:

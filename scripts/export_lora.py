@@ -6,8 +6,6 @@ the export is not the mixture: it replaces the router by what is the same for ev
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, s
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
 from peft.static import is_plain_product
+from scripts.whole_folder import whole_folder
 from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
 from transformers_patch.labels import LabelledPositions
@@ -53,7 +52,7 @@ class ExportArguments:
     data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
 
     def problems(self) -> list[str]:
-        problems = list(filter(None, [output_problem(self.output)]))
+        problems = list(filter(None, [output_problem(self.output, is_folder=True)]))
         if self.rank is not None and self.rank < 1:
             problems.append(f"--rank is {self.rank}, but has to be at least 1")
         if self.rank is not None and self.weights != "fitted":
@@ -284,22 +283,6 @@ def write_adapter(loras: dict[str, LowRank], config: LoraConfig, base_model: str
         "inference_mode": True,
     }
     (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n")
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one, which takes its place when all is written: it is there whole or not at all."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
-    try:
-        yield aside
-        aside.chmod(0o755)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 if __name__ == "__main__":

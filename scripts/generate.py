@@ -19,10 +19,10 @@ from transformers import GenerationConfig, TextStreamer
 from data import TEMPLATES, AnswerFile, InputError, encode_prompt, encode_turns, file_hash, is_unicode
 from data.answers import unwritable_field
 from data.files import find_files, read_block, split_files
-from data.rows import row_problem
+from data.rows import MOST_PROBLEMS_SHOWN, refuse_rows, row_problem
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.auto import context_length
-from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
+from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
 from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
 
@@ -51,7 +51,7 @@ class GenerateArguments:
             problems.append("--input and --output belong together")
         if self.prompt is not None and not is_unicode(self.prompt):
             problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
-        if self.output and (problem := output_problem(self.output, [self.input])):
+        if problem := output_problem(self.output, [self.input]):
             problems.append(problem)
         if self.output and Path(self.output).suffix not in OUTPUT_KINDS:
             problems.append(f"--output {self.output}: the name has to end in {' or '.join(OUTPUT_KINDS)}")
@@ -145,18 +145,19 @@ def load_prompts(path: str) -> list[dict]:
             if problem := prompt_problem(row) or unwritable_field(row):
                 problems.append(f"{block.file}: row {number}: {problem}")
             rows.append(row)
-    refuse(problems)
+        refuse_rows(problems, at_least=MOST_PROBLEMS_SHOWN + 1)
+    refuse_rows(problems)
     if not rows:
         raise InputError(f"{path}: there is no row")
     return rows
 
 
 def prompt_problem(row: object) -> str | None:
-    """What is wrong with a row as a prompt, or None; what it expects as an answer is of no concern."""
+    """What is wrong with a row as a prompt, or None; fields that only training and evaluation read may be anything."""
     if isinstance(row, dict) and row.get("instruction") is None:
         return f"has no 'instruction'; its fields are {', '.join(map(repr, row)) or 'none'}"
-    texts = {**row, "output": "any", "task_type": None} if isinstance(row, dict) else row
-    return row_problem(texts, num_task_types=1)
+    unread = {"output": "any", "task_type": 0, "task": "any", "aliases": ["any"]}
+    return row_problem({**row, **unread} if isinstance(row, dict) else row, num_task_types=1)
 
 
 def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:

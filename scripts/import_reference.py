@@ -15,7 +15,6 @@ import json
 import re
 import shlex
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +29,7 @@ from data import InputError
 from peft import LoraConfig, TaskType
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
-from scripts.fetch_base_model import partial_prefix
+from scripts.whole_folder import whole_folder
 from transformers_patch.command_line import output_problem
 from transformers_patch.training.arguments import FLAG_OF_FIELD
 
@@ -90,7 +89,7 @@ def import_checkpoint(
         InputError: the output folder is taken, files are missing or damaged, or something in them cannot be imported.
             Nothing has been written then.
     """
-    if problem := output_problem(str(output)):
+    if problem := output_problem(output, is_folder=True):
         raise InputError(problem)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder; move it away or choose another --output")
@@ -105,7 +104,9 @@ def import_checkpoint(
     if problems := tensor_problems(tensors, modules, config):
         raise InputError(f"{checkpoint / PICKLE_NAME} does not fit its {CONFIG_NAME}:\n  " + "\n  ".join(problems))
     config.target_modules = targets_for(config.target_modules, modules)
-    write_adapter(config, stack_experts(tensors, modules, config.lora_nums), output)
+    with whole_folder(output) as folder:
+        save_adapter_weights(stack_experts(tensors, modules, config.lora_nums), folder)
+        config.save_pretrained(folder)
     return config, modules
 
 
@@ -233,16 +234,6 @@ def stack_experts(tensors: dict[str, Tensor], modules: list[str], num_experts: i
         if num_experts > 1:
             stacked[f"{experts}.router.weight"] = joined(module, ["lora_route"], dim=0)
     return stacked
-
-
-def write_adapter(config: LoraConfig, tensors: dict[str, Tensor], output: Path) -> None:
-    """Write the adapter beside the output folder and let it appear there in one step."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=partial_prefix(output), dir=output.parent) as temporary:
-        finished = Path(temporary) / "adapter"
-        save_adapter_weights(tensors, finished)
-        config.save_pretrained(finished)
-        finished.rename(output)
 
 
 def summary_lines(config: LoraConfig, modules: list[str], output: Path) -> list[str]:

@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 
 from data import InputError, encode_prompt, is_unicode
+from data.errors import reading
 from peft import PeftModel
-from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
+from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained, read_run_config
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.rows import batches, load_rows
@@ -42,12 +43,10 @@ class PlotArguments:
         problems = []
         if self.prompt is not None and not self.prompt.strip():
             problems.append("--prompt is empty")
-        if self.output and (problem := output_problem(self.output)):
+        if self.output and (problem := output_problem(Path(self.output) / "routing.json", [self.data])):
             problems.append(problem)
         if self.prompt is not None and not is_unicode(self.prompt):
             problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
-        if self.output and Path(self.output).is_file():
-            problems.append(f"--output {self.output} is a file, but has to be a folder")
         return problems
 
 
@@ -61,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         InputError: flags, adapter, rows or run folders are not as they have to be.
     """
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
-    curves = read_curves(args.runs or ([inference.adapter] if (Path(inference.adapter) / STATE).is_file() else []))
+    with reading(Path(inference.adapter)):
+        own = [inference.adapter] if (Path(inference.adapter) / STATE).is_file() else []
+        curves = read_curves(args.runs or own)
     trained = load_trained(inference)
     if not args.output and not Path(inference.adapter).is_dir():
         raise InputError(f"{inference.adapter} is on the hub: name a folder for both files with --output")
@@ -69,13 +70,17 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{inference.adapter} has no router, so there is no routing to plot")
         return
     path, rows = load_rows(trained, args.data, "validation_file", args.data_cache_dir)
+    folder = Path(args.output or inference.adapter)
+    refuse(list(filter(None, [output_problem(folder / "routing.json", [path])])))
     routing = route(trained, rows, inference.batch_size)
     summary = routing_summary(routing, trained.model.active_peft_config) | {"training": curves}
     if args.prompt:
         summary["prompt"] = route_prompt(trained, args.prompt)
-    folder = Path(args.output or inference.adapter)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_routing(folder, summary)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_routing(folder, summary)
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be written: {error.strerror}") from error
     print(f"{len(rows)} rows of {path}", *routing_lines(routing, trained.model.active_peft_config), sep="\n")
     print(
         f"relative entropy {summary['entropy']:.3f}, coefficient of variation {summary['coefficient_of_variation']:.3f}"
@@ -113,6 +118,7 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
         InputError: a folder is not that of a run, or a file of it is damaged.
     """
     curves: dict[str, dict] = {}
+    names = [Path(folder).name for folder in runs]
     for folder in map(Path, runs):
         config = read_run_config(folder)
         found = {STATE: (folder / STATE).is_file(), CONFIG_NAME: config}
@@ -120,7 +126,8 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
             raise InputError(f"{folder} is no folder of a run: it has no {' and no '.join(missing)}")
         try:
             log = json.loads((folder / STATE).read_text())["log_history"]
-            curves |= training_curves(folder.name, log, config["blc_weight"])
+            label = folder.name if names.count(folder.name) == 1 else str(folder)
+            curves |= training_curves(label, log, config["blc_weight"])
         except (ValueError, KeyError) as error:
             raise InputError(f"{STATE} or {CONFIG_NAME} of {folder} is damaged ({error})") from None
     return curves

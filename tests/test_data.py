@@ -36,6 +36,7 @@ from data import (
 )
 from data.answers import unwritable_field
 from data.files import read_block, split_files
+from data.rows import row_problem
 from data.workers import map_blocks
 
 ENCODING = Encoding(template="plain", max_seq_length=256, num_task_types=2)
@@ -88,6 +89,14 @@ BAD_ROWS = {
             ("alias", "aliases", ["a"]),
         )
     },
+    **{
+        name: (GOOD | {name: [["Hello", "Bonjour"]]}, rf"row 2: has a '{name}', which is not supported")
+        for name in ("conversation_history", "chatHistory", "dialogue", "dialog", "turns", "chat", "system_message")
+    },
+    **{
+        f"aliases as {value}": (GOOD | {"aliases": value}, rf"row 2: 'aliases' is {shown}, but has to be a list")
+        for value, shown in ((0, "0"), ("", '""'), ({}, "{}"), (False, "false"))
+    },
 }
 
 
@@ -131,6 +140,7 @@ BAD_FILES = {
     "name twice in a line": ("rows.jsonl", '{"output": "a", "output": "b"}', "row 1: the name 'output' occurs more"),
     "half a character": ("rows.jsonl", b"\xff\xfe" + json.dumps(GOOD).encode("utf-16-le")[:-1], "not readable text"),
     "Latin-1": ("rows.jsonl", json.dumps(GOOD).encode() + b'\n{"output": "caf\xe9"}', "row 2: not JSON .* byte 0xe9"),
+    "zeros behind": ("rows.jsonl", json.dumps(GOOD).encode() + b"\n" + bytes(64), r"row 2: not JSON \(Expecting value"),
     "zeros": ("rows.jsonl", bytes(100), "row 1: not JSON"),
 }
 
@@ -192,8 +202,14 @@ def test_names_that_are_not_text_can_be_shown(tmp_path, tokenizer):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
     load(tmp_path, tokenizer, tmp_path / "elsewhere")[1].summary(256).encode()
     (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text(json.dumps(GOOD))
-    with pytest.raises(InputError, match=r"caf\\udce9.jsonl': the name is not valid UTF-8; rename the file"):
+    with pytest.raises(InputError, match=r"caf\\udce9.jsonl': the path is not valid UTF-8; rename the file or"):
         load(tmp_path, tokenizer, tmp_path)
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    shutil.copy(tmp_path / "a.jsonl", folder)
+    for path in (folder, folder / "a.jsonl"):
+        with pytest.raises(InputError, match=r"caf\\udce9/a.jsonl': the path is not valid UTF-8"):
+            load(path, tokenizer, tmp_path)
 
 
 # Prints what a user without rights is told of each pair of data and cache.
@@ -330,6 +346,13 @@ def test_columns_of_one_name_are_refused(tmp_path, tokenizer):
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(InputError, match=r"rows.parquet: more than one column is called 'output'"):
         load(tmp_path / "rows.parquet", tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("nothing", [False, 0, [[]], [["", " "]], [{"content": ""}, None]], ids=str)
+def test_conversations_that_say_nothing_and_columns_of_ids_are_ignored(nothing):
+    row = {"instruction": "Say", "output": "a", "history": nothing}
+    others = {"input_id": 7, "input1": "x", "input_ids": [1], "InputIDs": [1], "task_type_id": 1, "alias_id": 3}
+    assert row_problem(row | others, num_task_types=2) is None
 
 
 def test_columns_that_are_ignored_are_named(tmp_path, tokenizer, small_blocks):

@@ -279,6 +279,14 @@ def test_a_report_over_its_own_data_is_refused(labelled_file, adapter_dir):
             evaluate.main(list(flags))
 
 
+def test_a_report_over_the_runs_own_data_is_refused(labelled_file, adapter_dir):
+    (adapter_dir / "run_config.json").write_text(json.dumps({"validation_file": str(labelled_file)}))
+    rows = labelled_file.read_bytes()
+    with pytest.raises(InputError, match=r"labelled.json is the input itself"):
+        evaluate.main(["--adapter", str(adapter_dir), "--output", str(labelled_file)])
+    assert labelled_file.read_bytes() == rows
+
+
 @pytest.mark.parametrize(
     "settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
 )

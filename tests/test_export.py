@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import example_rows, fill_adapter, filled_model, tiny_tokenizer
+from conftest import example_rows, fill_adapter, filled_model, full_disk, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -283,6 +283,20 @@ def test_a_linear_of_another_class_that_computes_the_same_is_merged(export, tmp_
 def test_an_output_that_is_a_link_to_nowhere_is_named(export, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert "is a link to" in refusal(export, output=tmp_path / "link")
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(export, tmp_path):
+    with full_disk(20_000):
+        assert "exported cannot be written: " in refusal(export, "--merge")
+    assert not [path for path in tmp_path.iterdir() if "exported" in path.name]
+
+
+def test_an_output_may_be_a_link_to_an_empty_folder(export, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    export(output=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / WEIGHTS).is_file()
 
 
 def test_an_output_folder_that_holds_something_is_left_alone(export, model_dir):

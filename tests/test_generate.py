@@ -171,7 +171,9 @@ def test_fields_that_cannot_be_written_are_refused_before_the_model_is_loaded(ru
     surrogate.write_text(json.dumps([{"instruction": "x", "note": ["\ud800"]}]))
     table = pyarrow.Table.from_pylist([{"instruction": "x", "asked": datetime.datetime(2024, 1, 1)}])
     pyarrow.parquet.write_table(table, times)
-    for file, field in ((surrogate, "note"), (times, "asked")):
+    numbers = tmp_path / "prompts.jsonl"
+    numbers.write_text('{"instruction": "x", "score": [NaN]}')
+    for file, field in ((surrogate, "note"), (times, "asked"), (numbers, "score")):
         with pytest.raises(InputError, match=f"row 1: '{field}' cannot be written as JSON"):
             run("--input", file, "--output", tmp_path / "y.json", adapter=tmp_path)
 
@@ -247,6 +249,17 @@ def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(run, tmp_path, 
     file.write_text(content)
     with pytest.raises(InputError, match=message):
         run("--input", file, "--output", tmp_path / "y.json", adapter=tmp_path)
+
+
+def test_the_first_bad_prompts_are_listed_and_fields_that_are_not_read_may_be_anything(tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps([{"question": "x"}] * 30))
+    with pytest.raises(InputError, match=r"row 10: has no 'instruction'.*\n... and perhaps more") as caught:
+        generate.load_prompts(file)
+    assert len(str(caught.value).splitlines()) == 11
+    rows = [{"instruction": "x", "Task": 3, "task": 1, "task_type": "nli", "aliases": "y", "alias": 1, "ouput": None}]
+    file.write_text(json.dumps([*rows, {"instruction": "x", "Task types": 1, "Aliases": 2, "outputs": "x"}]))
+    assert len(generate.load_prompts(file)) == 2
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A trained adapter on its base model: what is loaded, and what is refused with one message."""
 
 import json
+import os
 import re
 import shutil
 
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from data import InputError
 from peft import PeftModel
 from transformers_patch import inference
-from transformers_patch.command_line import parse_flags
+from transformers_patch.command_line import output_problem, parse_flags
 from transformers_patch.generation import DecodingArguments
 from transformers_patch.inference import InferenceArguments, load_trained
 from transformers_patch.training.arguments import ModelArguments
@@ -153,6 +154,12 @@ def test_a_base_model_that_is_not_there(adapter_dir, tmp_path):
     assert "no such folder (--base_model)" in message
 
 
+def test_names_that_the_system_refuses_are_one_message(adapter_dir):
+    for name in ("x" * 300, f"./{'x' * 300}"):
+        assert "cannot be read: File name too long" in refusal(name)
+        assert "cannot be read: File name too long" in refusal(adapter_dir, base_model=name)
+
+
 def test_an_adapter_that_names_no_base_model(adapter_dir):
     config = json.loads((adapter_dir / "adapter_config.json").read_text())
     (adapter_dir / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
@@ -195,6 +202,27 @@ def test_flags_are_refused_all_at_once():
         parse_flags("verb", "", (InferenceArguments, DecodingArguments), flags.split())
     for name in ("--load_in_kbits is 3", "--batch_size is 0", "--device_map gpu", "--temperature is -1"):
         assert name in str(caught.value)
+
+
+def test_places_that_cannot_be_written_are_named_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder.json").mkdir()
+    for name, message in {
+        "file/x.json": "file is not a folder",
+        "file/new/x.json": "file is not a folder",
+        "loop/x.json": "loop is a link to",
+        "folder.json": "is a folder, but has to be a file",
+        "x" * 300 + ".json": "File name too long",
+        "x" * 300 + "/x.json": "File name too long",
+        "caf\udce9/x.json": "not valid UTF-8",
+    }.items():
+        assert message in output_problem(tmp_path / name, [str(tmp_path / "other")])
+    assert output_problem(tmp_path / "new" / "x.json") is output_problem(None) is None
+    assert output_problem(tmp_path / "folder.json", is_folder=True) is None
+    assert "File name too long" in output_problem(tmp_path / "x.json", ["x" * 300])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert output_problem(tmp_path / "new" / "x.json").endswith(f"{tmp_path} is not writable")
 
 
 def test_unknown_and_missing_flags():

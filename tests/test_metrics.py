@@ -32,7 +32,9 @@ def test_the_normalisation_is_squads():
     [
         ("", "A"), ("The", "A"), ("B", "A, B"), ("B", "A and B"), ("Answer:", "Answer: A"), ("-", "+"), ("<", ">"),
         ("15", "1.5"), ("5", "-5"), ("+5", "-5"), ("5", ".5"), ("12", "1,2"), ("330", "3:30"), ("12", "1/2"),
-        ("x < y", "x > y"), ("C", "C++"), ("C#", "C++"), ("A", "A-"),
+        ("x < y", "x > y"), ("C", "C++"), ("C#", "C++"), ("A", "A-"), ("3 2", "3 - 2"), ("Paris", "A) Paris"),
+        ("Paris", "(A) Paris"), ("Paris", "A. Paris"), ("B) Paris", "A) Paris"), ("Is it? Yes", "Is it A? Yes"),
+        ("Paris", "An: Paris"),
     ],
 )  # fmt: skip
 def test_labels_and_numbers_stay_apart(answer, expected):
@@ -45,6 +47,7 @@ def test_labels_and_numbers_stay_apart(answer, expected):
     ("answer", "expected"),
     [
         ("(a)", "A"), ("A.", "A"), ("a dog", "dog"), ("1,234,567", "1234567"), ("+5", "5"), ("$5.", "5"), ("50%", "50"),
+        ("Paris--", "Paris"), ('"The Nile"', "nile"), ("rock'n'the roll", "rocknthe roll"),
         ("COVID-19", "covid19"), ("'tis well-known", "tis wellknown"), ("a -- dash", "dash"), ("one--two", "onetwo"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -224,6 +225,17 @@ def test_plot_routing_writes_both_files_for_an_adapter_and_a_prompt(adapter_dir,
     assert "coefficient of variation" in shown
 
 
+def test_a_place_that_cannot_be_written_is_named_before_the_model_is_loaded(adapter_dir, data_file, tmp_path):
+    words = ["--adapter", str(adapter_dir), "--data_cache_dir", str(tmp_path / "cache")]
+    for output, data, message in (
+        (data_file, data_file, f"cannot be made: {data_file} is not a folder"),
+        (data_file / "new", data_file, f"cannot be made: {data_file} is not a folder"),
+        (data_file.parent, data_file.parent, "would be read as input the next time"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plot_routing.main([*words, "--data", str(data), "--output", str(output), "--base_model", "./nowhere"])
+
+
 def filled_base(adapter_dir) -> str:
     return json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"]
 
@@ -241,6 +253,9 @@ def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):
     plot_routing.main([*words, "--data_cache_dir", str(tmp_path), "--output", str(tmp_path / "both")])
     training = json.loads((tmp_path / "both" / "routing.json").read_text())["training"]
     assert set(training) == {"run (beta 0.1)", "free (no constraint)"}
+    namesake = shutil.copytree(run.output, tmp_path / "other" / run.output.name)
+    both = plot_routing.read_curves([str(run.output), str(namesake)])
+    assert set(both) == {f"{run.output} (beta 0.1)", f"{namesake} (beta 0.1)"}
     with pytest.raises(InputError, match=r"adapter is no folder of a run: it has no trainer_state.json"):
         plot_routing.main(["--adapter", str(run.output), "--runs", str(adapter_dir)])
     with pytest.raises(InputError, match="--prompt is empty"):

@@ -1,6 +1,7 @@
 """The command line of every program here: flags from dataclasses, and one message where the user is mistaken."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from data import InputError
+from data import InputError, first_line, is_unicode
 
 
 def flag(default, text: str, **metadata):
@@ -42,23 +43,58 @@ class FlagParser(HfArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists every flag)")
 
 
-def output_problem(output: str, inputs: Sequence[str | None] = ()) -> str | None:
-    """What is wrong with the place that a program shall write to, or None.
+def output_problem(output: str | Path | None, inputs: Sequence[str | None] = (), is_folder: bool = False) -> str | None:
+    """What is wrong with the place that a program shall write to, or None; nothing is wrong where there is none.
 
     Args:
         inputs: files and folders that the program reads: what is written there would be read the next time.
+        is_folder: the program makes a folder there, not a file.
     """
+    if output is None:
+        return None
+    if not is_unicode(str(output)):
+        return f"--output {str(output)!r}: the path is not valid UTF-8; choose another"
     place = Path(output)
+    try:
+        return _place_problem(place, is_folder) or next(
+            filter(None, (_loss(place, Path(each)) for each in inputs if each)), None
+        )
+    except (OSError, RuntimeError) as error:  # the latter from links in a circle
+        return f"--output {output} cannot be made: {error}"
+
+
+def obstacle(path: Path) -> str | None:
+    """What keeps an absolute path from being a folder or from becoming one."""
+    try:
+        if path.is_dir():
+            return None
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to {path.readlink()}, which does not exist"
+        return f"{path} is not a folder" if path.exists() else obstacle(path.parent)
+    except OSError as error:
+        return first_line(error)
+
+
+def _place_problem(place: Path, is_folder: bool) -> str | None:
     if place.is_symlink() and not place.exists():
-        return f"--output {output} is a link to {place.readlink()}, which does not exist; make that, or remove the link"
-    for source in map(Path, filter(None, inputs)):
-        if place.resolve() == source.resolve():
-            return f"--output {output} is the input itself, which would be lost; choose another file"
-        if source.is_dir() and source.resolve() in place.resolve().parents:
-            return (
-                f"--output {output} lies in the input folder {source} and would be read as input the next time; "
-                "choose a place outside"
-            )
+        return f"--output {place} is a link to {place.readlink()}, which does not exist; make that, or remove the link"
+    if place.is_dir() and not is_folder:
+        return f"--output {place} is a folder, but has to be a file"
+    if problem := obstacle(place.absolute().parent):
+        return f"--output {place} cannot be made: {problem}"
+    nearest = next(filter(Path.is_dir, place.absolute().parents))
+    return None if os.access(nearest, os.W_OK) else f"--output {place} cannot be made: {nearest} is not writable"
+
+
+def _loss(place: Path, source: Path) -> str | None:
+    """What would be lost of an input, or added to it, by writing to a place."""
+    if place.resolve() == source.resolve():
+        return f"--output {place} is the input itself, which would be lost; choose another file"
+    if source.is_dir() and source.resolve() in place.resolve().parents:
+        return (
+            f"--output {place} lies in the input folder {source} and would be read as input the next time; "
+            "choose a place outside"
+        )
     return None
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from data import InputError, first_line, resolve_template
+from data.errors import reading
 from peft import LoraConfig, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
@@ -176,10 +177,10 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
 
 def _local_folder(name: str) -> Path:
     """The folder of that name, or else a copy of what the hub has under it."""
-    if Path(name).is_dir():
-        return Path(name)
     if _is_missing_folder(name):
         raise InputError(f"--adapter {name}: no such folder")
+    if Path(name).is_dir():
+        return Path(name)
     try:
         return Path(snapshot_download(name, allow_patterns=list(PUBLISHED)))
     except (HTTPError, OSError, HFValidationError) as error:
@@ -216,9 +217,15 @@ def _load_weights(base: str, args: InferenceArguments) -> nn.Module:
 
 
 def _is_missing_folder(base: str) -> bool:
-    """Whether a name can only mean a local folder (a hub id has one slash at most) and there is none."""
-    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1 or Path(base).parent.is_dir()
-    return is_path and "/" in base and not Path(base).is_dir()
+    """Whether a name can only mean a local folder (a hub id has one slash at most) and there is none.
+
+    Raises:
+        InputError: the system does not let it be looked for.
+    """
+    with reading(Path(base)):
+        is_folder, has_parent = Path(base).is_dir(), Path(base).parent.is_dir()
+    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1 or has_parent
+    return is_path and "/" in base and not is_folder
 
 
 def _device_problem(device: str) -> str | None:

@@ -23,7 +23,8 @@ TELLING = re.compile(
     rf"""(?<=\d){PUNCTUATION}(?=\d)      # within a number, a time or a range: 1.5, 3:30, 2010-12
     | (?<![\w-])-(?=\$?\.?\d)           # the sign of a number: -5
     | (?<![\w.])\.(?=\d)                # a decimal point without a zero before it: .5
-    | (?<=\w)[+\#-]+(?![\w+\#-])       # the end of a name: C++, C#, A-
+    | (?<=\w)([+\#]+|-)(?![\w+\#-])    # the end of a name: C++, C#, A-
+    | (?<=\d\ )-(?=\ \$?\.?\d)         # a minus between numbers
     | (?<!\S)[<>=+*/^]+(?!\S)          # an operator that stands alone""",
     re.VERBOSE,
 )
@@ -46,15 +47,20 @@ class Estimate:
 def normalized(text: str) -> str:
     """Lower case, without punctuation, articles and surplus white space.
 
-    SQuAD's normalisation, but for what tells short answers apart: `TELLING` punctuation, "a" as a label, and a text of
-    nothing but punctuation or articles stay, so that no answer becomes empty.
+    SQuAD's normalisation, but for what tells short answers apart: `TELLING` punctuation, labels that are spelt like
+    articles, and a text of nothing but punctuation or articles stay, so that no answer becomes empty.
     """
-    text = SURPLUS.sub("", text.lower())
+    text = " ".join(SURPLUS.sub("", text.lower()).split())
     telling = {match.start() + offset for match in TELLING.finditer(text) for offset in range(len(match[0]))}
-    words = "".join(
-        character for place, character in enumerate(text) if place in telling or character not in string.punctuation
-    )
-    without_articles = ARTICLE.sub(" ", words)
+    kept = [place for place, character in enumerate(text) if place in telling or character not in string.punctuation]
+
+    def without_article(match: re.Match) -> str:
+        """A blank for an article; a word that punctuation follows is a label, and stays."""
+        end = kept[match.end() - 1] + 1
+        return match[0] if text[end : end + 1].strip() else " "
+
+    words = "".join(text[place] for place in kept)
+    without_articles = ARTICLE.sub(without_article, words)
     return next(filter(None, (" ".join(each.split()) for each in (without_articles, words, text))), "")
 
 

@@ -19,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from data import ORDERS, TEMPLATES, InputError
 from peft import LoraConfig, TaskType
-from transformers_patch.command_line import FlagParser, flag, listed, refuse
+from transformers_patch.command_line import FlagParser, flag, listed, obstacle, refuse
 from transformers_patch.training.optimization import optimizer_problems, schedule_problems
 from transformers_patch.training.profiling import parse_steps
 
@@ -317,18 +317,9 @@ def _missing(flags: argparse.Namespace) -> list[str]:
         if (place := getattr(flags, name)) and place.startswith((".", "/", "models/")) and not Path(place).is_dir():
             problems.append(f"--{name} {place}: no such folder")
     for name in ("output_dir", "data_cache_dir"):
-        if flags.output_dir and (obstacle := _obstacle(Path(getattr(flags, name)).absolute())):
-            problems.append(f"--{name} {getattr(flags, name)} cannot be made: {obstacle}")
+        if flags.output_dir and (problem := obstacle(Path(getattr(flags, name)).absolute())):
+            problems.append(f"--{name} {getattr(flags, name)} cannot be made: {problem}")
     return problems
-
-
-def _obstacle(path: Path) -> str | None:
-    """What keeps a path from being a folder or from becoming one."""
-    if path.is_dir():
-        return None
-    if path.is_symlink() and not path.exists():
-        return f"{path} is a link to {path.readlink()}, which does not exist"
-    return f"{path} is not a folder" if path.exists() else _obstacle(path.parent)
 
 
 def _adapter_problems(flags: argparse.Namespace) -> list[str]:

@@ -108,7 +108,7 @@ def writing(run_folder: Path, name: str) -> Iterator[None]:
     except InputError:  # of a checkpoint within
         raise
     except Exception as error:
-        if not _cannot_write(error):
+        if not cannot_write(error):
             raise
         raise InputError(_unwritten_message(run_folder, name, error)) from error
 
@@ -138,7 +138,7 @@ def clear_unfinished(folder: Path) -> None:
         file.unlink()
 
 
-def _cannot_write(error: Exception) -> bool:
+def cannot_write(error: Exception) -> bool:
     """Whether an exception says that a file cannot be written. Torch says so in words alone."""
     return _error_number(error) in UNWRITABLE or bool(TORCH_CANNOT_WRITE.search(str(error)))
 
