@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from data import AnswerFile, InputError, encode_prompt
 from scripts import generate
+from transformers_patch import AutoModelForCausalLM
 from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
 
 ROWS = example_rows(10)
@@ -275,6 +276,15 @@ def test_answers_and_conversations_stop_where_the_positions_end(gpt2_dir, tmp_pa
     assert "not sent: a prompt has" in capsys.readouterr().out
     assert len(seen) == 3
     assert seen[0] < seen[1] <= 64 - 12
+
+
+def test_a_long_neighbour_does_not_shorten_an_answer(gpt2_dir):
+    model = AutoModelForCausalLM.from_pretrained(gpt2_dir).eval()
+    settings = DecodingArguments(max_new_tokens=30).settings(pad_token_id=1, end_tokens=[299])
+    prompts = [[5, 6, 7], list(range(4, 66)), [9, 10], list(range(10, 60))]
+    answers = generate_answers(model, prompts, settings)
+    assert [len(answer) for answer in answers] == [30, 2, 30, 14]
+    assert answers == [generate_answers(model, [prompt], settings)[0] for prompt in prompts]
 
 
 def test_a_line_that_is_not_utf8_is_not_sent_and_the_conversation_goes_on(run, monkeypatch):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from peft import PeftModel
 from peft.inject import GATED_MLP
 from transformers_patch.mixin import LoRAMoEMixin
 from transformers_patch.modeling_llama import LlamaLoRAMoEForCausalLM
@@ -145,10 +146,9 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def most_new_tokens(model: nn.Module, prompts: list[list[int]], wanted: int) -> int:
-    """`wanted`, or as many tokens as there are positions left for behind the longest of the prompts."""
-    positions = most_positions(model)
-    return wanted if positions is None else min(wanted, positions - max(map(len, prompts)))
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model under an adapter; a model without an adapter itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @cache

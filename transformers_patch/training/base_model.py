@@ -11,9 +11,16 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, Pr
 from transformers.utils import is_flash_attn_2_available
 
 from data import InputError, first_line, row_lengths, with_fixed_date
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.saving import load_adapter_weights
-from transformers_patch.auto import AutoModelForCausalLM, code_refused, load_config, most_positions, patched_class
+from transformers_patch.auto import (
+    AutoModelForCausalLM,
+    base_of,
+    code_refused,
+    load_config,
+    most_positions,
+    patched_class,
+)
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
 
 MOST_LINES_SHOWN = 12
@@ -114,7 +121,7 @@ def check_attention(model: nn.Module, name: str) -> None:
     if name == "auto":
         return
     try:
-        (model.get_base_model() if isinstance(model, PeftModel) else model).set_attn_implementation(name)
+        base_of(model).set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         raise InputError(f"--attn_implementation {name}: {first_line(error)}") from error
 

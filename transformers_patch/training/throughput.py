@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
 from data import IGNORED_LABEL
-from peft import PeftModel
 from peft.model import true_size
+from transformers_patch.auto import base_of
 
 # Dense bf16 TFLOP/s from the data sheets, by a part of the name that CUDA gives the device; the first match counts.
 PEAK_TFLOPS = {
@@ -45,7 +45,7 @@ class FlopsEstimate:
     """
 
     def __init__(self, model: nn.Module):
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model)
         config = base.config
         head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
         outside = {*head.parameters(), *embedding.parameters()}
@@ -83,7 +83,7 @@ class Throughput:
         self._start: float | None = None
         self._on_gpu = device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if self._on_gpu else None
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model)
         is_expert_mixture = hasattr(base, "router_aux_loss_coef")
         self._estimate = FlopsEstimate(model) if self._peak and not is_expert_mixture else None
 
