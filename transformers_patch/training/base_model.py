@@ -17,6 +17,7 @@ from transformers_patch.auto import (
     AutoModelForCausalLM,
     base_of,
     code_refused,
+    damage_refused,
     load_config,
     most_positions,
     patched_class,
@@ -32,12 +33,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Its chat template writes the same date on every day.
 
     Raises:
-        InputError: there is none at that place, it needs code of its own, it has no fast backend, or it has no
-            end-of-sequence token.
+        InputError: there is none at that place, its files are damaged, it needs code of its own, it has no fast
+            backend, or it has no end-of-sequence token.
     """
     try:
-        with code_refused():
+        # For the kind of the tokenizer, transformers reads the model's configuration as well.
+        with code_refused(), damage_refused("config.json or a file of the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            _fix_dates(tokenizer)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -49,11 +52,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(f"the tokenizer of {name} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    templates = tokenizer.chat_template
-    if isinstance(templates, dict):  # by name; "default" is the one that is used
-        tokenizer.chat_template = {name: with_fixed_date(template) for name, template in templates.items()}
-    elif templates:
-        tokenizer.chat_template = with_fixed_date(templates)
     return tokenizer
 
 
@@ -70,17 +68,17 @@ def check_base_model(
         That model, without weights.
 
     Raises:
-        InputError: no such model, weights that another method has quantised, an architecture without a patched class,
-            target modules that do not exist, an adapter that does not fit, or a tokenizer with more tokens than the
-            model.
+        InputError: no such model, a configuration that cannot be used, weights that another method has quantised, an
+            architecture without a patched class, target modules that do not exist, an adapter that does not fit, or a
+            tokenizer with more tokens than the model.
     """
     try:
         config = load_config(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"no model could be found at {name}: {first_line(error)}") from error
+        raise InputError(f"no model could be loaded from {name}: {first_line(error)}") from error
     _refuse_other_quantisation(name, config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), damage_refused(f"config.json of {name}"):
             skeleton = AutoModelForCausalLM.from_config(config)
         skeleton = put_adapter(skeleton)
     except ValueError as error:
@@ -92,6 +90,14 @@ def check_base_model(
             f"{skeleton.config.vocab_size - 1}; use the model's own tokenizer"
         )
     return skeleton
+
+
+def _fix_dates(tokenizer: PreTrainedTokenizerBase) -> None:
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # by name; "default" is the one that is used
+        tokenizer.chat_template = {name: with_fixed_date(template) for name, template in templates.items()}
+    elif templates:
+        tokenizer.chat_template = with_fixed_date(templates)
 
 
 def _refuse_other_quantisation(name: str, config: PretrainedConfig) -> None:
