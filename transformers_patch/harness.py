@@ -4,7 +4,6 @@ import difflib
 import logging
 from pathlib import Path
 
-from jinja2 import TemplateError
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -40,7 +39,7 @@ class TemplateLM(HFLM):
         prefix = "" if add_generation_prompt else turns.pop()["content"]
         try:
             text = show_turns(self.tokenizer, self._template, turns)
-        except TemplateError:  # some templates take no system turn
+        except InputError:  # some templates take no system turn
             turns = [turn for turn in turns if turn["role"] != "system"]
             text = show_turns(self.tokenizer, self._template, turns)
         self._asked[text + prefix] = turns, prefix
