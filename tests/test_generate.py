@@ -9,7 +9,6 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import THINKING, example_rows, filled_model, full_disk, tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from data import AnswerFile, InputError, encode_prompt
 from scripts import generate
@@ -248,16 +247,6 @@ def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(run, tmp_path, 
     file.write_text(content)
     with pytest.raises(InputError, match=message):
         run("--input", file, "--output", tmp_path / "y.json", adapter=tmp_path)
-
-
-@pytest.fixture
-def gpt2_dir(tmp_path):
-    """A model with a table of 64 positions."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    return tmp_path / "gpt2"
 
 
 def test_answers_and_conversations_stop_where_the_positions_end(gpt2_dir, tmp_path, monkeypatch, capsys):

@@ -132,15 +132,23 @@ def check_attention(model: nn.Module, name: str) -> None:
         raise InputError(f"--attn_implementation {name}: {first_line(error)}") from error
 
 
-def check_lengths(model: nn.Module, *sets: Dataset) -> None:
-    """Raises InputError where a row is longer than the model's table of positions."""
-    positions = most_positions(model)
+def check_lengths(model: nn.Module, *sets: Dataset, remedy: str | None = None) -> None:
+    """Raises InputError where a row is longer than the model's table of positions.
+
+    Args:
+        remedy: what the message advises; by default to cut the rows.
+    """
     longest = max(row_lengths(rows).max() for rows in sets)
-    if positions is not None and longest > positions:
-        raise InputError(
-            f"there are rows of {longest} tokens, but this base model ({model.config.model_type}) has {positions} "
-            f"positions; set --max_seq_length {positions}"
-        )
+    if problem := length_problem(model, longest):
+        raise InputError(f"there are rows of {problem}; {remedy or f'set --max_seq_length {most_positions(model)}'}")
+
+
+def length_problem(model: nn.Module, length: int) -> str | None:
+    """What is wrong with a text of so many tokens: it is longer than the model's table of positions; else None."""
+    positions = most_positions(model)
+    if positions is None or length <= positions:
+        return None
+    return f"{length} tokens, but this base model ({model.config.model_type}) has {positions} positions"
 
 
 def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
