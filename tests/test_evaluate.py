@@ -310,6 +310,20 @@ def test_mistakes_are_named(run, flags, message):
         run(*flags)
 
 
+def test_labels_that_do_not_fit_behind_every_prompt_are_refused_before_anything_is_measured(
+    run, gpt2_dir, tmp_path, monkeypatch
+):
+    rows = [
+        {"instruction": "x" * length, "output": label, "task": "size"} for length, label in ((50, "a"), (5, "a" * 30))
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows * 2))
+    flags = "--data", tmp_path / "rows.json", "--template", "plain", "--metrics"
+    run(*flags, "lm_loss", adapter=gpt2_dir)
+    monkeypatch.setattr("transformers_patch.evaluation.score_answers", None)
+    with pytest.raises(InputError, match=r"makes 82 tokens, but .* \(gpt2\) has 64 positions; .* out of --metrics"):
+        run(*flags, "lm_loss", "accuracy", adapter=gpt2_dir)
+
+
 def test_bad_rows_and_label_tasks_that_do_not_exist(run, data_file, tmp_path):
     with pytest.raises(InputError, match="has no row of such a task"):
         run("--data", data_file, "--label_tasks", "parity")
