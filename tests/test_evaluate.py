@@ -249,6 +249,22 @@ def test_the_harness_asks_with_the_tokens_of_training(adapter_dir, template):
     assert asked == lm.tok_encode(begun)
 
 
+def test_a_prescribed_beginning_has_no_token_of_the_end_of_a_turn(adapter_dir):
+    from transformers_patch.harness import TemplateLM
+
+    trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
+    trained.tokenizer.chat_template = (
+        "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}\n--<|user|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+    )
+    lm = TemplateLM(trained, "chat", 2)
+    begun = lm.apply_chat_template([*FEW_SHOT[:1], {"role": "assistant", "content": "Answer: "}], False)
+    letters = trained.tokenizer("Answer: B", add_special_tokens=False)["input_ids"]
+    asked, continued = lm._encode_pair(begun, "B")
+    assert asked + continued == [*encode_turns(trained.tokenizer, "chat", FEW_SHOT[:1]), *letters]
+    assert asked == lm.tok_encode(begun)
+
+
 def test_a_template_that_refuses_a_system_turn_is_asked_without(adapter_dir):
     from transformers_patch.harness import TemplateLM
 
