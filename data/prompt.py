@@ -3,15 +3,19 @@
 from datetime import date
 from functools import lru_cache
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.files import is_unicode
 
 TEMPLATES = ("auto", "plain", "chat")
 # Variables of chat templates. Some write an empty block of thought before an answer that has none: with thinking off
 # it is part of the prompt as well, so that the answer alone is learnt and generated. Others ignore the variable.
 TEMPLATE_VARIABLES = {"enable_thinking": False}
+# What a template raises itself, and what Python raises for an expression in it. ValueError: among several templates
+# none is the default.
+TEMPLATE_FAILS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 PLACEHOLDER = "PLACE-OF-THE-CONTENT"
 # Templates that write today's date would train on one day and answer on another. This is the date that Llama 3 falls
 # back to.
@@ -169,9 +173,26 @@ def _shown_turns(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]
 
 def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> list[str]:
     """Prompts as the chat template writes them."""
-    return tokenizer.apply_chat_template(
-        conversations, tokenize=False, add_generation_prompt=True, **TEMPLATE_VARIABLES
-    )
+    return _apply_template(tokenizer, conversations, add_generation_prompt=True)
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], add_generation_prompt: bool
+) -> list[str]:
+    """Conversations as the chat template writes them.
+
+    Raises:
+        InputError: the template is wrong, or it takes no such conversation.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_VARIABLES
+        )
+    except TEMPLATE_FAILS as error:
+        raise InputError(
+            f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)}); fix it, or use "
+            "prompt_template plain"
+        ) from error
 
 
 def _render_answers(
@@ -185,7 +206,7 @@ def _render_answers(
         [*conversation, {"role": "assistant", "content": output}]
         for conversation, output in zip(conversations, outputs, strict=True)
     ]
-    wholes = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_VARIABLES)
+    wholes = _apply_template(tokenizer, turns, add_generation_prompt=False)
     if not all(map(str.startswith, wholes, prompts)):
         raise InputError(
             "the tokenizer's chat template does not append the answer to the prompt, so the supervised part cannot "

@@ -18,6 +18,7 @@ from transformers_patch.command_line import flag, output_problem, parse_flags, r
 from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained, read_run_config
 from transformers_patch.recorder import RoutingRecorder
 from transformers_patch.rows import batches, load_rows
+from transformers_patch.training.base_model import length_problem
 from transformers_patch.training.checkpoint import STATE
 from transformers_patch.training.report import routing_lines, training_curves, write_routing
 from transformers_patch.training.routing import Routing, routing_summary
@@ -72,10 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     path, rows = load_rows(trained, args.data, "validation_file", args.data_cache_dir)
     folder = Path(args.output or inference.adapter)
     refuse(list(filter(None, [output_problem(folder / "routing.json", [path])])))
+    of_prompt = {"prompt": route_prompt(trained, args.prompt)} if args.prompt else {}
     routing = route(trained, rows, inference.batch_size)
-    summary = routing_summary(routing, trained.model.active_peft_config) | {"training": curves}
-    if args.prompt:
-        summary["prompt"] = route_prompt(trained, args.prompt)
+    summary = routing_summary(routing, trained.model.active_peft_config) | {"training": curves} | of_prompt
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_routing(folder, summary)
@@ -102,8 +102,14 @@ def route(trained: TrainedModel, rows: Dataset, batch_size: int) -> Routing:
 
 
 def route_prompt(trained: TrainedModel, text: str) -> dict:
-    """The tokens of one prompt and the mean weight of every expert for each, over all adapted Linears."""
+    """The tokens of one prompt and the mean weight of every expert for each, over all adapted Linears.
+
+    Raises:
+        InputError: the prompt is longer than the model's table of positions.
+    """
     ids = encode_prompt(trained.tokenizer, trained.template(), text, "")
+    if problem := length_problem(trained.model, len(ids)):
+        raise InputError(f"--prompt has {problem}; shorten it")
     with torch.no_grad(), RoutingRecorder(trained.model) as recorder:
         trained.model(input_ids=torch.tensor([ids], device=trained.model.device), logits_to_keep=1)
     weights_TE = torch.stack([weights.flatten(0, -2).cpu() for weights in recorder.weights.values()]).mean(dim=0)

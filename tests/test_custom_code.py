@@ -7,12 +7,13 @@ import shutil
 
 import pytest
 from conftest import ROOT
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Gemma3Config
 
 import train
 from data import InputError
 from scripts import evaluate, export_lora, generate, plan
 from transformers_patch import AutoModelForCausalLM
+from transformers_patch.auto import load_config
 
 CODE = """
 from pathlib import Path
@@ -34,6 +35,7 @@ NEEDED = {
         {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]}},
     ),
     "configuration": ("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}),
+    "attention": ("config.json", {"attn_implementation": "someone/kernel"}),
 }
 NOT_NEEDED = {
     "model": ("config.json", {"auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}),
@@ -102,6 +104,16 @@ def test_code_that_transformers_has_a_class_for_is_left_alone(folder_with, adapt
 def test_the_folder_would_run_its_code(folder_with, tmp_path):
     AutoTokenizer.from_pretrained(folder_with(*NEEDED["tokenizer"]), trust_remote_code=True)
     assert (tmp_path / "ran").exists()
+
+
+def test_an_attention_kernel_of_the_hub_is_refused_in_every_part_of_a_configuration(tmp_path):
+    kernel = "someone/kernel"
+    for changes in ({"_attn_implementation": kernel}, {"attn_implementation": {"": "sdpa", "text_config": kernel}}):
+        Gemma3Config().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=r"needs Python code of its own \(attn_implementation .* 'someone/kernel'"):
+            load_config(tmp_path)
 
 
 def test_custom_code_cannot_be_asked_for(model_dir):

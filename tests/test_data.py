@@ -449,6 +449,23 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
         encode_target(tokenizer, "chat", "Add.", "", "3")
 
 
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        ("{{ raise_exception('no user turn') }}", "TemplateError: no user turn"),
+        ("{% for turn in messages %}", "TemplateSyntaxError: Unexpected end of template"),
+        ("{{ messages[7].content }}", "UndefinedError: list object has no element 7"),
+        ("{{ messages[0].content + 1 }}", "TypeError: can only concatenate str"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError: maximum recursion depth"),
+        ({"tool_use": "{{ messages[0].content }}"}, "ValueError: .*no default"),
+    ],
+)
+def test_a_chat_template_that_fails_is_named(tokenizer, chat_template, message):
+    tokenizer.chat_template = chat_template
+    with pytest.raises(InputError, match=rf"chat template fails \({message}.*; fix it, or use prompt_template plain"):
+        encode_prompt(tokenizer, "chat", "the cat", "")
+
+
 def test_truncation_cuts_the_end_and_is_counted(tmp_path, tokenizer):
     rows = [
         {"instruction": "ab", "input": "", "output": "c"},

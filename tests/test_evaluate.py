@@ -249,6 +249,22 @@ def test_the_harness_asks_with_the_tokens_of_training(adapter_dir, template):
     assert asked == lm.tok_encode(begun)
 
 
+def test_a_prescribed_beginning_has_no_token_of_the_end_of_a_turn(adapter_dir):
+    from transformers_patch.harness import TemplateLM
+
+    trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
+    trained.tokenizer.chat_template = (
+        "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}\n--<|user|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+    )
+    lm = TemplateLM(trained, "chat", 2)
+    begun = lm.apply_chat_template([*FEW_SHOT[:1], {"role": "assistant", "content": "Answer: "}], False)
+    letters = trained.tokenizer("Answer: B", add_special_tokens=False)["input_ids"]
+    asked, continued = lm._encode_pair(begun, "B")
+    assert asked + continued == [*encode_turns(trained.tokenizer, "chat", FEW_SHOT[:1]), *letters]
+    assert asked == lm.tok_encode(begun)
+
+
 def test_a_template_that_refuses_a_system_turn_is_asked_without(adapter_dir):
     from transformers_patch.harness import TemplateLM
 
@@ -316,6 +332,20 @@ def test_the_harness_takes_an_adapter_on_tied_embeddings(settings):
 def test_mistakes_are_named(run, flags, message):
     with pytest.raises(InputError, match=message):
         run(*flags)
+
+
+def test_labels_that_do_not_fit_behind_every_prompt_are_refused_before_anything_is_measured(
+    run, gpt2_dir, tmp_path, monkeypatch
+):
+    rows = [
+        {"instruction": "x" * length, "output": label, "task": "size"} for length, label in ((50, "a"), (5, "a" * 30))
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows * 2))
+    flags = "--data", tmp_path / "rows.json", "--template", "plain", "--metrics"
+    run(*flags, "lm_loss", adapter=gpt2_dir)
+    monkeypatch.setattr("transformers_patch.evaluation.score_answers", None)
+    with pytest.raises(InputError, match=r"makes 82 tokens, but .* \(gpt2\) has 64 positions; .* out of --metrics"):
+        run(*flags, "lm_loss", "accuracy", adapter=gpt2_dir)
 
 
 def test_bad_rows_and_label_tasks_that_do_not_exist(run, data_file, tmp_path):

@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import THINKING, example_rows, filled_model, full_disk, tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from data import AnswerFile, InputError, encode_prompt
 from scripts import generate
+from transformers_patch import AutoModelForCausalLM
 from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
 
 ROWS = example_rows(10)
@@ -262,16 +262,6 @@ def test_the_first_bad_prompts_are_listed_and_fields_that_are_not_read_may_be_an
     assert len(generate.load_prompts(file)) == 2
 
 
-@pytest.fixture
-def gpt2_dir(tmp_path):
-    """A model with a table of 64 positions."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    return tmp_path / "gpt2"
-
-
 def test_answers_and_conversations_stop_where_the_positions_end(gpt2_dir, tmp_path, monkeypatch, capsys):
     adapter, long = ["--adapter", str(gpt2_dir), "--max_new_tokens", "256"], "the cat " * 40
     generate.main([*adapter, "--prompt", "the cat"])
@@ -288,6 +278,15 @@ def test_answers_and_conversations_stop_where_the_positions_end(gpt2_dir, tmp_pa
     assert "not sent: a prompt has" in capsys.readouterr().out
     assert len(seen) == 3
     assert seen[0] < seen[1] <= 64 - 12
+
+
+def test_a_long_neighbour_does_not_shorten_an_answer(gpt2_dir):
+    model = AutoModelForCausalLM.from_pretrained(gpt2_dir).eval()
+    settings = DecodingArguments(max_new_tokens=30).settings(pad_token_id=1, end_tokens=[299])
+    prompts = [[5, 6, 7], list(range(4, 66)), [9, 10], list(range(10, 60))]
+    answers = generate_answers(model, prompts, settings)
+    assert [len(answer) for answer in answers] == [30, 2, 30, 14]
+    assert answers == [generate_answers(model, [prompt], settings)[0] for prompt in prompts]
 
 
 def test_a_line_that_is_not_utf8_is_not_sent_and_the_conversation_goes_on(run, monkeypatch):

@@ -183,6 +183,32 @@ def test_another_base_model_of_the_same_shape_is_warned_of(adapter_dir, model_di
     assert re.search(r"warning: the adapter was trained on .*tiny-llama, and the base .*other", capsys.readouterr().err)
 
 
+DAMAGE = [
+    ("config.json", {"dtype": "foo"}, "has no attribute 'foo'"),
+    ("config.json", {"hidden_size": "big"}, "field 'hidden_size'"),
+    ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
+    ("config.json", {"rope_parameters": {"rope_type": "odd"}}, "KeyError: 'odd'"),
+    ("config.json", {"hidden_act": "odd"}, "KeyError: 'odd'"),
+    ("config.json", {"pad_token_id": 999}, "Padding_idx"),
+    ("config.json", {"head_dim": -1}, "negative dimension"),
+    ("tokenizer_config.json", {"eos_token": 7}, "eos_token has to be"),
+    ("tokenizer_config.json", {"tokenizer_class": 7}, "AttributeError"),
+]
+
+
+def test_a_base_model_whose_json_files_are_damaged(adapter_dir, model_dir, tmp_path):
+    """Also where the tokenizer is the adapter's, so that the model's configuration is read for the model alone."""
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    for adapter in (adapter_dir, base):
+        for name, changes, message in DAMAGE:
+            if (adapter, name) == (adapter_dir, "tokenizer_config.json"):
+                continue
+            whole = (base / name).read_text()
+            (base / name).write_text(json.dumps(json.loads(whole) | changes))
+            assert re.search(rf"config.json .*cannot be used \(.*{message}", refusal(adapter, base_model=str(base)))
+            (base / name).write_text(whole)
+
+
 def test_adapter_weights_that_are_damaged_or_missing(adapter_dir):
     weights = adapter_dir / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import TrainingArguments
 
 from data import InputError, encode_prompt
-from peft import FILLER_TASK_TYPE, LoraConfig, PeftModel
+from peft import FILLER_TASK_TYPE, LoraConfig, PeftModel, get_peft_model
 from scripts import plot_routing
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder, inference
 from transformers_patch.rows import batches, load_rows
@@ -234,6 +234,19 @@ def test_a_place_that_cannot_be_written_is_named_before_the_model_is_loaded(adap
     ):
         with pytest.raises(InputError, match=message):
             plot_routing.main([*words, "--data", str(data), "--output", str(output), "--base_model", "./nowhere"])
+
+
+def test_rows_and_prompts_longer_than_the_table_of_positions_are_refused(gpt2_dir, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(gpt2_dir)
+    get_peft_model(base, LoraConfig(lora_nums=2, r=2)).save_pretrained(tmp_path / "adapter")
+    flags = ["--adapter", tmp_path / "adapter", "--data_cache_dir", tmp_path / "cache", "--data"]
+    (tmp_path / "long.json").write_text(json.dumps([{"instruction": "x" * 80, "output": "y"}]))
+    too_long = r"\d+ tokens, but this base model \(gpt2\) has 64 positions; shorten"
+    with pytest.raises(InputError, match=rf"rows of {too_long} or leave out the longer ones of .*long.json"):
+        plot_routing.main([*map(str, flags), str(tmp_path / "long.json")])
+    (tmp_path / "short.json").write_text(json.dumps([{"instruction": "x", "output": "y"}]))
+    with pytest.raises(InputError, match=rf"--prompt has {too_long} it"):
+        plot_routing.main([*map(str, flags), str(tmp_path / "short.json"), "--prompt", "x" * 80])
 
 
 def filled_base(adapter_dir) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from peft import PeftModel
 from peft.inject import GATED_MLP
 from transformers_patch.mixin import LoRAMoEMixin
 from transformers_patch.modeling_llama import LlamaLoRAMoEForCausalLM
@@ -41,6 +43,11 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 
 # The names that transformers gives to a table of positions.
 POSITION_TABLES = {"wpe", "embed_positions", "position_embeddings"}
+
+# What transformers raises, besides ValueError, for values in the JSON files of a model that it cannot use.
+UNUSABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError,
+)  # fmt: skip
 
 # Which version of a model is meant and how it is fetched: the same for configuration and weights.
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -74,10 +81,30 @@ def load_config(name_or_path: str | os.PathLike, **where) -> PretrainedConfig:
     """The configuration of a base model; `where` are those of `HUB_ARGUMENTS`.
 
     Raises:
-        OSError, ValueError: there is none, or it needs code of its own, which is never run.
+        OSError, ValueError: there is none, a value of it cannot be used, or it needs code of its own, which is never
+            run.
     """
-    with code_refused():
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **where)
+    with code_refused(), damage_refused(f"config.json of {name_or_path}"):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **where)
+    _refuse_kernels(config)
+    return config
+
+
+@contextmanager
+def damage_refused(files: str) -> Iterator[None]:
+    """A context for reading the JSON files of a model, or building it from them without weights.
+
+    Args:
+        files: what is read, for the message.
+
+    Raises:
+        ValueError: a value in them cannot be used.
+    """
+    try:
+        yield
+    except UNUSABLE as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{files} cannot be used ({found})") from error
 
 
 @contextmanager
@@ -96,6 +123,18 @@ def code_refused() -> Iterator[None]:
             "it needs Python code of its own (auto_map in its JSON files), which is never run; use a model and a "
             "tokenizer whose classes are part of transformers"
         ) from error
+
+
+def _refuse_kernels(config: PretrainedConfig) -> None:
+    """Raises ValueError where a configuration names an attention kernel of the hub, which would be fetched and run."""
+    if "/" in str(kernel := config._attn_implementation):
+        raise ValueError(
+            f"it needs Python code of its own (attn_implementation in its config.json is {kernel!r}), which is never "
+            "run; remove that entry"
+        )
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            _refuse_kernels(part)
 
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -145,10 +184,9 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def most_new_tokens(model: nn.Module, prompts: list[list[int]], wanted: int) -> int:
-    """`wanted`, or as many tokens as there are positions left for behind the longest of the prompts."""
-    positions = most_positions(model)
-    return wanted if positions is None else min(wanted, positions - max(map(len, prompts)))
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model under an adapter; a model without an adapter itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @cache

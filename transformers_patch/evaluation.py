@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from data import encode_target
+from data import InputError, encode_target
 from transformers_patch.generation import generate_answers, in_batches
 from transformers_patch.metrics import (
     CORPUS_METRICS,
@@ -22,6 +22,7 @@ from transformers_patch.metrics import (
     ratio_estimate,
 )
 from transformers_patch.scoring import AnswerScore, most_likely_options, score_answers
+from transformers_patch.training.base_model import length_problem
 
 FORCED_METRICS = ("lm_loss", "perplexity", "token_exact_match")
 DECODED_METRICS = (*TEXT_METRICS, *CORPUS_METRICS)
@@ -79,16 +80,20 @@ def run_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Datase
 
     Args:
         name: the model's name on the progress bars.
+
+    Raises:
+        InputError: a prompt with a label is longer than the model's table of positions; nothing is measured then.
     """
 
     def bar(verb: str) -> Callable[[Iterable], Iterable]:
         return partial(tqdm, desc=f"{name}: {verb}", unit="batch")
 
+    options = _encode_options(model, tokenizer, rows, plan) if "accuracy" in plan.metrics else {}
     encoded = list(rows.select_columns(["input_ids", "prompt_length"]))
     scores, answers = None, None
     if set(plan.metrics) & set(FORCED_METRICS):
         scores = score_answers(model, encoded, tokenizer.pad_token_id, plan.batch_size, bar("rating"))
-    right = _right_labels(model, tokenizer, rows, plan, bar("choosing")) if "accuracy" in plan.metrics else {}
+    right = _right_labels(model, tokenizer, rows, plan, options, bar("choosing")) if options else {}
     if set(plan.metrics) & set(DECODED_METRICS):
         prompts = [row["input_ids"][: row["prompt_length"]] for row in encoded]
         answer = partial(generate_answers, model, settings=plan.decoding)
@@ -116,24 +121,44 @@ def measure(rows: Dataset, results: RowResults, plan: Plan) -> dict:
     }
 
 
-def _right_labels(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, plan: Plan, progress: Callable
-) -> dict[int, bool]:
-    """By row, whether the expected label is the likeliest of its task's labels."""
-    picked = [index for index, task in enumerate(rows["task"]) if task in plan.label_tasks]
-    chosen = rows.select(picked)
-    options = [
-        [
+def _encode_options(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, plan: Plan
+) -> dict[int, list[list[int]]]:
+    """Token ids of the labels behind each row of a label task, by row."""
+    options = {
+        index: [
             encode_target(tokenizer, plan.template, row["instruction"], row["input"], label)
             for label in plan.label_tasks[row["task"]]
         ]
-        for row in chosen
-    ]
+        for index, row in enumerate(rows.select_columns(["task", "instruction", "input"]))
+        if row["task"] in plan.label_tasks
+    }
+    prompts = rows["prompt_length"]
+    longest = max((prompts[index] + max(map(len, each)) for index, each in options.items()), default=0)
+    if problem := length_problem(model, longest):
+        raise InputError(
+            f"accuracy measures every label behind every prompt of its task, which makes {problem}; name other "
+            "--label_tasks, or leave accuracy out of --metrics"
+        )
+    return options
+
+
+def _right_labels(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    plan: Plan,
+    options: dict[int, list[list[int]]],
+    progress: Callable,
+) -> dict[int, bool]:
+    """By row, whether the expected label is the likeliest of its task's labels, whose token ids are the options."""
+    chosen = rows.select(list(options))
     prompts = [row["input_ids"][: row["prompt_length"]] for row in chosen]
-    places = most_likely_options(model, prompts, options, tokenizer.pad_token_id, plan.batch_size, progress)
+    choices = list(options.values())
+    places = most_likely_options(model, prompts, choices, tokenizer.pad_token_id, plan.batch_size, progress)
     return {
         index: plan.label_tasks[row["task"]][place] == row["output"]
-        for index, row, place in zip(picked, chosen, places, strict=True)
+        for index, row, place in zip(options, chosen, places, strict=True)
     }
 
 

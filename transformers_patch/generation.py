@@ -1,6 +1,7 @@
 """Answers of a model: batches of prompts in, tokens out."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from data import encode_target
-from peft import PeftModel
-from transformers_patch.auto import most_new_tokens
+from transformers_patch.auto import base_of, most_positions
 from transformers_patch.command_line import flag
 
 
@@ -64,7 +64,7 @@ def drop_proposed_settings(model: nn.Module, pad_token_id: int) -> None:
 
     transformers takes from there what a call leaves open: sampling, penalties, a shortest answer.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     base.generation_config = GenerationConfig(
         eos_token_id=base.generation_config.eos_token_id,
         bos_token_id=base.generation_config.bos_token_id,
@@ -77,26 +77,22 @@ def generate_answers(
 ) -> list[list[int]]:
     """Token ids of the answer to each prompt, the token that ended it included.
 
-    Prompts are padded on the left, so that each answer goes on directly behind its prompt. Answers stop where the
-    model's table of positions ends for the longest prompt. Under ZeRO-3 this is a collective: every rank calls it with
-    the same prompts.
+    Prompts are padded on the left, so that each answer goes on directly behind its prompt. An answer stops where the
+    model's table of positions ends. Under ZeRO-3 this is a collective: every rank calls it with the same prompts.
 
     Args:
         settings: needs `max_new_tokens`, `pad_token_id` and `eos_token_id`.
         streamer: shows an answer as it is made; for one prompt alone.
     """
-    settings = copy.copy(settings)
-    settings.max_new_tokens = most_new_tokens(model, prompts, settings.max_new_tokens)
-    input_ids_BT, mask_BT = left_padded(prompts, settings.pad_token_id)
-    with torch.no_grad():
-        output_BT = model.generate(
-            input_ids=input_ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
-            generation_config=settings,
-            streamer=streamer,
-        )
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    return [_up_to_end(answer, ends) for answer in output_BT[:, input_ids_BT.shape[1] :].tolist()]
+    by_room = defaultdict(list)
+    positions = most_positions(model) or float("inf")
+    for index, prompt in enumerate(prompts):
+        by_room[min(settings.max_new_tokens, positions - len(prompt))].append(index)
+    answers = {}
+    for room, members in by_room.items():
+        found = _generate_batch(model, [prompts[index] for index in members], settings, room, streamer)
+        answers.update(zip(members, found, strict=True))
+    return [answers[index] for index in range(len(prompts))]
 
 
 def left_padded(prompts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -124,6 +120,24 @@ def in_batches(
     for batch in progress(batches_by_length(lengths, batch_size)):
         results.update(zip(batch, compute([items[index] for index in batch]), strict=True))
     return [results[index] for index in range(len(items))]
+
+
+def _generate_batch(
+    model: nn.Module, prompts: list[list[int]], settings: GenerationConfig, room: int, streamer: BaseStreamer | None
+) -> list[list[int]]:
+    """Answers of at most `room` tokens."""
+    settings = copy.copy(settings)
+    settings.max_new_tokens = room
+    input_ids_BT, mask_BT = left_padded(prompts, settings.pad_token_id)
+    with torch.no_grad():
+        output_BT = model.generate(
+            input_ids=input_ids_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
+            generation_config=settings,
+            streamer=streamer,
+        )
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    return [_up_to_end(answer, ends) for answer in output_BT[:, input_ids_BT.shape[1] :].tolist()]
 
 
 def _up_to_end(answer: list[int], ends: list[int]) -> list[int]:

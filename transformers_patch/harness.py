@@ -2,9 +2,9 @@
 
 import difflib
 import logging
+from itertools import takewhile
 from pathlib import Path
 
-from jinja2 import TemplateError
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -40,7 +40,7 @@ class TemplateLM(HFLM):
         prefix = "" if add_generation_prompt else turns.pop()["content"]
         try:
             text = show_turns(self.tokenizer, self._template, turns)
-        except TemplateError:  # some templates take no system turn
+        except InputError:  # some templates take no system turn
             turns = [turn for turn in turns if turn["role"] != "system"]
             text = show_turns(self.tokenizer, self._template, turns)
         self._asked[text + prefix] = turns, prefix
@@ -70,8 +70,10 @@ class TemplateLM(HFLM):
         return prompt, self._encode_beginning(turns, prefix + continuation)[len(beginning) :]
 
     def _encode_beginning(self, turns: list[dict[str, str]], text: str) -> list[int]:
-        """A text where an answer begins, without the token that ends an answer."""
-        return encode_answer(self.tokenizer, self._template, turns, text)[:-1]
+        """A text where an answer begins, without the tokens that end an answer: those that an empty one has as well."""
+        ids, end = (encode_answer(self.tokenizer, self._template, turns, each) for each in (text, ""))
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(ids), reversed(end), strict=False))
+        return ids[: len(ids) - len(list(shared))]
 
 
 def find_tasks(names: list[str]) -> TaskManager:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from data import Collator, Encoding, InputError, load_data
 from transformers_patch.inference import TrainedModel
+from transformers_patch.training.base_model import check_lengths
 
 
 def load_rows(trained: TrainedModel, path: str | None, field: str, cache_dir: str) -> tuple[str, Dataset]:
@@ -18,13 +19,15 @@ def load_rows(trained: TrainedModel, path: str | None, field: str, cache_dir: st
         field: its name there.
 
     Raises:
-        InputError: nothing is named, or what is named cannot be read.
+        InputError: nothing is named, or what is named cannot be read, or a row is longer than the model's table of
+            positions.
     """
     path = path or trained.run_config.get(field)
     if not path:
         raise InputError(f"name a data file: the adapter's folder has no run_config.json that names a {field}")
     encoding = Encoding(trained.template(), trained.max_seq_length, trained.num_task_types, trained.task_type_names)
     rows, _ = load_data(path, trained.tokenizer, encoding, cache_dir)
+    check_lengths(trained.model, rows, remedy=f"shorten or leave out the longer ones of {path}")
     return path, rows
 
 

@@ -11,9 +11,17 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, Pr
 from transformers.utils import is_flash_attn_2_available
 
 from data import InputError, first_line, row_lengths, with_fixed_date
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.saving import load_adapter_weights
-from transformers_patch.auto import AutoModelForCausalLM, code_refused, load_config, most_positions, patched_class
+from transformers_patch.auto import (
+    AutoModelForCausalLM,
+    base_of,
+    code_refused,
+    damage_refused,
+    load_config,
+    most_positions,
+    patched_class,
+)
 from transformers_patch.training.arguments import FLAG_OF_FIELD, ModelArguments, RunArguments
 
 MOST_LINES_SHOWN = 12
@@ -25,12 +33,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Its chat template writes the same date on every day.
 
     Raises:
-        InputError: there is none at that place, it needs code of its own, it has no fast backend, or it has no
-            end-of-sequence token.
+        InputError: there is none at that place, its files are damaged, it needs code of its own, it has no fast
+            backend, or it has no end-of-sequence token.
     """
     try:
-        with code_refused():
+        # For the kind of the tokenizer, transformers reads the model's configuration as well.
+        with code_refused(), damage_refused("config.json or a file of the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            _fix_dates(tokenizer)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -42,11 +52,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(f"the tokenizer of {name} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    templates = tokenizer.chat_template
-    if isinstance(templates, dict):  # by name; "default" is the one that is used
-        tokenizer.chat_template = {name: with_fixed_date(template) for name, template in templates.items()}
-    elif templates:
-        tokenizer.chat_template = with_fixed_date(templates)
     return tokenizer
 
 
@@ -63,17 +68,17 @@ def check_base_model(
         That model, without weights.
 
     Raises:
-        InputError: no such model, weights that another method has quantised, an architecture without a patched class,
-            target modules that do not exist, an adapter that does not fit, or a tokenizer with more tokens than the
-            model.
+        InputError: no such model, a configuration that cannot be used, weights that another method has quantised, an
+            architecture without a patched class, target modules that do not exist, an adapter that does not fit, or a
+            tokenizer with more tokens than the model.
     """
     try:
         config = load_config(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"no model could be found at {name}: {first_line(error)}") from error
+        raise InputError(f"no model could be loaded from {name}: {first_line(error)}") from error
     _refuse_other_quantisation(name, config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), damage_refused(f"config.json of {name}"):
             skeleton = AutoModelForCausalLM.from_config(config)
         skeleton = put_adapter(skeleton)
     except ValueError as error:
@@ -85,6 +90,14 @@ def check_base_model(
             f"{skeleton.config.vocab_size - 1}; use the model's own tokenizer"
         )
     return skeleton
+
+
+def _fix_dates(tokenizer: PreTrainedTokenizerBase) -> None:
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # by name; "default" is the one that is used
+        tokenizer.chat_template = {name: with_fixed_date(template) for name, template in templates.items()}
+    elif templates:
+        tokenizer.chat_template = with_fixed_date(templates)
 
 
 def _refuse_other_quantisation(name: str, config: PretrainedConfig) -> None:
@@ -114,20 +127,28 @@ def check_attention(model: nn.Module, name: str) -> None:
     if name == "auto":
         return
     try:
-        (model.get_base_model() if isinstance(model, PeftModel) else model).set_attn_implementation(name)
+        base_of(model).set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         raise InputError(f"--attn_implementation {name}: {first_line(error)}") from error
 
 
-def check_lengths(model: nn.Module, *sets: Dataset) -> None:
-    """Raises InputError where a row is longer than the model's table of positions."""
-    positions = most_positions(model)
+def check_lengths(model: nn.Module, *sets: Dataset, remedy: str | None = None) -> None:
+    """Raises InputError where a row is longer than the model's table of positions.
+
+    Args:
+        remedy: what the message advises; by default to cut the rows.
+    """
     longest = max(row_lengths(rows).max() for rows in sets)
-    if positions is not None and longest > positions:
-        raise InputError(
-            f"there are rows of {longest} tokens, but this base model ({model.config.model_type}) has {positions} "
-            f"positions; set --max_seq_length {positions}"
-        )
+    if problem := length_problem(model, longest):
+        raise InputError(f"there are rows of {problem}; {remedy or f'set --max_seq_length {most_positions(model)}'}")
+
+
+def length_problem(model: nn.Module, length: int) -> str | None:
+    """What is wrong with a text of so many tokens: it is longer than the model's table of positions; else None."""
+    positions = most_positions(model)
+    if positions is None or length <= positions:
+        return None
+    return f"{length} tokens, but this base model ({model.config.model_type}) has {positions} positions"
 
 
 def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from data import resolve_template, row_lengths
 from peft import LoraConfig
-from transformers_patch.auto import most_new_tokens
 from transformers_patch.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
 from transformers_patch.training.routing import Routing, group_shares, group_spans, span_text
 from transformers_patch.training.routing_plot import plot_routing
@@ -96,7 +95,7 @@ def generate_samples(
     """
     picked = _one_of_each_kind(rows)
     prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
-    decoding = DecodingArguments(max_new_tokens=most_new_tokens(model, prompts, MAX_NEW_TOKENS))
+    decoding = DecodingArguments(max_new_tokens=MAX_NEW_TOKENS)
     ends = end_tokens(model, tokenizer, resolve_template(template, tokenizer))
     settings = decoding.settings(tokenizer.pad_token_id, ends)
     drop_proposed_settings(model, tokenizer.pad_token_id)

@@ -11,8 +11,9 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
 from data import IGNORED_LABEL
-from peft import PeftModel, TrainedCopy
+from peft import TrainedCopy
 from peft.model import true_size
+from transformers_patch.auto import base_of
 
 # Dense bf16 TFLOP/s from the data sheets, by words of the name that CUDA gives the device; the first match counts.
 PEAK_TFLOPS = {
@@ -51,7 +52,7 @@ class FlopsEstimate:
     """
 
     def __init__(self, model: nn.Module):
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model)
         config = base.config
         head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
         outside = {*head.parameters(), *embedding.parameters()}
