@@ -49,6 +49,10 @@ def rates(state: dict) -> list[tuple[int, float]]:
     return [(entry["step"], entry["learning_rate"]) for entry in state["log_history"] if "learning_rate" in entry]
 
 
+def checkpoints(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("checkpoint-*")}
+
+
 def terminate() -> None:
     signal.raise_signal(signal.SIGTERM)
 
@@ -98,6 +102,7 @@ EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "per_device_eval_b
 STEPS_AND_EPOCHS = EPOCHS | {"save_strategy": "steps", "save_steps": 3}
 # Every evaluation lowers the rate.
 FALLING = {"lr_scheduler_kwargs": '{"patience": 0, "threshold": 1000}'}
+ONE = STEPS | {"eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": "true"}
 MOMENTS = {
     "in an evaluation": (STEPS, "prediction_step", 2, 2),
     "in an evaluation, where a save is due, too": (STEPS, "prediction_step", 4, 4),
@@ -111,6 +116,7 @@ MOMENTS = {
     "in the last evaluation of training": (STEPS, "prediction_step", 6, 6),
     "in the last step of an epoch, whose evaluation comes behind the save": (STEPS_AND_EPOCHS, "compute_loss", 2, 3),
     "in the last step, within an epoch": (EPOCHS | {"max_steps": 4}, "compute_loss", 3, 4),
+    "in a step behind the best checkpoint, of which one is kept": (ONE, "compute_loss", 3, 4),
     "in the evaluation of the best step": (STEPS | {"save_strategy": "best"}, "prediction_step", 4, 4),
 }
 
@@ -167,6 +173,18 @@ def test_an_epochs_evaluation_that_is_killed_behind_its_steps_save_is_made_up_fo
         run(**settings)
     run(**settings)
     assert_same_end(run, expected, expected_state)
+
+
+def test_the_last_checkpoint_stays_until_the_run_is_finished(run, monkeypatch):
+    """At this learning rate nothing is learnt, and the first checkpoint is the best."""
+    settings = ONE | {"max_steps": 2, "learning_rate": 1e-30}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *arguments: kill())
+        with pytest.raises(KeyboardInterrupt):
+            run(**settings)
+    assert checkpoints(run.output) == {"checkpoint-1", "checkpoint-2"}
+    run(**settings)
+    assert checkpoints(run.output) == {"checkpoint-1"}
 
 
 def never_finite(monkeypatch, steps: range = range(1000)) -> None:

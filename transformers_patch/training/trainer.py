@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints, sort_checkpoints
 
 from data import EpochDataLoader, GlobalBatchSampler, row_lengths
 from peft import LoraConfig, PeftModel
@@ -110,6 +110,22 @@ class LoRAMoETrainer(Trainer):
         """As Trainer's, which looks at `max_steps` behind a step only: a resumed run may have made all of them."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs) -> TrainOutput:
+        """As Trainer's, but with the last checkpoint kept: a run that is not finished yet goes on from it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def keep_best_checkpoint(self) -> None:
+        """Delete all others of a finished run, if `save_total_limit` is 1 and there is a best one."""
+        best = self.state.best_model_checkpoint
+        if best and self.args.save_total_limit == 1:
+            for checkpoint in map(Path, sort_checkpoints(self.args.output_dir)):
+                if checkpoint.name != Path(best).name:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _end_progress_bars(self) -> None:
         """Give what is said after a training that was cut off a line of its own."""
