@@ -242,6 +242,7 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
         data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
         write_model_card(aside, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)
+    trainer.keep_best_checkpoint()
     say(trainer.args, *summary_lines(folder.path, results))
 
 

@@ -2,10 +2,12 @@
 
 import json
 import signal
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -43,8 +45,24 @@ def evaluations(state: dict) -> list[tuple[int, float]]:
     return [(entry["step"], entry["eval_lm_loss"]) for entry in state["log_history"] if "eval_lm_loss" in entry]
 
 
+def rates(state: dict) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["learning_rate"]) for entry in state["log_history"] if "learning_rate" in entry]
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("checkpoint-*")}
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def kill() -> NoReturn:
+    raise KeyboardInterrupt
+
+
 @contextmanager
-def sigterm_at(method: str, step: int):
+def sigterm_at(method: str, step: int, event: Callable[[], None] = terminate):
     """A context in which the first call of a method of the trainer behind so many steps comes with SIGTERM.
 
     Yields the names of the methods that are called from then on.
@@ -54,8 +72,8 @@ def sigterm_at(method: str, step: int):
     def watched(name, original):
         def call(self, *arguments, **keywords):
             if not calls and name == method and self.state.global_step == step:
-                signal.raise_signal(signal.SIGTERM)
                 calls.append("SIGTERM")
+                event()
             elif calls:
                 calls.append(name)
             return original(self, *arguments, **keywords)
@@ -68,10 +86,23 @@ def sigterm_at(method: str, step: int):
         yield calls
 
 
+def assert_same_end(run: Runner, expected: dict[str, torch.Tensor], expected_state: dict) -> dict:
+    """Compare evaluations, learning rates and adapter; return the state."""
+    state = json.loads((run.output / "trainer_state.json").read_text())
+    assert evaluations(state) == evaluations(expected_state)
+    assert rates(state) == rates(expected_state)
+    found = load_file(run.output / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    return state
+
+
 BEST = {"metric_for_best_model": "eval_lm_loss", "greater_is_better": "false"}
 STEPS = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4, "per_device_eval_batch_size": 2}
 EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "per_device_eval_batch_size": 2}
 STEPS_AND_EPOCHS = EPOCHS | {"save_strategy": "steps", "save_steps": 3}
+# Every evaluation lowers the rate.
+FALLING = {"lr_scheduler_kwargs": '{"patience": 0, "threshold": 1000}'}
+ONE = STEPS | {"eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": "true"}
 MOMENTS = {
     "in an evaluation": (STEPS, "prediction_step", 2, 2),
     "in an evaluation, where a save is due, too": (STEPS, "prediction_step", 4, 4),
@@ -83,6 +114,10 @@ MOMENTS = {
     "in the last step of an epoch": (EPOCHS, "compute_loss", 2, 3),
     "in the evaluation of an epoch, its step saved": (STEPS_AND_EPOCHS, "prediction_step", 3, 3),
     "in the last evaluation of training": (STEPS, "prediction_step", 6, 6),
+    "in the last step of an epoch, whose evaluation comes behind the save": (STEPS_AND_EPOCHS, "compute_loss", 2, 3),
+    "in the last step, within an epoch": (EPOCHS | {"max_steps": 4}, "compute_loss", 3, 4),
+    "in a step behind the best checkpoint, of which one is kept": (ONE, "compute_loss", 3, 4),
+    "in the evaluation of the best step": (STEPS | {"save_strategy": "best"}, "prediction_step", 4, 4),
 }
 
 
@@ -101,14 +136,11 @@ def test_sigterm_saves_without_an_evaluation_and_the_run_ends_the_same(
     assert calls.count("compute_loss") == saved - step - (method == "compute_loss")
     assert calls.count("_save_checkpoint") == 1
     run(**settings)
-    state = json.loads((run.output / "trainer_state.json").read_text())
-    assert evaluations(state) == evaluations(expected_state)
+    state = assert_same_end(run, expected, expected_state)
     for field in ("best_global_step", "best_metric"):
         assert state[field] == expected_state[field]
     places = [of["best_model_checkpoint"] and Path(of["best_model_checkpoint"]).name for of in (state, expected_state)]
     assert places[0] == places[1]
-    found = load_file(run.output / "adapter_model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_sigterm_in_an_evaluation_that_is_made_up_for_leaves_it_due(run, capsys):
@@ -120,6 +152,39 @@ def test_sigterm_in_an_evaluation_that_is_made_up_for_leaves_it_due(run, capsys)
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().out
     run(**STEPS)
     assert [entry["step"] for entry in run.log() if "eval_lm_loss" in entry] == [0, 2, 4, 6, 6]
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_an_evaluation_that_is_made_up_for_changes_the_learning_rate_after_a_kill_too(run, undisturbed, schedule):
+    settings = STEPS | FALLING | {"lr_scheduler_type": schedule}
+    expected, expected_state = undisturbed(settings)
+    with sigterm_at("compute_loss", 3):
+        train.main(run.arguments(**settings))
+    with sigterm_at("compute_loss", 5, kill), pytest.raises(KeyboardInterrupt):
+        run(**settings)
+    run(**settings)
+    assert_same_end(run, expected, expected_state)
+
+
+def test_an_epochs_evaluation_that_is_killed_behind_its_steps_save_is_made_up_for(run, undisturbed):
+    settings = STEPS_AND_EPOCHS | FALLING | {"lr_scheduler_type": "reduce_lr_on_plateau"}
+    expected, expected_state = undisturbed(settings)
+    with sigterm_at("prediction_step", 3, kill), pytest.raises(KeyboardInterrupt):
+        run(**settings)
+    run(**settings)
+    assert_same_end(run, expected, expected_state)
+
+
+def test_the_last_checkpoint_stays_until_the_run_is_finished(run, monkeypatch):
+    """At this learning rate nothing is learnt, and the first checkpoint is the best."""
+    settings = ONE | {"max_steps": 2, "learning_rate": 1e-30}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *arguments: kill())
+        with pytest.raises(KeyboardInterrupt):
+            run(**settings)
+    assert checkpoints(run.output) == {"checkpoint-1", "checkpoint-2"}
+    run(**settings)
+    assert checkpoints(run.output) == {"checkpoint-1"}
 
 
 def never_finite(monkeypatch, steps: range = range(1000)) -> None:
@@ -183,7 +248,7 @@ def test_a_gradient_that_is_not_finite_is_a_fault_at_once_where_the_step_was_mad
     signals.watch(torch.tensor(1.0), ["row 1"])
     signals.gradient_norm = torch.tensor(float("inf"))
     args = SimpleNamespace(fp16=False, output_dir=tmp_path)
-    state, optimizer = TrainerState(global_step=1, max_steps=9), SimpleNamespace(step_was_skipped=skipped)
+    state, optimizer = TrainerState(epoch=0.5, global_step=1, max_steps=9), SimpleNamespace(step_was_skipped=skipped)
     if skipped:
         signals.on_step_end(args, state, TrainerControl(), optimizer)
     else:

@@ -84,7 +84,7 @@ def put_in_place(aside: Path, name: str) -> None:
     """Move a checkpoint that is written out of the folder `aside`, in one step, and remove that folder.
 
     One of the same step that is whole stays, and there is no moment without it. It is the same, but for its state: an
-    evaluation may have come in between.
+    epoch's end may have been logged in between.
     """
     place = aside.parent / name
     if place.exists() and checkpoint_problem(place):

@@ -9,8 +9,7 @@ from typing import NoReturn, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data import InputError
 from transformers_patch.training.checkpoint import find_checkpoint
@@ -18,7 +17,7 @@ from transformers_patch.training.checkpoint import find_checkpoint
 MOST_ROWS_SHOWN = 10
 # Optimizer steps in a row that may be left out. The search for fp16's loss scale halves it from 2^16 and takes a few.
 MOST_SKIPPED_STEPS = 20
-# Where a checkpoint's state keeps how many of them came last, and what a signal has kept from being done.
+# Where a checkpoint's state keeps how many of them came last, and the evaluation that has yet to come behind its step.
 SKIPPED_STEPS, DUE = "skipped_steps", "due"
 
 
@@ -69,14 +68,7 @@ class StopSignals(TrainerCallback):
             )
 
     def stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Save after this step and end training; record the pending evaluation."""
-        ends_epoch = state.epoch == int(state.epoch)
-        evaluation = control.should_evaluate or (
-            ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
-        )
-        if evaluation:
-            save = control.should_save or (ends_epoch and args.save_strategy == SaveStrategy.EPOCH)
-            state.stateful_callbacks[DUE] = {"save": save}
+        """Save after this step and end training."""
         self.stopped = True
         args.save_only_model = False  # a run goes on from this checkpoint
         control.should_evaluate = False
@@ -109,6 +101,7 @@ class StopSignals(TrainerCallback):
             self.raise_skipped(args, state.global_step, skipped_steps)
         state.stateful_callbacks[SKIPPED_STEPS] = skipped_steps
         self._losses.clear()
+        _note_due(args, state, control)
         if terminated:
             self.stop(args, state, control)
 
@@ -123,6 +116,20 @@ class StopSignals(TrainerCallback):
 
     def _terminate(self, number, frame):
         self._terminated = True
+
+
+def _note_due(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+    """Record the evaluation behind this step, the one at an epoch's end included, and whether a save follows on it.
+
+    `LoRAMoETrainer` drops the record once the evaluation is made.
+    """
+    at_epoch_end = TrainerControl()
+    if state.epoch == int(state.epoch) or state.global_step >= state.max_steps:
+        DefaultFlowCallback().on_epoch_end(args, state, at_epoch_end)
+    if control.should_evaluate or at_epoch_end.should_evaluate:
+        # Of the step's own save and evaluation, the evaluation comes first; the epoch's comes behind both.
+        save = (control.should_evaluate and control.should_save) or at_epoch_end.should_save
+        state.stateful_callbacks[DUE] = {"save": save}
 
 
 def _of_all_ranks(rows: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints, sort_checkpoints
 
 from data import EpochDataLoader, GlobalBatchSampler, row_lengths
 from peft import LoraConfig, PeftModel
@@ -90,20 +90,42 @@ class LoRAMoETrainer(Trainer):
         self, trial, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
         """As Trainer's. Ahead of training, which the learning rate's schedule skips, a run that goes on from a
-        checkpoint makes up for the evaluation that was due there, if one was."""
-        if not (skip_scheduler and self.state.global_step):
-            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if due := self.state.stateful_callbacks.pop(DUE, None):
-            self.control.should_evaluate, self.control.should_save = True, due["save"]
-            super()._maybe_log_save_evaluate(
-                self._tr_loss, None, self.model, trial, self.state.epoch, ignore_keys_for_eval, None
-            )
-        return {}
+        checkpoint makes up for the evaluation that was due there, if one was.
+
+        The checkpoint stays as it is, with that evaluation due: an evaluation can change the schedule and the learning
+        rate, and they cannot be replaced together in one step.
+        """
+        if skip_scheduler and self.state.global_step:
+            if due := self.state.stateful_callbacks.get(DUE):
+                is_best = self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+                if is_best and (due["save"] or self.args.save_strategy == SaveStrategy.BEST):
+                    checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+                    self.state.best_model_checkpoint = str(checkpoint)
+            return {}
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self.state.stateful_callbacks.pop(DUE, None)
+        return metrics
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As Trainer's, which looks at `max_steps` behind a step only: a resumed run may have made all of them."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs) -> TrainOutput:
+        """As Trainer's, but with the last checkpoint kept: a run that is not finished yet goes on from it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def keep_best_checkpoint(self) -> None:
+        """Delete all others of a finished run, if `save_total_limit` is 1 and there is a best one."""
+        best = self.state.best_model_checkpoint
+        if best and self.args.save_total_limit == 1:
+            for checkpoint in map(Path, sort_checkpoints(self.args.output_dir)):
+                if checkpoint.name != Path(best).name:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _end_progress_bars(self) -> None:
         """Give what is said after a training that was cut off a line of its own."""
