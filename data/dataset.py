@@ -68,7 +68,7 @@ class DataStatistics:
         if self.ignored:
             text += f"; columns that are ignored: {_listed(map(repr, self.ignored))}"
         if self.passed_over:
-            text += f"; no data files, and so passed over: {_listed(self.passed_over)}"
+            text += f"; skipped (not data files): {_listed(self.passed_over)}"
         return text
 
 

@@ -81,7 +81,7 @@ def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str]
         if not isinstance(value, str):
             return f"{name!r} is {shown(value)}, but has to be a string"
         if not is_unicode(value):
-            return f"{name!r} holds half of a surrogate pair, which is no character: {shown(value)}"
+            return f"{name!r} holds half of a surrogate pair, which is not a character: {shown(value)}"
     if not row["output"].strip():
         return "'output' is empty: there is nothing to learn from"
     aliases = row.get("aliases")

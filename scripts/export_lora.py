@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_export(trained: TrainedModel, args: ExportArguments) -> None:
     """Raises InputError where this model cannot be exported in the way that the flags ask for."""
     if not isinstance(trained.model, PeftModel):
-        raise InputError("this folder holds a whole model, no adapter: it can be used as it is")
+        raise InputError("this folder holds a complete model, not an adapter: it can be used as it is")
     config, base = trained.model.active_peft_config, trained.model.get_base_model()
     if config.modules_to_save:
         raise InputError(

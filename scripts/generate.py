@@ -35,9 +35,9 @@ class GenerateArguments:
     """What is answered, and where the answers go."""
 
     prompt: str | None = flag(None, "one prompt; the answer is printed")
-    input: str | None = flag(None, "file or folder of rows with instruction and, if need be, input")
+    input: str | None = flag(None, "file or folder of rows with instruction and, optionally, input")
     output: str | None = flag(
-        None, "file for the rows with their answers, .json or .jsonl; an interrupted command goes on where it was"
+        None, "file for the rows with their answers, .json or .jsonl; rerunning an interrupted command resumes it"
     )
     chat: bool = flag(False, "a conversation on the terminal")
     template: str | None = flag(None, f"prompt template, {', '.join(TEMPLATES)}; by default the run's")
@@ -161,7 +161,7 @@ def prompt_problem(row: object) -> str | None:
 
 
 def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
-    """What answers depend on, besides the rows: a half-written file with other values is not gone on with."""
+    """What answers depend on, besides the rows: a half-written file with other values is not resumed."""
     # batch_size is left out, though padding moves answers within rounding and draws with a temperature follow it: it is
     # what a user has to lower in order to go on after memory ran out.
     weights = Path(inference.adapter) / WEIGHTS_NAME

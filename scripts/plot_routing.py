@@ -129,7 +129,7 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
         config = read_run_config(folder)
         found = {STATE: (folder / STATE).is_file(), CONFIG_NAME: config}
         if missing := [name for name, there in found.items() if not there]:
-            raise InputError(f"{folder} is no folder of a run: it has no {' and no '.join(missing)}")
+            raise InputError(f"{folder} is not a run folder: it has no {' and no '.join(missing)}")
         try:
             log = json.loads((folder / STATE).read_text())["log_history"]
             label = folder.name if names.count(folder.name) == 1 else str(folder)

@@ -88,7 +88,7 @@ def test_a_folder_that_needs_its_own_code_is_refused(folder_with, adapter_dir, d
     if kind == "tokenizer":  # these load none
         del calls["Python"], calls["plan"]
     for name, call in calls.items():
-        with pytest.raises(ValueError, match=r"needs Python code of its own .* which is never run") as caught:
+        with pytest.raises(ValueError, match=r"needs custom Python code .* which is never executed") as caught:
             call()
         assert name == "Python" or isinstance(caught.value, InputError)
     assert not (tmp_path / "ran").exists()
@@ -112,7 +112,7 @@ def test_an_attention_kernel_of_the_hub_is_refused_in_every_part_of_a_configurat
         Gemma3Config().save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(ValueError, match=r"needs Python code of its own \(attn_implementation .* 'someone/kernel'"):
+        with pytest.raises(ValueError, match=r"needs custom Python code \(attn_implementation .* 'someone/kernel'"):
             load_config(tmp_path)
 
 

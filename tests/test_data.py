@@ -171,7 +171,7 @@ def test_a_folder_is_read_whatever_the_case_of_its_names_and_what_is_passed_over
     (folder / "._a.jsonl").write_bytes(b"\0\5\x16\7")
     rows, counts = load(folder, tokenizer, tmp_path)
     assert rows["source"][:] == ["B.JSONL row 1", "a.jsonl row 1"]
-    assert counts.summary(256).endswith("; no data files, and so passed over: c.jsonl.gz, more/")
+    assert counts.summary(256).endswith("; skipped (not data files): c.jsonl.gz, more/")
     (folder / "e.txt").write_text("since then")
     assert load(folder, tokenizer, tmp_path)[1].passed_over == ("c.jsonl.gz", "e.txt", "more/")
     assert not load(folder / "B.JSONL", tokenizer, tmp_path)[1].passed_over

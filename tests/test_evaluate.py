@@ -361,7 +361,7 @@ def test_bad_rows_and_label_tasks_that_do_not_exist(run, data_file, tmp_path):
 def test_a_whole_model_is_measured_but_not_its_base(run, model_dir, data_file):
     _, report = run("--data", data_file, "--metrics", "lm_loss", adapter=model_dir)
     assert report["data"][0]["results"]["adapter"]["all"]["lm_loss"]["value"] > 0
-    with pytest.raises(InputError, match="holds a whole model"):
+    with pytest.raises(InputError, match="holds a complete model"):
         run("--data", data_file, "--base", adapter=model_dir)
 
 

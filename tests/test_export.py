@@ -301,7 +301,7 @@ def test_an_output_may_be_a_link_to_an_empty_folder(export, tmp_path):
 
 def test_an_output_folder_that_holds_something_is_left_alone(export, model_dir):
     assert "is not an empty folder" in refusal(export, output=model_dir)
-    assert "holds a whole model" in refusal(export, adapter=model_dir)
+    assert "holds a complete model" in refusal(export, adapter=model_dir)
 
 
 PYPI_PROGRAM = """

@@ -65,7 +65,7 @@ def test_the_tokenizer_is_the_base_models_where_the_folder_has_none(adapter_dir)
 def test_a_folder_of_a_whole_model_works_but_has_no_base(model_dir):
     trained = load(model_dir)
     assert not isinstance(trained.model, PeftModel)
-    with pytest.raises(InputError, match="holds a whole model"):
+    with pytest.raises(InputError, match="holds a complete model"):
         trained.as_base()
 
 
@@ -138,7 +138,7 @@ def test_a_whole_model_from_the_hub(model_dir, monkeypatch):
 @pytest.mark.parametrize("name", ["someone/adapter", "adapter", "no id"])
 def test_an_adapter_that_neither_folder_nor_hub_has(name):
     """The tests run offline."""
-    assert f"--adapter {name}: no such folder, and it could not be had from the hub: " in refusal(name)
+    assert f"--adapter {name}: no such folder, and it could not be downloaded from the hub: " in refusal(name)
 
 
 def test_a_failure_without_a_message_is_named(monkeypatch):
@@ -146,7 +146,7 @@ def test_a_failure_without_a_message_is_named(monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(inference, "snapshot_download", fail)
-    assert refusal("someone/adapter").endswith("could not be had from the hub: TimeoutError")
+    assert refusal("someone/adapter").endswith("could not be downloaded from the hub: TimeoutError")
 
 
 def test_a_base_model_that_is_not_there(adapter_dir, tmp_path):

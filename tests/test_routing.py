@@ -269,7 +269,7 @@ def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):
     namesake = shutil.copytree(run.output, tmp_path / "other" / run.output.name)
     both = plot_routing.read_curves([str(run.output), str(namesake)])
     assert set(both) == {f"{run.output} (beta 0.1)", f"{namesake} (beta 0.1)"}
-    with pytest.raises(InputError, match=r"adapter is no folder of a run: it has no trainer_state.json"):
+    with pytest.raises(InputError, match=r"adapter is not a run folder: it has no trainer_state.json"):
         plot_routing.main(["--adapter", str(run.output), "--runs", str(adapter_dir)])
     with pytest.raises(InputError, match="--prompt is empty"):
         plot_routing.main(["--adapter", str(run.output), "--prompt", " "])

@@ -120,7 +120,7 @@ def code_refused() -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            "it needs Python code of its own (auto_map in its JSON files), which is never run; use a model and a "
+            "it needs custom Python code (auto_map in its JSON files), which is never executed; use a model and a "
             "tokenizer whose classes are part of transformers"
         ) from error
 
@@ -129,7 +129,7 @@ def _refuse_kernels(config: PretrainedConfig) -> None:
     """Raises ValueError where a configuration names an attention kernel of the hub, which would be fetched and run."""
     if "/" in str(kernel := config._attn_implementation):
         raise ValueError(
-            f"it needs Python code of its own (attn_implementation in its config.json is {kernel!r}), which is never "
+            f"it needs custom Python code (attn_implementation in its config.json is {kernel!r}), which is never "
             "run; remove that entry"
         )
     for name in config.sub_configs:

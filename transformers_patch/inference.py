@@ -124,7 +124,7 @@ class TrainedModel:
         """
         if not isinstance(self.model, PeftModel):
             raise InputError(
-                "this folder holds a whole model, no adapter, so its base model is not at hand; "
+                "this folder holds a complete model, not an adapter, so there is no base model to compare with; "
                 "give the base model's own folder as --adapter to run it"
             )
         return self.model.disable_adapter()
@@ -185,7 +185,7 @@ def _local_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(PUBLISHED)))
     except (HTTPError, OSError, HFValidationError) as error:
         raise InputError(
-            f"--adapter {name}: no such folder, and it could not be had from the hub: {first_line(error)}"
+            f"--adapter {name}: no such folder, and it could not be downloaded from the hub: {first_line(error)}"
         ) from error
 
 

@@ -107,7 +107,7 @@ def _refuse_other_quantisation(name: str, config: PretrainedConfig) -> None:
     if found and method != "bitsandbytes":
         raise InputError(
             f"the weights of {name} are quantised by {method or 'an unknown method'} already, which is not supported; "
-            "take the model that they were made from, and quantise it with --load_in_kbits 4 or 8 if need be"
+            "use the unquantised model, with --load_in_kbits 4 or 8 if needed"
         )
 
 
@@ -211,7 +211,7 @@ def other_base_warning(trained_on: str | None, base: str) -> str | None:
     if not trained_on or trained_on == base or Path(trained_on).resolve() == Path(base).resolve():
         return None
     return (
-        f"warning: the adapter was trained on {trained_on}, and the base model is {base}: this is right only if both "
+        f"warning: the adapter was trained on {trained_on}, and the base model is {base}: results are valid only if both "
         "have the same weights"
     )
 
