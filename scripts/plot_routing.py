@@ -127,7 +127,7 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
         try:
             log = json.loads((folder / STATE).read_text())["log_history"]
             curves |= training_curves(folder.name, log, config["blc_weight"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{STATE} or {CONFIG_NAME} of {folder} is damaged ({error})") from None
     return curves
 
