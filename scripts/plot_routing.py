@@ -134,7 +134,7 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
             log = json.loads((folder / STATE).read_text())["log_history"]
             label = folder.name if names.count(folder.name) == 1 else str(folder)
             curves |= training_curves(label, log, config["blc_weight"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{STATE} or {CONFIG_NAME} of {folder} is damaged ({error})") from None
     return curves
 

@@ -287,6 +287,18 @@ def test_a_checkpoint_is_plotted_like_the_run_that_it_is_of(run, tmp_path):
         plot_routing.main(["--adapter", str(run.output), "--prompt", "caf\udce9"])
 
 
+def test_a_run_whose_files_are_damaged_has_no_curves(adapter_dir):
+    state, config = adapter_dir / "trainer_state.json", adapter_dir / "run_config.json"
+    config.write_text('{"blc_weight": 0.1}')
+    for damaged in ("[]", "{}", '{"log_history": 3}', '{"log_history": [3]}', '{"log_history": [{"routing_cv": 1}]}'):
+        state.write_text(damaged)
+        with pytest.raises(InputError, match=r"trainer_state.json or run_config.json of .*adapter is damaged \("):
+            plot_routing.read_curves([adapter_dir])
+    config.write_text('{"blc_weight": "0.1"}')
+    with pytest.raises(InputError, match=r"run_config.json: 'blc_weight' is \"0.1\", but has to be a number"):
+        plot_routing.read_curves([adapter_dir])
+
+
 def test_an_adapter_without_a_router_has_nothing_to_plot(adapter_dir, model_dir, tmp_path, capsys):
     filled_model(lora_nums=1, base_model_name_or_path=str(model_dir)).save_pretrained(adapter_dir)
     for folder in (adapter_dir, model_dir):

@@ -732,6 +732,13 @@ def test_a_folder_in_use_is_refused(run, no_weights, monkeypatch):
         run()
 
 
+@pytest.mark.parametrize("damaged", ["{", "[]"])
+def test_a_folder_whose_configuration_is_damaged_is_left_alone(tmp_path, damaged):
+    (tmp_path / "run_config.json").write_text(damaged)
+    with pytest.raises(InputError, match=r"run_config.json is damaged \(.*, so what it belongs to is not known"):
+        RunFolder(tmp_path).check({"max_steps": 1})
+
+
 def test_another_number_of_processes_is_another_configuration(run, no_weights):
     train.main([*run.arguments(num_processes=1), "--prepare_only"])
     with pytest.raises(InputError, match="num_processes: 1 there, 2 now"):

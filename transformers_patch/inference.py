@@ -17,11 +17,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from data import InputError, first_line, resolve_template
 from data.errors import reading
+from data.files import shown
 from peft import LoraConfig, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
-from transformers_patch.command_line import flag, listed
+from transformers_patch.command_line import flag, listed, refuse
 from transformers_patch.generation import drop_proposed_settings, end_tokens
 from transformers_patch.training.arguments import DataArguments
 from transformers_patch.training.base_model import check_base_model, load_tokenizer, other_base_warning, quantization
@@ -30,6 +31,17 @@ from transformers_patch.training.publish import PUBLISHED
 from transformers_patch.training.run_folder import CONFIG_NAME as RUN_CONFIG_NAME
 
 MODEL_CONFIG_NAME = "config.json"
+# The fields of a run's configuration that are read here, if they are there: what they have to be, and its types.
+TEXT_OR_NULL = ("a text or null", {str, type(None)})
+RUN_FIELDS = {
+    "blc_weight": ("a number", {int, float}),
+    "max_seq_length": ("a whole number", {int}),
+    "num_task_types": ("a whole number", {int}),
+    "prompt_template": ("a text", {str}),
+    "task_types": TEXT_OR_NULL,
+    "dataset_dir": TEXT_OR_NULL,
+    "validation_file": TEXT_OR_NULL,
+}
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -134,16 +146,26 @@ def read_run_config(folder: Path) -> dict:
     """The configuration of the run that made a folder, or made the checkpoint that it is; {} where there is none.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged: no JSON object, or a field that is read here is of another type.
     """
     is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.absolute().name)
     file = (folder.absolute().parent if is_checkpoint else folder) / RUN_CONFIG_NAME
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON ({error}): the file is damaged, restore it") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds {shown(config)} in place of an object: the file is damaged, restore it")
+    refuse(
+        [
+            f"{file}: {name!r} is {shown(config[name])}, but has to be {kind}: the file is damaged, restore it"
+            for name, (kind, types) in RUN_FIELDS.items()
+            if name in config and type(config[name]) not in types
+        ]
+    )
+    return config
 
 
 def load_trained(args: InferenceArguments) -> TrainedModel:
@@ -191,13 +213,14 @@ def _local_folder(name: str) -> Path:
 
 def _adapter_config(folder: Path) -> LoraConfig | None:
     """The adapter's configuration; None for the folder of a whole model."""
-    is_adapter, is_model = ((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME))
-    if not is_adapter and is_model:
-        return None
-    try:
-        return LoraConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    with reading(folder):
+        is_adapter, is_model = ((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME))
+        if not is_adapter and is_model:
+            return None
+        try:
+            return LoraConfig.from_pretrained(folder)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 def _load_weights(base: str, args: InferenceArguments) -> nn.Module:

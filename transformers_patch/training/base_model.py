@@ -211,8 +211,8 @@ def other_base_warning(trained_on: str | None, base: str) -> str | None:
     if not trained_on or trained_on == base or Path(trained_on).resolve() == Path(base).resolve():
         return None
     return (
-        f"warning: the adapter was trained on {trained_on}, and the base model is {base}: results are valid only if both "
-        "have the same weights"
+        f"warning: the adapter was trained on {trained_on}, and the base model is {base}: results are valid only if "
+        "both have the same weights"
     )
 
 

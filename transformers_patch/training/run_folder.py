@@ -98,6 +98,8 @@ class RunFolder:
             )
         try:
             there = json.loads(file.read_text())
+            if not isinstance(there, dict):
+                raise ValueError("it holds no JSON object")
         except ValueError as error:
             raise InputError(f"{file} is damaged ({error}), so what it belongs to is not known; {_WAY_OUT}") from None
         trained, wanted = _deciding(there), _deciding(config)
