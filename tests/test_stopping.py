@@ -187,6 +187,16 @@ def test_the_last_checkpoint_stays_until_the_run_is_finished(run, monkeypatch):
     assert checkpoints(run.output) == {"checkpoint-1"}
 
 
+def test_a_torn_checkpoint_is_not_kept_in_place_of_the_one_that_sigterm_saves(run):
+    settings = {"save_total_limit": 1}
+    with sigterm_at("compute_loss", 1):
+        train.main(run.arguments(**settings))
+    (run.output / "checkpoint-6").mkdir()
+    with sigterm_at("compute_loss", 2):
+        train.main(run.arguments(**settings))
+    assert find_checkpoint(run.output)[0] == run.output / "checkpoint-3"
+
+
 def never_finite(monkeypatch, steps: range = range(1000)) -> None:
     """Have the optimizer leave steps out because of their gradients, as DeepSpeed and the scaler of fp16 do."""
     training_step = Trainer.training_step

@@ -282,7 +282,11 @@ class LoRAMoETrainer(Trainer):
                 if self.is_world_process_zero():
                     self.state.save_to_json(str(aside / name / STATE))
                     put_in_place(aside, name)
-                    rotate_checkpoints(str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+                    # A later one is torn, and would be kept in place of this one.
+                    if sort_checkpoints(str(run_folder))[-1] == str(run_folder / name):
+                        rotate_checkpoints(
+                            str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint
+                        )
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()
