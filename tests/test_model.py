@@ -134,6 +134,7 @@ def test_logits_can_be_left_out():
     model, batch = filled_model().train(), make_batch()
     without = model(**batch, return_logits=False)
     assert without.logits is None
+    assert "logits" not in without
     assert torch.equal(without.loss, model(**batch).loss)
 
 

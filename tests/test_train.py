@@ -802,3 +802,19 @@ def test_a_deepspeed_file_that_overrules_flags_is_refused(run, no_weights, chang
     file.write_text(json.dumps(config | changes))
     with pytest.raises(InputError, match=message):
         run(deepspeed=file, prepare_only=True)
+
+
+def test_no_logits_are_copied_to_float32_while_training(run, monkeypatch):
+    """accelerate copies every output of a step under autocast, which is what this finds out about."""
+    outputs = []
+    compute_loss = Trainer.compute_loss
+
+    def keep(*args, **kwargs):
+        loss, output = compute_loss(*args, **kwargs)
+        outputs.append(output)
+        return loss, output
+
+    monkeypatch.setattr(Trainer, "compute_loss", keep)
+    run(bf16=True, max_steps=1, validation_file=None)
+    assert outputs
+    assert all("logits" not in output and output.logits is None for output in outputs)

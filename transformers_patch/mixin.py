@@ -124,9 +124,8 @@ class LoRAMoEMixin:
         with RoutingRecorder(self) as recorder, positions.only(self):
             outputs = stock_forward()
         loss = positions.loss(self, outputs.logits, **kwargs)
-        output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **_known(outputs))  # Trainer scales `loss` in place
-        if not return_logits:
-            output.logits = None
+        kept = {name: value for name, value in _known(outputs).items() if return_logits or name != "logits"}
+        output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **kept)  # Trainer scales `loss` in place
         self._add_terms(output, recorder, labels, attention_mask, task_types, balance_scale)
         return output
 
