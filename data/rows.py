@@ -172,12 +172,12 @@ def _is_empty(value: object) -> bool:
 
 
 def _says_something(value: object) -> bool:
-    """False for what holds no text and no true value, however nested."""
+    """False for what holds no text, however nested: numbers and the like count turns or name them."""
     values = [value]
     while values:
         value = values.pop()
         if isinstance(value, dict | list):
             values += value.values() if isinstance(value, dict) else value
-        elif value.strip() if isinstance(value, str) else value:
+        elif isinstance(value, Unreadable) or (isinstance(value, str) and value.strip()):
             return True
     return False

@@ -67,10 +67,11 @@ class EvaluateArguments:
             ("max_new_tokens", 1),
             ("limit", 1),
             ("num_fewshot", 0),
-            ("seed", 0),
         ):
             if (value := getattr(self, name)) is not None and value < least:
                 problems.append(f"--{name} is {value}, but has to be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"--seed is {self.seed}, but has to be from 0 to 4294967295")
         if problem := output_problem(self.output, self.data):
             problems.append(problem)
         if self.output and Path(self.output).suffix != ".json":

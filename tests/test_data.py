@@ -348,7 +348,7 @@ def test_columns_of_one_name_are_refused(tmp_path, tokenizer):
         load(tmp_path / "rows.parquet", tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("nothing", [False, 0, [[]], [["", " "]], [{"content": ""}, None]], ids=str)
+@pytest.mark.parametrize("nothing", [False, 3, [[]], [["", " "]], [{"content": ""}, None]], ids=str)
 def test_conversations_that_say_nothing_and_columns_of_ids_are_ignored(nothing):
     row = {"instruction": "Say", "output": "a", "history": nothing}
     others = {"input_id": 7, "input1": "x", "input_ids": [1], "InputIDs": [1], "task_type_id": 1, "alias_id": 3}

@@ -70,11 +70,12 @@ def test_tokens_per_second_leave_out_padding_and_pauses(monkeypatch):
 
 def test_the_peak_of_a_gpu_is_known_by_its_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H200 NVL") == 835e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA A10") == 125e12
     assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
-    for name in ("NVIDIA RTX A1000", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "something else"):
+    for name in ("NVIDIA RTX A1000", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 D", "H100 MIG 1g.10gb", "something else"):
         assert peak_flops(name) is None
 
 

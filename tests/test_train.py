@@ -789,6 +789,7 @@ def test_every_deepspeed_file_is_accepted():
     ("changes", "message"),
     [
         ({"bf16": {"enabled": True}}, r"bf16.enabled is true, but has to be auto, or false as the flags have it"),
+        ({"train_batch_size": 64}, r"train_batch_size is 64, but has to be auto, or 4"),
         ({"gradient_clipping": None}, r"gradient_clipping is missing, but has to be auto, or 1.0"),
         ({"train_micro_batch_size_per_gpu": 3}, r"train_micro_batch_size_per_gpu is 3, but has to be auto, or 4"),
         ({"scheduler": {"type": "WarmupLR"}}, r"leave scheduler out; the flags choose it"),

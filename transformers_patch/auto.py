@@ -130,7 +130,7 @@ def _refuse_kernels(config: PretrainedConfig) -> None:
     if "/" in str(kernel := config._attn_implementation):
         raise ValueError(
             f"it needs custom Python code (attn_implementation in its config.json is {kernel!r}), which is never "
-            "run; remove that entry"
+            "executed; remove that entry"
         )
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:

@@ -31,7 +31,7 @@ class DecodingArguments:
             ("temperature", "a number of at least 0", 0 <= self.temperature < float("inf")),
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
             ("top_k", "at least 0", self.top_k >= 0),
-            ("seed", "at least 0", self.seed >= 0),
+            ("seed", "from 0 to 4294967295", 0 <= self.seed < 2**32),
         )
         problems = [
             f"--{name} is {getattr(self, name)}, but has to be {needed}" for name, needed, ok in limits if not ok

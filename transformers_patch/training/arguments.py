@@ -443,6 +443,8 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
         return [
             f"--tuning full would leave no weights: set {GATHER} to true, in zero_optimization of {flags.deepspeed}"
         ]
+    if flags.save_only_model and flags.load_best_model_at_end:
+        return ["--save_only_model with --load_best_model_at_end fails under --deepspeed; leave one of them out"]
     if stage == 3 and flags.load_in_kbits in (4, 8):
         return [f"--load_in_kbits {flags.load_in_kbits} cannot be sharded by ZeRO-3; use scripts/deepspeed/zero2.json"]
     return []
@@ -456,6 +458,11 @@ def _deepspeed_mismatches(config: dict, flags: argparse.Namespace) -> list[str]:
         "gradient_clipping": flags.max_grad_norm,
     }
     found = {name: config.get(name) for name in wanted}
+    if "train_batch_size" in config:
+        processes = flags.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
+        found["train_batch_size"] = config["train_batch_size"]
+        rows = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
+        wanted["train_batch_size"] = rows * processes
     for half in ("bf16", "fp16"):
         section = config.get(half)
         found[f"{half}.enabled"] = section.get("enabled", False) if isinstance(section, dict) else False

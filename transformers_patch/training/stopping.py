@@ -102,6 +102,8 @@ class StopSignals(TrainerCallback):
         state.stateful_callbacks[SKIPPED_STEPS] = skipped_steps
         self._losses.clear()
         _note_due(args, state, control)
+        if state.global_step >= state.max_steps:
+            args.save_only_model = False  # what comes behind training can be interrupted, too
         if terminated:
             self.stop(args, state, control)
 

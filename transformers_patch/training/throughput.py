@@ -17,6 +17,7 @@ from transformers_patch.auto import base_of
 
 # Dense bf16 TFLOP/s from the data sheets, by words of the name that CUDA gives the device; the first match counts.
 PEAK_TFLOPS = {
+    "H200 NVL": 835,
     "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -33,8 +34,8 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s that the data sheet promises of a GPU; None for one that is not in the table, or is a laptop's."""
-    if "Laptop" in device_name:
+    """FLOP/s that the data sheet promises of a GPU; None for one that is not in the table, or a part of one."""
+    if re.search(r"\b(Laptop|MIG|4090 D)\b", device_name):
         return None
     found = (tflops for words, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", device_name))
     return next((1e12 * tflops for tflops in found), None)
