@@ -188,15 +188,22 @@ workers() {
     if ((${#launch[@]} == 1)); then echo "$trainer"; return; fi
     grep -lsx "PPid:[[:space:]]*$trainer" /proc/[0-9]*/status | cut -d/ -f3 || true
 }
-# They get the signal until they end, since one that has only just been started has missed it. Where torchrun has none
-# yet, it might wait for other nodes for long.
+# They get the signal until they end, since one that has only just been started has missed it. Where torchrun has none, it
+# might wait for other nodes for long; a child that it has for a moment while it starts is none.
 stop_training() {
     stopped=true
-    if [[ -z $(workers) ]]; then
-        kill -USR1 "$trainer" || true
-    else
-        while kill -0 "$trainer"; do kill -TERM $(workers) || true; sleep 1; done 3>&- &
-    fi
+    (
+        polls_without=0
+        while kill -0 "$trainer"; do
+            if [[ -n $(workers) ]]; then
+                polls_without=0
+                kill -TERM $(workers) || true
+            elif ((++polls_without == 2)); then
+                kill -USR1 "$trainer" || true
+            fi
+            sleep 1
+        done
+    ) 3>&- &
 } 2>/dev/null
 trap stop_training TERM INT HUP
 status=0
