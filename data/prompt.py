@@ -69,11 +69,19 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[
     Raises:
         InputError: a text cannot be written as UTF-8.
     """
-    if any(not is_unicode(turn["content"]) for turn in turns):
-        raise InputError("the prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
+    for turn in turns:
+        if problem := encoding_problem("the prompt", turn["content"]):
+            raise InputError(problem)
     if template == "plain":
         return _plain_prompts(tokenizer, [_paragraphs(turns)])[0]
     return _encode_rendered(tokenizer, _render(tokenizer, [_shown_turns(tokenizer, turns)]), [_contents(turns)])[0]
+
+
+def encoding_problem(name: str, text: str | None) -> str | None:
+    """What is wrong with the bytes of a text that a user has typed, or None; `name` is what the message calls it."""
+    if text is None or is_unicode(text):
+        return None
+    return f"{name} has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8"
 
 
 def show_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]]) -> str:

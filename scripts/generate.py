@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
-from data import TEMPLATES, AnswerFile, InputError, encode_prompt, encode_turns, file_hash, is_unicode
+from data import TEMPLATES, AnswerFile, InputError, encode_prompt, encode_turns, encoding_problem, file_hash
 from data.answers import unwritable_field
 from data.files import find_files, read_block, split_files
 from data.rows import MOST_PROBLEMS_SHOWN, refuse_rows, row_problem
@@ -49,8 +49,8 @@ class GenerateArguments:
             problems.append("exactly one of --prompt, --input and --chat has to be given")
         if (self.input is None) != (self.output is None):
             problems.append("--input and --output belong together")
-        if self.prompt is not None and not is_unicode(self.prompt):
-            problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
+        if problem := encoding_problem("--prompt", self.prompt):
+            problems.append(problem)
         if problem := output_problem(self.output, [self.input]):
             problems.append(problem)
         if self.output and Path(self.output).suffix not in OUTPUT_KINDS:

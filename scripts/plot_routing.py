@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from data import InputError, encode_prompt, is_unicode
+from data import InputError, encode_prompt, encoding_problem
 from data.errors import reading
 from peft import PeftModel
 from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
@@ -46,8 +46,8 @@ class PlotArguments:
             problems.append("--prompt is empty")
         if self.output and (problem := output_problem(Path(self.output) / "routing.json", [self.data])):
             problems.append(problem)
-        if self.prompt is not None and not is_unicode(self.prompt):
-            problems.append("--prompt has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8")
+        if problem := encoding_problem("--prompt", self.prompt):
+            problems.append(problem)
         return problems
 
 
