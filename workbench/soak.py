@@ -1,10 +1,10 @@
 """Kill a training run again and again, and compare its adapter with that of an undisturbed run.
 
 Run as ``bash workbench/soak.sh`` from the repository root. Each life of the run is the same `train.py` command, ended
-by SIGKILL at a random moment of its start or its training, or at a random moment within a checkpoint's saving, which shows
-from outside by the hidden folder that a checkpoint is written in. A run that reaches its end is compared, and while
-kills are missing another one starts. It passes if every adapter is the same, byte for byte, if no torn checkpoint ever
-takes a checkpoint's name, and if nothing is left behind in a finished folder.
+by SIGKILL at a random moment of its start or its training, or at a random moment within a checkpoint's saving, which
+shows from outside by the hidden folder that a checkpoint is written in. A run that reaches its end is compared, and
+while kills are missing another one starts. It passes if every adapter is the same, byte for byte, if no torn checkpoint
+ever takes a checkpoint's name, and if nothing is left behind in a finished folder.
 
 With --launches it starts and ends runs instead, in every way that one can end: see `workbench/launches.py`.
 """
