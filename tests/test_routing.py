@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import TrainingArguments
 
 from data import InputError, encode_prompt
+from inference import trained
 from inference.rows import batches, load_rows
 from peft import FILLER_TASK_TYPE, LoraConfig, PeftModel, get_peft_model
 from scripts import plot_routing
