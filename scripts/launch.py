@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
     args = parser.parse_args(argv)
     if any(flag.startswith("--output_dir") for flag in args.flags):
-        sys.exit("error: the run's folder is output_dir/exp_name: set these two variables in place of --output_dir")
+        sys.exit("error: the run's folder is output_dir/exp_name: set these two variables instead of --output_dir")
     args.num_processes = args.num_processes and whole_number("num_processes", args.num_processes, least=1)
     args.nnodes = whole_number("nnodes", args.nnodes, least=1)
     args.node_rank = whole_number("node_rank", args.node_rank, least=0)
@@ -80,8 +80,7 @@ def resolve(args: argparse.Namespace, gpus: int) -> None:
     """Fill in the variables that depend on the number of visible GPUs."""
     if gpus and (args.num_processes or 1) > gpus:
         sys.exit(
-            f"error: num_processes is {args.num_processes}, but each needs a GPU of its own, and {gpus} can be seen "
-            "here"
+            f"error: num_processes is {args.num_processes}, but each process needs its own GPU, and {gpus} are visible"
         )
     args.num_processes = args.num_processes or max(gpus, 1)
     if args.deepspeed_config_file == "auto":

@@ -490,7 +490,7 @@ def test_on_gpus_there_is_a_process_for_each_with_zero2_and_half_precision(dry_r
     ("variables", "message"),
     [
         ({"nnodes": "2", "node_rank": "2"}, "node_rank is 2, but with nnodes=2 the nodes have the numbers 0 to 1"),
-        ({"num_processes": "4"}, "num_processes is 4, but each needs a GPU of its own, and 3 can be seen here"),
+        ({"num_processes": "4"}, "num_processes is 4, but each process needs its own GPU, and 3 are visible"),
     ],
     ids=["node", "GPU"],
 )

@@ -1,8 +1,10 @@
 """`run_loramoe.sh` and `scripts/launch.py` with a stand-in for train.py: signals, output and exit codes."""
 
+import fcntl
 import os
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -78,6 +80,30 @@ def test_a_signal_that_comes_early_reaches_the_trainer_in_the_end(started, tmp_p
     os.killpg(script.pid, number)
     assert script.wait(timeout=10) == 128 + signal.SIGTERM
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("key", [b"\x03", b"\x1c", None], ids=["Ctrl-C", "Ctrl-backslash", "closed"])
+def test_the_terminal_stops_a_run(started, tmp_path, key):
+    terminal, theirs = os.openpty()
+
+    def control() -> None:
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY)
+
+    program = TRAINS_UNTIL_SIGTERM + "print('the end')\n"
+    script = started(program, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=control)
+    os.close(theirs)
+    if key:
+        os.write(terminal, key)
+    else:
+        os.close(terminal)
+    assert script.wait(timeout=10) == 128 + signal.SIGTERM
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "outputs" / "default" / "train.log").read_text() == "the end\n"
+    if key:
+        assert os.read(terminal, 1000).endswith(b"the end\r\n")
+        os.close(terminal)
 
 
 def test_a_run_that_finishes_after_the_signal_ends_with_0(started, tmp_path):
