@@ -112,7 +112,7 @@ RANGES = (
 class ModelArguments:
     """The base model and the adapter on it."""
 
-    model_name_or_path: str | None = flag(None, "base model: a local folder or a hub id")
+    model_name_or_path: str = flag(None, "base model: a local folder or a hub id")
     tokenizer_name_or_path: str | None = flag(None, "tokenizer, where it is not the base model's")
     tuning: Literal["loramoe", "full"] = flag("loramoe", "loramoe trains experts and routers; full trains all weights")
     peft_path: str | None = flag(None, "adapter folder to continue from, instead of a fresh adapter")
@@ -137,7 +137,7 @@ class ModelArguments:
     blc_reference: bool = flag(
         False, "the statistic of the authors' code in the balance term: padding counts, each process for itself"
     )
-    num_task_types: int | None = flag(None, "number of task types K; by default that of --task_types, or else 2")
+    num_task_types: int = flag(None, "number of task types K; by default that of --task_types, or else 2")
     task_types: str | None = flag(
         None, "names of the task types, separated by commas, which rows may use in place of the numbers 0, 1, ..."
     )
@@ -207,7 +207,7 @@ def _targets(text: str) -> list[str] | str | None:
 class DataArguments:
     """The rows and how they become tokens."""
 
-    dataset_dir: str | None = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
+    dataset_dir: str = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
     validation_file: str | None = flag(None, "evaluation rows, file or folder; without it nothing is evaluated")
     max_seq_length: int = flag(1024, "longest row in tokens; longer ones are cut at the end")
     prompt_template: str = flag("auto", "plain, chat (the tokenizer's own template), or auto (chat where there is one)")

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Self
 
 CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
@@ -75,7 +76,7 @@ class PeftConfig:
             temporary.unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike) -> "PeftConfig":
+    def from_pretrained(cls, directory: str | os.PathLike) -> Self:
         """Read `adapter_config.json` from a folder.
 
         Raises:

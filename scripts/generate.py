@@ -7,8 +7,8 @@ always the same, unless a temperature is given.
 
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class Answerer:
         self.settings: GenerationConfig = decoding.settings(
             trained.tokenizer.pad_token_id, trained.end_tokens(self.template)
         )
-        self.voices = {"generated": nullcontext}
+        self.voices: dict[str, Callable[[], AbstractContextManager]] = {"generated": nullcontext}
         if args.compare_base:
             self.voices["generated_by_base"] = trained.as_base
 

@@ -47,7 +47,7 @@ NUMBERS = {
 }
 # Any other field may change what the adapter computes, unless its value is neutral. The authors' code never merges.
 HARMLESS = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "merge_weights", "revision"}
-NEUTRAL = (None, False, "", "none", [], {})
+NEUTRAL: tuple = (None, False, "", "none", [], {})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -77,9 +77,9 @@ def memory_per_gpu(counts: Footprint, setup: Setup) -> dict[str, int]:
     adapter_itemsize = setup.itemsize if setup.zero else 4
     # DeepSpeed keeps a float32 copy beside half-precision weights, and makes one of the gradient for its step.
     copies = 8 if setup.zero and setup.itemsize < 4 else 0
-    optimizer = trainable * (8 + copies)
-    gradients = trainable * 4  # DeepSpeed's files accumulate them in float32, too
-    frozen = _frozen_bytes(counts, setup)
+    optimizer: float = trainable * (8 + copies)
+    gradients: float = trainable * 4  # DeepSpeed's files accumulate them in float32, too
+    frozen: float = _frozen_bytes(counts, setup)
     buffers = trainable * 4 if setup.zero == 0 and shares > 1 else 0
     if setup.zero >= 1:
         optimizer /= shares
