@@ -83,11 +83,11 @@ class LoRAMoEMixin:
 
         Args:
             task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
-            row_weights: of shape (B,), as the `Collator` gives it: 1 for an example, 0 for a padding example, which the
-                balance term leaves out. None is 0 for the rows whose mask is all 0; `task_types` are then checked, which
-                synchronises with the device.
-            supervised_indices: of shape (N,), as the `Collator` gives it: the positions in the flattened batch whose next
-                token carries a label. None finds them, which synchronises with the device.
+            row_weights: of shape (B,), from the `Collator`: 1 for an example, 0 for a padding example, which the term
+                leaves out. None is 0 for rows whose mask is all 0; `task_types` are then checked, which synchronises
+                with the device.
+            supervised_indices: of shape (N,), from the `Collator`: positions in the flattened batch whose next token
+                carries a label. None finds them, which synchronises with the device.
             balance_scale: factor on the balance term (and on the base model's own router loss) in `loss`, by which a
                 trainer makes the micro-batches of one optimizer step count as their mean. They are reported without it.
             return_logits: with labels, whether the output has the logits; they are large, and training needs none.
