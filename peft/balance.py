@@ -6,8 +6,9 @@ Shape suffixes: L adapted Linears, B samples, T tokens, E experts, K task types.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from peft.ranks import sum_over_ranks
 
 
 def sample_shares(weights_BTE: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -66,25 +67,9 @@ def localized_balance_term(
     weights_B1 = shares_LBE.new_ones(B, 1) if row_weights_B is None else row_weights_B.to(shares_LBE).unsqueeze(1)
     D_LBE = (coefficients_BE * shares_LBE.float() - 1 / E) * weights_B1
     sums = torch.cat([D_LBE.sum(dim=(1, 2)), D_LBE.square().sum(dim=(1, 2)), E * weights_B1.sum(dim=0)])
-    if over_ranks and dist.is_initialized():
-        sums = _SumOverRanks.apply(sums)
+    if over_ranks:
+        sums = sum_over_ranks(sums)
     sum_L, squares_L, count = sums[:L], sums[L:-1], sums[-1].clamp(min=2)
     mean_L = sum_L / count
     var_L = (squares_L - mean_L * sum_L) / (count - 1)
     return (var_L / ((mean_L + 1 / E).square() + 1e-10)).sum()
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Every rank computes the same function of the sum, so the gradients that its backward pass would add up over the
-    ranks are equal: the world size times one of them. Data parallelism averages the ranks' gradients, which makes that
-    the gradient of the global term."""
-
-    @staticmethod
-    def forward(ctx, local: Tensor) -> Tensor:
-        total = local.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient * dist.get_world_size()

@@ -46,8 +46,8 @@ class RoutingRecorder:
         The routers may be on several devices; the result is on that of the first.
         """
         weights = list(self.weights.values())
-        stacked = torch.stack([each.to(weights[0].device) for each in weights])
-        return sample_shares(stacked.view(len(weights), *mask_BT.shape, -1), mask_BT)
+        rows = [each.to(weights[0].device).view(*mask_BT.shape, -1) for each in weights]
+        return sample_shares(torch.stack(rows), mask_BT)
 
     def _keep(self, name: str):
         def hook(module, inputs, output):
