@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -193,7 +193,7 @@ def _numbers(field_name: str, text: str | None) -> list[int] | None:
     numbers = listed(text)
     if numbers is not None and not all(number.isdecimal() for number in numbers):
         raise ValueError(f"{field_name} is {text!r}, but has to be whole numbers separated by commas")
-    return numbers and [int(number) for number in numbers]
+    return None if numbers is None else [int(number) for number in numbers]
 
 
 def _targets(text: str) -> list[str] | str | None:
@@ -245,7 +245,7 @@ class RunArguments(TrainingArguments):
     prepare_only: bool = flag(False, "check everything, encode the data and stop before any weight is read")
 
     def __post_init__(self):
-        if self.save_strategy == "best" and self.metric_for_best_model is None:
+        if self.save_strategy == "best" and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None:
             self.greater_is_better = False
@@ -441,7 +441,7 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
         return [f"--deepspeed {flags.deepspeed}: has to be a JSON object"]
     if not flags.prepare_only and "RANK" not in os.environ:
         return ["--deepspeed needs a launcher, for one process too: use run_loramoe.sh or torchrun"]
-    zero = config.get("zero_optimization")
+    zero: Any = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2, 3):
         return [f"--deepspeed {flags.deepspeed}: the stage in zero_optimization has to be 1, 2 or 3"]

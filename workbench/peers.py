@@ -69,7 +69,8 @@ class Peer:
 
     def _ask(self, request: dict) -> dict:
         requests, answers = self._process.stdin, self._process.stdout
-        assert requests is not None and answers is not None
+        assert requests is not None
+        assert answers is not None
         requests.write(json.dumps(request) + "\n")
         requests.flush()
         answer = json.loads(answers.readline() or '{"error": "the worker ended"}')

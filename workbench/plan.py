@@ -222,7 +222,8 @@ def check(folder: str) -> tuple[list[list[str]], float, float]:
     variant = Variant("loramoe", dropout=0.05)
     base = load_base(folder)
     model, config = variant.model(base), find_architecture(folder)
-    lines, errors = [["batch", "figure", "predicted, MiB", "measured, MiB", "error"]], {"saved": [], "peak": []}
+    lines = [["batch", "figure", "predicted, MiB", "measured, MiB", "error"]]
+    errors: dict[str, list[float]] = {"saved": [], "peak": []}
     for batch, length in CHECKED_SHAPES:
         # The last token of a row predicts nothing.
         shape = Shape(batch, length, batch * (length - 1), torch.float32, casts_adapter=False, checkpointing=False)
