@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         check_attention(skeleton, model_args.attn_implementation)
         model_args.resolve(skeleton)
-        train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
+        train_data, eval_data, data_sha256 = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
-        config = run_config(model_args, data_args, args)
+        config = run_config(model_args, data_args, args, data_sha256)
     say(args, *adapter_warnings(model_args))
     folder = RunFolder(args.output_dir)
     repository = open_repository(args)
@@ -125,8 +125,9 @@ def run(
 
 def load_rows(
     tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, data_args: DataArguments, args: RunArguments
-) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation rows, encoded. Says what was found, and warns of rows that are in both.
+) -> tuple[Dataset, Dataset | None, dict[str, str]]:
+    """Training and evaluation rows, encoded, and the hashes of their files for `run_config`. Prints what was found, and
+    warns of rows that are in both.
 
     Raises:
         InputError: a file or a row cannot be used, or there are too few rows for a single micro-batch that is kept.
@@ -145,9 +146,10 @@ def load_rows(
             f"{micro_batch} over all processes; leave it out or lower --per_device_train_batch_size"
         )
     messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]
-    eval_data = None
+    eval_data, data_sha256 = None, {"dataset_sha256": train_counts.sha256}
     if data_args.validation_file:
         eval_data, eval_counts = load(data_args.validation_file)
+        data_sha256["validation_sha256"] = eval_counts.sha256
         messages.append(f"evaluation rows  {data_args.validation_file}: {eval_counts.summary(encoding.max_seq_length)}")
         if args.process_index == 0 and (shared := count_shared_rows(train_data, eval_data)):
             messages.append(
@@ -158,7 +160,7 @@ def load_rows(
     messages += ["first training row, what is learnt in [[ ]]:", marked_row(tokenizer, train_data[0])]
     if not args.prepare_only:
         say(args, *messages)
-    return train_data, eval_data
+    return train_data, eval_data, data_sha256
 
 
 def unseen_task_types(train_data: Dataset, eval_data: Dataset, names: Sequence[str]) -> list[str]:

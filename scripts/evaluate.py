@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from data import TEMPLATES, DataStatistics, Encoding, InputError, content_hash, load_data
+from data import TEMPLATES, DataStatistics, Encoding, InputError, load_data
 from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
 from transformers_patch.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from transformers_patch.generation import DecodingArguments
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     for path, rows, statistics in load_sets(trained, paths, template, args):
         print(f"{path}: {statistics.summary(max_length(trained, args))}", flush=True)
         report["data"].append(evaluate_set(trained, models, rows, template, args, inference.batch_size))
-        report["data"][-1] |= {"path": path, "sha256": content_hash(path), "rows": len(rows)}
+        report["data"][-1] |= {"path": path, "sha256": statistics.sha256, "rows": len(rows)}
         report["data"][-1] |= {"truncated": statistics.truncated, "dropped": statistics.dropped}
         print(*table_lines(report["data"][-1]["results"]), sep="\n", flush=True)
     if args.lm_eval:

@@ -32,6 +32,8 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 from data import InputError, first_line
+from data.atomic import atomic_file
+from data.errors import writing
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import RECIPES, Source, evaluation_parts
 from scripts.provenance import provenance
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # Errors are told once, by ours.
     folder = Path(args.output)
-    with writing(folder), alone(folder):
+    with writing(f"{folder} cannot be written", "once it can, the same command goes on"), alone(folder):
         aside, counts = begin(folder, args, argv)
         save(aside, counts)
         parts = evaluation_parts(args.sources)
@@ -123,16 +125,6 @@ def main(argv: list[str] | None = None) -> None:
         aside.rename(folder)
     print(*table_lines(counts), sep="\n")
     print(f"{rows_so_far(counts):,} of {args.rows:,} training rows are in {folder}/train")
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A context in which what cannot be written is one message."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"{folder} cannot be written: {error.strerror}"
-        raise InputError(f"{reason}; once it can, the same command goes on") from error
 
 
 @contextmanager
@@ -383,9 +375,8 @@ def read_rows(file: Path) -> Iterator[dict]:
 
 def save(aside: Path, counts: dict) -> None:
     aside.mkdir(parents=True, exist_ok=True)
-    whole = aside / f"{COUNTS_NAME}.tmp"
-    whole.write_text(json.dumps(counts, indent=2) + "\n")
-    whole.replace(aside / COUNTS_NAME)
+    with atomic_file(aside / COUNTS_NAME) as temporary:
+        temporary.write_text(json.dumps(counts, indent=2) + "\n")
 
 
 def table_lines(counts: dict) -> list[str]:

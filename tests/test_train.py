@@ -607,7 +607,7 @@ BAD_FLAGS = {
     "bits": ({"load_in_kbits": 3}, r"--load_in_kbits is 3; allowed are 4, 8 and 16"),
     "template": ({"prompt_template": "alpaca"}, r"--prompt_template is 'alpaca'; allowed are auto, plain, chat"),
     "length": ({"max_seq_length": 1}, r"--max_seq_length is 1, but has to be at least 2"),
-    "no label left": ({"max_seq_length": 5}, r"train.json: no row has a label left within max_seq_length 5"),
+    "no label left": ({"max_seq_length": 5}, r"train.json: no row has supervised tokens within max_seq_length 5"),
     "fp16 on a CPU": ({"fp16": True}, r"--fp16 does nothing on a CPU"),
     "FSDP": ({"fsdp": True}, r"--fsdp is not supported"),
     "no evaluation rows": (

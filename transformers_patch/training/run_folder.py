@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from data import InputError, content_hash, file_hash
+from data import InputError, file_hash
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
 from transformers_patch.training.checkpoint import checkpoint_problem, clear_unfinished, writing
@@ -147,8 +147,14 @@ _WAY_OUT = (
 )
 
 
-def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict:
-    """Everything that the result of a run depends on, as plain JSON values; files by their content."""
+def run_config(
+    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, data_sha256: dict[str, str]
+) -> dict:
+    """Everything that the result of a run depends on, as plain JSON values; files by their content.
+
+    Args:
+        data_sha256: the contents of the data files, as `dataset_sha256` and `validation_sha256`.
+    """
     values = {**asdict(model_args), **asdict(data_args), **args.to_dict()}
     config = {
         name: value
@@ -156,9 +162,7 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_PREFIXES)
     }
     config["device"] = args.device.type
-    config["dataset_sha256"] = content_hash(data_args.dataset_dir)
-    if data_args.validation_file:
-        config["validation_sha256"] = content_hash(data_args.validation_file)
+    config |= data_sha256
     if model_args.peft_path:
         config["peft_sha256"] = file_hash(Path(model_args.peft_path) / WEIGHTS_NAME)
     if args.deepspeed:
