@@ -20,9 +20,9 @@ from data import (
     marked_row,
     task_types,
 )
-from peft.saving import WEIGHTS_NAME
-from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
-from transformers_patch.training.base_model import (
+from data.atomic import atomic_files, write_json
+from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from loading.base_model import (
     adapter_warnings,
     build_model,
     check_attention,
@@ -31,10 +31,12 @@ from transformers_patch.training.base_model import (
     load_tokenizer,
     with_adapter,
 )
-from transformers_patch.training.checkpoint import STATE, filling, find_checkpoint, writers, writing
-from transformers_patch.training.ending import run_process
-from transformers_patch.training.publish import open_repository, publish
-from transformers_patch.training.report import (
+from loading.run_files import RESULTS_NAME, STATE_NAME
+from peft.saving import WEIGHTS_NAME
+from training.checkpoint import find_checkpoint, writers, writing
+from training.ending import run_process
+from training.publish import open_repository, publish
+from training.report import (
     generate_samples,
     routing_lines,
     summary_lines,
@@ -42,10 +44,10 @@ from transformers_patch.training.report import (
     write_model_card,
     write_routing,
 )
-from transformers_patch.training.routing import routing_summary
-from transformers_patch.training.run_folder import RESULTS_NAME, RunFolder, run_config, write_json
-from transformers_patch.training.stopping import StoppedError, StopSignals
-from transformers_patch.training.trainer import LoRAMoETrainer
+from training.routing import routing_summary
+from training.run_folder import RunFolder, run_config
+from training.stopping import StoppedError, StopSignals
+from training.trainer import LoRAMoETrainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -234,15 +236,15 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
     """Write what is left; `all_results.json` comes last and marks the run as finished."""
     if not trainer.is_world_process_zero():
         return
-    with filling(folder.path) as aside:
-        trainer.state.save_to_json(str(aside / STATE))
+    with atomic_files(folder.path) as temporary:
+        trainer.state.save_to_json(str(temporary / STATE_NAME))
         if trainer.routing:
             adapter = trainer.accelerator.unwrap_model(trainer.model).active_peft_config
             summary = routing_summary(trainer.routing, adapter)
             summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
-            write_routing(aside, summary)
+            write_routing(temporary, summary)
         data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
-        write_model_card(aside, config, results, {name: rows for name, rows in data.items() if rows is not None})
+        write_model_card(temporary, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)
     trainer.keep_best_checkpoint()
     say(trainer.args, *summary_lines(folder.path, results))

@@ -4,6 +4,7 @@ It is written under a temporary name next to its place, `.NAME.RANDOM.tmp`, flus
 process that is killed leaves a temporary file or folder; `remove_temporaries` clears it away.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -50,10 +51,16 @@ def atomic_files(folder: Path) -> Iterator[Path]:
             file.replace(place)
 
 
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
 def remove_temporaries(folder: Path, name: str = "*") -> None:
     """Remove what killed processes were writing into a folder under `name`. Nobody else may be writing there now."""
     for path in folder.glob(f".{name}.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def _temporary(path: Path) -> Path:

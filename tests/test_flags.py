@@ -19,11 +19,11 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 import train
 from data import InputError
-from transformers_patch.training import checkpoint
-from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
-from transformers_patch.training.base_model import quantization
-from transformers_patch.training.optimization import EVALUATED, OPTIMIZERS
-from transformers_patch.training.run_folder import WITHOUT_EFFECT, WITHOUT_EFFECT_PREFIXES, RunFolder
+from loading.arguments import DataArguments, ModelArguments, RunArguments
+from loading.base_model import quantization
+from loading.optimization import EVALUATED, OPTIMIZERS
+from training import checkpoint
+from training.run_folder import WITHOUT_EFFECT, WITHOUT_EFFECT_PREFIXES, RunFolder
 
 # Values that leave every bit of the adapter as it is: of all flags that are said to decide nothing, and of more.
 WITHOUT_A_TRACE = (

@@ -20,7 +20,7 @@ from test_train import Runner
 
 from data import InputError
 from peft import LoraConfig, PeftModel
-from transformers_patch.training.checkpoint import checkpoint_problem
+from training.checkpoint import checkpoint_problem
 
 # Variables of run_loramoe.sh: the flag that each one sets, and a value that is no default and no other's.
 TRAIN_VARIABLES = {

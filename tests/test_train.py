@@ -19,11 +19,12 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerCont
 
 import train
 from data import InputError
+from loading import arguments
+from loading.base_model import build_model
 from peft import LoraConfig, LoraExperts, LoraLayer, PeftModel
-from transformers_patch.training import arguments, checkpoint
-from transformers_patch.training.base_model import build_model
-from transformers_patch.training.run_folder import RunFolder
-from transformers_patch.training.stopping import StopSignals
+from training import checkpoint
+from training.run_folder import RunFolder
+from training.stopping import StopSignals
 
 
 class Runner:
@@ -153,8 +154,8 @@ def test_what_a_killed_run_was_just_writing_is_cleared_away(run):
     clean = {file.name for file in run.output.iterdir()}
     (run.output / "all_results.json").unlink()
     (run.output / ".all_results.json.1.tmp").write_text("{")
-    for aside in (checkpoint.ASIDE, checkpoint.FILES_ASIDE):
-        (run.output / aside / "checkpoint-6").mkdir(parents=True)
+    for name in (checkpoint.TEMPORARY_NAME, ".files.1234abcd.tmp"):
+        (run.output / name / "checkpoint-6").mkdir(parents=True)
     assert run()["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
     assert {file.name for file in run.output.iterdir()} == clean
 
@@ -727,7 +728,7 @@ def test_a_base_model_without_readable_weights_is_named(run, model_dir, tmp_path
 
 
 def test_a_folder_in_use_is_refused(run, no_weights, monkeypatch):
-    monkeypatch.setattr("transformers_patch.training.run_folder.SECONDS_TO_WAIT", 0)
+    monkeypatch.setattr("training.run_folder.SECONDS_TO_WAIT", 0)
     with RunFolder(run.output).held(), pytest.raises(InputError, match="is in use by another run"):
         run()
 
