@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data import resolve_template, row_lengths
+from data.atomic import write_json
 from inference.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
 from peft import LoraConfig
 from training.routing import Routing, group_shares, group_spans, span_text
 from training.routing_plot import plot_routing
-from training.run_folder import write_json
 
 CITATION = """@inproceedings{dou2024loramoe,
   title     = {{LoRAMoE}: Alleviating World Knowledge Forgetting in Large Language Models via {MoE}-Style Plugin},

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 from data import InputError
+from data.atomic import write_json
 from loading.command_line import flag, parse_flags, run_verb
-from training.run_folder import write_json
 from workbench.experiments.cell import run_cell
 from workbench.experiments.mixture import check_rows
 from workbench.experiments.plan import Cell, Experiment, read_experiment
