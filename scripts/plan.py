@@ -23,7 +23,7 @@ from scripts.footprint import Footprint, Shape, count_step
 from scripts.instruments import SavedBytes
 from scripts.processes import run_alone
 from scripts.variants import Variant, load_base, random_batch, resident_memory
-from transformers_patch.auto import default_targets
+from transformers_patch.auto import damage_refused, default_targets
 from transformers_patch.command_line import listed
 from transformers_patch.training.arguments import FLAG_OF_FIELD, DataArguments
 from transformers_patch.training.throughput import GIB, PEAK_TFLOPS
@@ -142,7 +142,8 @@ def plan(config: PretrainedConfig, flags: argparse.Namespace) -> dict:
         checkpointing=flags.gradient_checkpointing,
     )
     try:
-        counts = count_step(config, adapter_config(flags), shape)
+        with damage_refused(f"config.json of {flags.model}"):
+            counts = count_step(config, adapter_config(flags), shape)
     except ValueError as error:
         raise InputError(str(error)) from error
     tflops, capacity = GPUS[flags.gpu]

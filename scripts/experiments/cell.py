@@ -21,7 +21,8 @@ from data import InputError
 from peft import PeftModel
 from scripts.experiments.mixture import mixture, probe_rows, task_rows
 from scripts.experiments.parameters import equal_flags, num_trainable, parameter_change
-from scripts.experiments.plan import BASE, EQUAL, MIXTURE, Cell, Experiment
+from scripts.experiments.plan import EQUAL, Cell, Experiment
+from scripts.experiments.records import BASE, MIXTURE
 from scripts.plot_routing import route
 from scripts.prepare_data import write_rows
 from scripts.provenance import ROOT, provenance

@@ -13,7 +13,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from scripts.experiments.plan import BASE
+from scripts.experiments.records import BASE
 from scripts.experiments.results import (
     Place,
     by_arm,
