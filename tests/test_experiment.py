@@ -239,6 +239,12 @@ def test_the_lora_of_equal_size_has_as_many_parameters(tmp_path, shape, experts)
     assert flags["lora_alpha"] / flags["lora_rank"] == 8
 
 
+def test_a_config_that_no_model_can_be_built_from_is_one_message(tmp_path):
+    LlamaConfig(num_hidden_layers=1, vocab_size=100, hidden_act="nope").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"^config\.json of .* cannot be used"):
+        adapter_size(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
 def test_parameter_change_of_an_adapter_is_that_of_the_full_weights(tmp_path):
     peft_model = filled_model()
     tiny_model().save_pretrained(tmp_path)

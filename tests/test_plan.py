@@ -208,6 +208,13 @@ def test_unknown_models_are_refused(tmp_path):
         main(["--model", str(tmp_path)])
 
 
+@pytest.mark.parametrize("change", [{"intermediate_size": -1}, {"hidden_act": "nope"}])
+def test_a_config_that_no_model_can_be_built_from_is_one_message(config_file, change):
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | change))
+    with pytest.raises(InputError, match=r"^config\.json of .* cannot be used"):
+        main(["--model", str(config_file)])
+
+
 @pytest.mark.slow
 def test_counts_meet_real_steps_of_the_real_model():
     folder = ROOT / "models" / "SmolLM2-135M-Instruct"
