@@ -48,7 +48,7 @@ def _sections(summary: dict) -> Iterator[tuple[float, object]]:
 
 
 def _draw_overview(part: SubFigure, summary: dict) -> None:
-    left, right = part.subfigures(1, 2, width_ratios=[1.15, 1])
+    left, right = part.subfigures(1, 2, width_ratios=[1.4, 1])
     _draw_tasks(left, summary)
     top, bottom = right.subplots(2, 1, sharex=True)
     for axes, field, name in (
