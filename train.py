@@ -20,9 +20,8 @@ from data import (
     marked_row,
     task_types,
 )
-from peft.saving import WEIGHTS_NAME
-from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
-from transformers_patch.training.base_model import (
+from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from loading.base_model import (
     adapter_warnings,
     build_model,
     check_attention,
@@ -31,10 +30,12 @@ from transformers_patch.training.base_model import (
     load_tokenizer,
     with_adapter,
 )
-from transformers_patch.training.checkpoint import STATE, filling, find_checkpoint, writers, writing
-from transformers_patch.training.ending import run_process
-from transformers_patch.training.publish import open_repository, publish
-from transformers_patch.training.report import (
+from loading.run_files import RESULTS_NAME, STATE_NAME
+from peft.saving import WEIGHTS_NAME
+from training.checkpoint import filling, find_checkpoint, writers, writing
+from training.ending import run_process
+from training.publish import open_repository, publish
+from training.report import (
     generate_samples,
     routing_lines,
     summary_lines,
@@ -42,10 +43,10 @@ from transformers_patch.training.report import (
     write_model_card,
     write_routing,
 )
-from transformers_patch.training.routing import routing_summary
-from transformers_patch.training.run_folder import RESULTS_NAME, RunFolder, run_config, write_json
-from transformers_patch.training.stopping import StoppedError, StopSignals
-from transformers_patch.training.trainer import LoRAMoETrainer
+from training.routing import routing_summary
+from training.run_folder import RunFolder, run_config, write_json
+from training.stopping import StoppedError, StopSignals
+from training.trainer import LoRAMoETrainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -233,7 +234,7 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
     if not trainer.is_world_process_zero():
         return
     with filling(folder.path) as aside:
-        trainer.state.save_to_json(str(aside / STATE))
+        trainer.state.save_to_json(str(aside / STATE_NAME))
         if trainer.routing:
             adapter = trainer.accelerator.unwrap_model(trainer.model).active_peft_config
             summary = routing_summary(trainer.routing, adapter)

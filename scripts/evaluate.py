@@ -12,14 +12,14 @@ from pathlib import Path
 from datasets import Dataset
 
 from data import TEMPLATES, DataStatistics, Encoding, InputError, content_hash, load_data
-from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
-from transformers_patch.evaluation import METRICS, Plan, label_tasks, measure, run_model
-from transformers_patch.generation import DecodingArguments
-from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
-from transformers_patch.metrics import PACKAGE_OF
-from transformers_patch.training.arguments import DataArguments
-from transformers_patch.training.base_model import check_lengths
-from transformers_patch.training.run_folder import write_json
+from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
+from inference.generation import DecodingArguments
+from inference.metrics import PACKAGE_OF
+from inference.trained import InferenceArguments, TrainedModel, load_trained
+from loading.arguments import DataArguments
+from loading.base_model import check_lengths
+from loading.command_line import flag, output_problem, parse_flags, refuse, run_verb
+from training.run_folder import write_json
 
 COMMAND = "python -m scripts.evaluate"
 
@@ -194,7 +194,7 @@ def evaluate_tasks(
     trained: TrainedModel, models: dict, manager, template: str, args: EvaluateArguments, batch_size: int
 ) -> dict[str, dict]:
     """The harness's numbers, by model and task."""
-    from transformers_patch.harness import TemplateLM, run_tasks
+    from inference.harness import TemplateLM, run_tasks
 
     lm = TemplateLM(trained, template, batch_size)
     results = {}
@@ -251,7 +251,7 @@ def _find_harness_tasks(names: list[str]):
     if not names:
         return None
     try:
-        from transformers_patch.harness import find_tasks
+        from inference.harness import find_tasks
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise

@@ -18,15 +18,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from data import InputError
+from inference.rows import batches, load_rows
+from inference.trained import InferenceArguments, TrainedModel, load_trained
+from loading.command_line import flag, output_problem, parse_flags, run_verb
 from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, static_lora
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
 from peft.static import is_plain_product
 from scripts.whole_folder import whole_folder
-from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
-from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
 from transformers_patch.labels import LabelledPositions
-from transformers_patch.rows import batches, load_rows
 
 COMMAND = "python -m scripts.export_lora"
 STATIC = "static"

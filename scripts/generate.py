@@ -20,11 +20,11 @@ from data import TEMPLATES, AnswerFile, InputError, encode_prompt, encode_turns,
 from data.answers import unwritable_field
 from data.files import find_files, read_block, split_files
 from data.rows import MOST_PROBLEMS_SHOWN, refuse_rows, row_problem
+from inference.generation import DecodingArguments, batches_by_length, generate_answers
+from inference.trained import InferenceArguments, TrainedModel, load_trained
+from loading.command_line import flag, output_problem, parse_flags, run_verb
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.auto import context_length
-from transformers_patch.command_line import flag, output_problem, parse_flags, run_verb
-from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
-from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained
 
 COMMAND = "python -m scripts.generate"
 OUTPUT_KINDS = (".json", ".jsonl")

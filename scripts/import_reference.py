@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data import InputError
+from loading.arguments import FLAG_OF_FIELD
+from loading.command_line import output_problem
 from peft import LoraConfig, TaskType
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
 from scripts.whole_folder import whole_folder
-from transformers_patch.command_line import output_problem
-from transformers_patch.training.arguments import FLAG_OF_FIELD
 
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."

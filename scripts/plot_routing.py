@@ -13,16 +13,15 @@ from datasets import Dataset
 
 from data import InputError, encode_prompt, encoding_problem
 from data.errors import reading
+from inference.rows import batches, load_rows
+from inference.trained import InferenceArguments, TrainedModel, load_trained, read_run_config
+from loading.base_model import length_problem
+from loading.command_line import flag, output_problem, parse_flags, refuse, run_verb
+from loading.run_files import RUN_CONFIG_NAME, STATE_NAME
 from peft import PeftModel
-from transformers_patch.command_line import flag, output_problem, parse_flags, refuse, run_verb
-from transformers_patch.inference import InferenceArguments, TrainedModel, load_trained, read_run_config
+from training.report import routing_lines, training_curves, write_routing
+from training.routing import Routing, routing_summary
 from transformers_patch.recorder import RoutingRecorder
-from transformers_patch.rows import batches, load_rows
-from transformers_patch.training.base_model import length_problem
-from transformers_patch.training.checkpoint import STATE
-from transformers_patch.training.report import routing_lines, training_curves, write_routing
-from transformers_patch.training.routing import Routing, routing_summary
-from transformers_patch.training.run_folder import CONFIG_NAME
 
 COMMAND = "python -m scripts.plot_routing"
 
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     with reading(Path(inference.adapter)):
-        own = [inference.adapter] if (Path(inference.adapter) / STATE).is_file() else []
+        own = [inference.adapter] if (Path(inference.adapter) / STATE_NAME).is_file() else []
         curves = read_curves(args.runs or own)
     trained = load_trained(inference)
     if not args.output and not Path(inference.adapter).is_dir():
@@ -127,15 +126,15 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
     names = [Path(folder).name for folder in runs]
     for folder in map(Path, runs):
         config = read_run_config(folder)
-        found = {STATE: (folder / STATE).is_file(), CONFIG_NAME: config}
+        found = {STATE_NAME: (folder / STATE_NAME).is_file(), RUN_CONFIG_NAME: config}
         if missing := [name for name, there in found.items() if not there]:
             raise InputError(f"{folder} is not a run folder: it has no {' and no '.join(missing)}")
         try:
-            log = json.loads((folder / STATE).read_text())["log_history"]
+            log = json.loads((folder / STATE_NAME).read_text())["log_history"]
             label = folder.name if names.count(folder.name) == 1 else str(folder)
             curves |= training_curves(label, log, config["blc_weight"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{STATE} or {CONFIG_NAME} of {folder} is damaged ({error})") from None
+            raise InputError(f"{STATE_NAME} or {RUN_CONFIG_NAME} of {folder} is damaged ({error})") from None
     return curves
 
 

@@ -34,9 +34,9 @@ from tqdm import tqdm
 from data import InputError, first_line
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import RECIPES, Source, evaluation_parts
-from scripts.provenance import provenance
-from transformers_patch.command_line import flag, parse_flags, run_verb
-from transformers_patch.metrics import normalized
+from inference.metrics import normalized
+from loading.command_line import flag, parse_flags, run_verb
+from loading.provenance import provenance
 
 COMMAND = "python -m scripts.prepare_data"
 COUNTS_NAME = "counts.json"

@@ -3,26 +3,26 @@
 #
 #   exp_name=llama2 pretrained_model=MODEL bash scripts/run_on_hosts.sh hostfile --weight_decay 0.01
 #
-# The file has a host a line, the first being node 0; what follows the name on a line (DeepSpeed's "slots=8") is passed
-# over. The others reach node 0 by that name, without a user@ in front, or by master_addr. Every host sees this folder under
-# the same path. Hyperparameters that are set here hold on all of them. Ctrl-C and SIGTERM reach the runs, which save a
-# checkpoint. The exit code is 0 where all ended with 0, else the first other one.
+# The file has one host per line, the first being node 0; whatever follows the name (DeepSpeed's "slots=8") is ignored. The
+# others reach node 0 by that name, without user@, or by master_addr. Every host sees this folder under the same path.
+# Hyperparameters that are set here apply to all of them. Ctrl-C and SIGTERM reach scripts/launch.py on every host, and the
+# runs save a checkpoint. The exit code is 0 if all ended with 0, else the first other one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ ! -r ${1:-} ]]; then
-    echo "error: '${1:-}' is no readable file; give a file with one host a line: bash scripts/run_on_hosts.sh HOSTFILE" >&2
+    echo "error: '${1:-}' is not a readable file; give a file with one host per line: bash scripts/run_on_hosts.sh HOSTFILE" >&2
     exit 1
 fi
 mapfile -t hosts < <(awk '{ sub(/\r$/, "") } !/^[[:space:]]*(#|$)/ { print $1 }' "$1")
 if ((${#hosts[@]} == 0)); then
-    echo "error: $1 names no host" >&2
+    echo "error: there are no hosts in $1" >&2
     exit 1
 fi
 shift
 master_addr=${master_addr:-${hosts[0]##*@}}
 
-# Everything that is set of what run_loramoe.sh can be told, quoted for the shell on the other side.
+# The variables of run_loramoe.sh that are set, quoted for the remote shell.
 settings=()
 for name in $(sed -n 's/^\([a-z_]*\)=\${\1:\{0,1\}-.*/\1/p' run_loramoe.sh); do
     [[ -v $name ]] && settings+=("$name=$(printf %q "${!name}")")
@@ -32,7 +32,7 @@ flags=$(printf ' %q' "$@")
 sessions=()
 for rank in "${!hosts[@]}"; do
     launch="nnodes=${#hosts[@]} node_rank=$rank"
-    # With a terminal on the other side, the run there is told when this session ends.
+    # With a remote terminal, the run gets SIGHUP when this session ends.
     ssh -tt -o BatchMode=yes "${hosts[rank]}" \
         "cd $(printf %q "$PWD") && ${settings[*]} $launch exec bash run_loramoe.sh${*:+$flags}" </dev/null &
     sessions+=($!)

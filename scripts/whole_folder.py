@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data import InputError, first_line
-from transformers_patch.training.checkpoint import cannot_write
+from training.checkpoint import cannot_write
 
 
 @contextmanager

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from peft import layer
-from transformers_patch.training.ending import run_process
+from training.ending import run_process
 
 
 class Recorder:

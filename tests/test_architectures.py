@@ -11,11 +11,11 @@ from conftest import fill_adapter, tiny_tokenizer
 from reference import balance_loop
 from transformers import PretrainedConfig, PreTrainedModel
 
+from inference.trained import TrainedModel
 from peft import Calibration, LoraConfig, LoraExperts, LoraLayer, PeftModel, TaskType, get_peft_model
 from scripts.plot_routing import route_prompt
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 from transformers_patch.auto import DEFAULT_TARGETS
-from transformers_patch.inference import TrainedModel
 
 LAYERS = 2
 GATED = ("gate_proj", "up_proj", "down_proj")

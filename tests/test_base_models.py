@@ -14,11 +14,11 @@ from test_launch import call, launch
 from test_train import Runner
 
 from data import InputError
+from loading import base_model
+from loading.arguments import ModelArguments
 from peft import LoraConfig, PeftModel
 from scripts import evaluate
 from transformers_patch import AutoModelForCausalLM
-from transformers_patch.training import base_model
-from transformers_patch.training.arguments import ModelArguments
 
 TARGETS = {"gpt2": ["mlp.c_fc", "mlp.c_proj"], "qwen3": ["down_proj", "gate_proj", "up_proj"]}
 

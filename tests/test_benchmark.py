@@ -9,11 +9,11 @@ import torch
 from conftest import ROOT, filled_model, tiny_model
 
 from data import InputError
-from scripts import benchmark_data
-from scripts.benchmark import Times, main, read_results
-from scripts.benchmark_report import draw
-from scripts.peers import PYTHON, Peer
-from scripts.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch, step
+from workbench import benchmark_data
+from workbench.benchmark import Times, main, read_results
+from workbench.benchmark_report import draw
+from workbench.peers import PYTHON, Peer
+from workbench.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch, step
 
 NUMBERS = {
     "dropout", "step_ratio", "step_ratio_low", "step_ratio_high", "step_seconds", "rounds", "saved_bytes_ratio",
@@ -126,7 +126,7 @@ def test_bad_input_is_refused(flags, message):
 def test_peers_run_the_package_from_pypi(name):
     folder = ROOT / "models" / "SmolLM2-135M-Instruct"
     if not PYTHON.exists() or not folder.exists():
-        pytest.skip("bash scripts/benchmark_peers.sh and bash run_loramoe.sh make what this needs")
+        pytest.skip("bash workbench/benchmark_peers.sh and bash run_loramoe.sh make what this needs")
     peer = Peer(Variant(name, experts=2, rank=4), str(folder))
     try:
         batch = random_batch(1000, 1, 16)

@@ -11,12 +11,12 @@ import torch
 from conftest import ROOT
 from test_launch import environment
 
-from scripts import check_node
-from scripts.check_node import PLAN, Launch, Outcome, collect_outcomes, last_error, make_checks, summary
+from workbench import check_node
+from workbench.check_node import PLAN, Launch, Outcome, collect_outcomes, last_error, make_checks, summary
 
 # Stands in for Python under torchrun with two processes: the name of a check says how it ends.
 STUB = """#!/usr/bin/env bash
-while [[ $1 != scripts.node_checks ]]; do shift; done
+while [[ $1 != workbench.node_checks ]]; do shift; done
 folder=$2; shift 3
 write() {
     printf '{"check": "%s", "state": "%s", "detail": "%s", "time": 1}\\n' "$1" "$2" "$3" >>"$folder/outcomes-$4"
@@ -124,7 +124,7 @@ def test_the_summary_counts():
 
 # A worker with checks of its own: one that passes, one that does not apply, one that fails, one that is not reached.
 WORKER = """
-from scripts import node_checks
+from workbench import node_checks
 
 def passes(node):
     return node.half
@@ -141,7 +141,7 @@ node_checks.main()
 
 
 def test_the_plan_names_the_checks_and_a_worker_writes_their_outcomes(tmp_path):
-    from scripts.node_checks import CHECKS
+    from workbench.node_checks import CHECKS
 
     planned = [check for launch in PLAN for check in launch.checks]
     assert sorted(planned) == sorted(CHECKS)
@@ -166,7 +166,7 @@ def test_the_whole_check_passes_here_and_leaves_nothing_behind(tmp_path):
     variables = environment(TMPDIR=temporary)
     del variables["DS_ACCELERATOR"]
     outcome = subprocess.run(
-        ["bash", "scripts/check_node.sh", "--log", log], cwd=ROOT, env=variables, capture_output=True, text=True
+        ["bash", "workbench/check_node.sh", "--log", log], cwd=ROOT, env=variables, capture_output=True, text=True
     )
     print(outcome.stdout)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr

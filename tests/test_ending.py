@@ -11,7 +11,7 @@ from conftest import ROOT
 from test_launch import free_port
 
 from data import InputError
-from transformers_patch.training import ending
+from training import ending
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ if rank == 1:
     atexit.register(ctypes.PyDLL(None).usleep, 1_500_000)
 import torch
 import torch.distributed as dist
-from transformers_patch.training import ending
+from training import ending
 
 def main():
     global backend

@@ -13,14 +13,14 @@ from conftest import ROOT, THINKING, example_rows, fill_adapter, filled_model, t
 from tokenizers import processors
 
 from data import Collator, InputError, encode_prompt, encode_target, encode_turns
+from inference.evaluation import METRICS, label_tasks
+from inference.generation import DecodingArguments, generate_answers
+from inference.metrics import TEXT_METRICS
+from inference.scoring import most_likely_options, score_answers
+from inference.trained import TrainedModel
 from peft import LoraConfig, get_peft_model
 from scripts import evaluate
 from transformers_patch import LlamaLoRAMoEForCausalLM
-from transformers_patch.evaluation import METRICS, label_tasks
-from transformers_patch.generation import DecodingArguments, generate_answers
-from transformers_patch.inference import TrainedModel
-from transformers_patch.metrics import TEXT_METRICS
-from transformers_patch.scoring import most_likely_options, score_answers
 
 ROWS = example_rows(12)
 
@@ -159,7 +159,7 @@ def test_decoded_metrics_know_aliases_and_teacher_forcing_does_not(run, labelled
     def answers(model, prompts, settings):
         return [decode(by_prompt.get(tuple(prompt), "none"))["input_ids"] for prompt in prompts]
 
-    monkeypatch.setattr("transformers_patch.evaluation.generate_answers", answers)
+    monkeypatch.setattr("inference.evaluation.generate_answers", answers)
     _, report = run("--data", labelled_file, "--metrics", *TEXT_METRICS)
     groups = report["data"][0]["results"]["adapter"]["by_task"]
     assert groups["closed_book_qa"]["exact_match"]["value"] == 1
@@ -195,7 +195,7 @@ def test_the_harness_task_of_this_repository_runs_offline(run, monkeypatch):
 
 
 def test_the_harness_asks_in_the_adapters_template(adapter_dir):
-    from transformers_patch.harness import TemplateLM
+    from inference.harness import TemplateLM
 
     trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
     trained.tokenizer.chat_template = THINKING
@@ -215,7 +215,7 @@ FEW_SHOT = [
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
 def test_the_harness_asks_with_the_tokens_of_training(adapter_dir, template):
-    from transformers_patch.harness import TemplateLM
+    from inference.harness import TemplateLM
 
     trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
     tokenizer = trained.tokenizer
@@ -250,7 +250,7 @@ def test_the_harness_asks_with_the_tokens_of_training(adapter_dir, template):
 
 
 def test_a_prescribed_beginning_has_no_token_of_the_end_of_a_turn(adapter_dir):
-    from transformers_patch.harness import TemplateLM
+    from inference.harness import TemplateLM
 
     trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
     trained.tokenizer.chat_template = (
@@ -266,7 +266,7 @@ def test_a_prescribed_beginning_has_no_token_of_the_end_of_a_turn(adapter_dir):
 
 
 def test_a_template_that_refuses_a_system_turn_is_asked_without(adapter_dir):
-    from transformers_patch.harness import TemplateLM
+    from inference.harness import TemplateLM
 
     trained = evaluate.load_trained(evaluate.InferenceArguments(adapter=str(adapter_dir)))
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
@@ -280,7 +280,7 @@ def test_packages_are_needed_by_their_own_metrics_alone(run, labelled_file, monk
     for name in ("lm_eval", "sacrebleu", "rouge_score"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    monkeypatch.delitem(sys.modules, "transformers_patch.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "inference.harness", raising=False)
     _, report = run("--data", labelled_file, "--metrics", "lm_loss", "f1")
     assert set(report["versions"]) == {"torch", "transformers"}
     with pytest.raises(InputError, match="--lm_eval needs the package lm-eval"):
@@ -308,7 +308,7 @@ def test_a_report_over_the_runs_own_data_is_refused(labelled_file, adapter_dir):
 )
 def test_the_harness_takes_an_adapter_on_tied_embeddings(settings):
     """It ties the weights of every model that it is given."""
-    from transformers_patch.harness import TemplateLM
+    from inference.harness import TemplateLM
 
     base = LlamaLoRAMoEForCausalLM(tiny_config(tie_word_embeddings=True))
     model = fill_adapter(get_peft_model(base, LoraConfig(**settings))).eval()
@@ -343,7 +343,7 @@ def test_labels_that_do_not_fit_behind_every_prompt_are_refused_before_anything_
     (tmp_path / "rows.json").write_text(json.dumps(rows * 2))
     flags = "--data", tmp_path / "rows.json", "--template", "plain", "--metrics"
     run(*flags, "lm_loss", adapter=gpt2_dir)
-    monkeypatch.setattr("transformers_patch.evaluation.score_answers", None)
+    monkeypatch.setattr("inference.evaluation.score_answers", None)
     with pytest.raises(InputError, match=r"makes 82 tokens, but .* \(gpt2\) has 64 positions; .* out of --metrics"):
         run(*flags, "lm_loss", "accuracy", adapter=gpt2_dir)
 

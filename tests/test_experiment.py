@@ -22,29 +22,29 @@ from data import InputError
 from data.facts import fact_row, load_facts
 from data.rows import row_problem
 from data.tasks import MOST_ROWS, TASKS, make_rows
-from scripts import experiment as verb
+from loading.arguments import ModelArguments, parse_arguments
+from loading.command_line import parse_flags
 from scripts import prepare_data
-from scripts.experiments import mixture as mixture_module
-from scripts.experiments.cell import guessed, recalls, run_cell, train_flags, type_distance
-from scripts.experiments.mixture import check_rows, mixture, probe_rows, task_rows
-from scripts.experiments.parameters import adapter_size, equal_flags, parameter_change
-from scripts.experiments.plan import Cell, Experiment, read_experiment
-from scripts.experiments.records import cell_file
 from scripts.prepare_data import write_rows
-from scripts.pretrain_small import SHAPE
+from training.routing import Routing
+from training.run_folder import RunFolder
 from transformers_patch import AutoModelForCausalLM
-from transformers_patch.command_line import parse_flags
-from transformers_patch.training.arguments import ModelArguments, parse_arguments
-from transformers_patch.training.routing import Routing
-from transformers_patch.training.run_folder import RunFolder
+from workbench import experiment as verb
+from workbench.experiments import mixture as mixture_module
+from workbench.experiments.cell import guessed, recalls, run_cell, train_flags, type_distance
+from workbench.experiments.mixture import check_rows, mixture, probe_rows, task_rows
+from workbench.experiments.parameters import adapter_size, equal_flags, parameter_change
+from workbench.experiments.plan import Cell, Experiment, read_experiment
+from workbench.experiments.records import cell_file
+from workbench.pretrain_small import SHAPE
 
-CONFIGS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "workbench" / "experiments").glob("*.yaml"))
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """The smoke experiment, with its folders under a temporary one."""
-    text = (ROOT / "scripts" / "experiments" / "smoke.yaml").read_text().replace("outputs/smoke", str(tmp_path))
+    text = (ROOT / "workbench" / "experiments" / "smoke.yaml").read_text().replace("outputs/smoke", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "smoke.yaml").write_text(text)
     return tmp_path / "smoke.yaml"
@@ -188,7 +188,7 @@ def test_a_mixture_from_prepared_files_is_drawn_by_kind(tmp_path):
 
 
 def test_the_mixture_that_the_gpu_recipe_prepares_holds_its_largest_size():
-    file = ROOT / "scripts" / "experiments" / "forgetting_llama2_7b.yaml"
+    file = ROOT / "workbench" / "experiments" / "forgetting_llama2_7b.yaml"
     (line,) = (line for line in file.read_text().splitlines() if "prepare_data" in line)
     (prepared,) = parse_flags(prepare_data.COMMAND, "", prepare_data.KINDS, line.split("prepare_data ")[1].split())
     experiment = read_experiment(file)
@@ -392,7 +392,7 @@ def make_tiny(config: Path, model_dir: Path) -> None:
 def test_a_killed_experiment_goes_on_at_its_cell(config, model_dir):
     """Killed with all its processes while the first trial is trained."""
     make_tiny(config, model_dir)
-    command = [sys.executable, "-m", "scripts.experiment", "--config", str(config)]
+    command = [sys.executable, "-m", "workbench.experiment", "--config", str(config)]
     results, work = config.parent / "work" / "cells", config.parent / "work"
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
         while not (work / "tuning-full-0.001" / "train.log").is_file():

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data import InputError
-from scripts.experiments.records import find_record, read_records
-from scripts.experiments.report import markdown, report
-from scripts.experiments.results import (
+from workbench.experiments.records import find_record, read_records
+from workbench.experiments.report import markdown, report
+from workbench.experiments.results import (
     Estimate,
     by_arm,
     estimate,

@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 from safetensors.torch import load_file
-from test_launch import SHELL_VARIABLES, STUB, launch
+from test_launch import dry_run_in, launch, stand_in_repository
 from test_train import Runner, interrupt_after, same_adapter
 from transformers import LlamaForCausalLM, TrainingArguments
 
 import train
 from data import InputError
-from transformers_patch.training import checkpoint
-from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
-from transformers_patch.training.base_model import quantization
-from transformers_patch.training.optimization import EVALUATED, OPTIMIZERS
-from transformers_patch.training.run_folder import WITHOUT_EFFECT, WITHOUT_EFFECT_PREFIXES, RunFolder
+from loading.arguments import DataArguments, ModelArguments, RunArguments
+from loading.base_model import quantization
+from loading.optimization import EVALUATED, OPTIMIZERS
+from training import checkpoint
+from training.run_folder import WITHOUT_EFFECT, WITHOUT_EFFECT_PREFIXES, RunFolder
 
 # Values that leave every bit of the adapter as it is: of all flags that are said to decide nothing, and of more.
 WITHOUT_A_TRACE = (
@@ -467,26 +466,11 @@ def test_a_relative_path_that_is_nowhere_is_refused_with_both_places(tmp_path):
 
 def call_from(caller: Path, repository: Path, existing: Path | None, **variables: str) -> list[str]:
     """The arguments of `train.py --prepare_only`, where a copy of the script in `repository` is called in `caller`."""
-    for folder in (caller, repository / "scripts", *filter(None, [existing])):
+    for folder in (caller, repository, *filter(None, [existing])):
         folder.mkdir(parents=True, exist_ok=True)
     # The folder of the run, which train.py would make.
     outputs = variables.get("output_dir", "outputs")
     at = repository if outputs == "outputs" or existing == repository / outputs else caller
     (at / outputs / "default").mkdir(parents=True)
-    (repository / "scripts" / "setup.sh").write_text(f"echo '{repository}/python'\n")
-    shutil.copy(ROOT / "run_loramoe.sh", repository)
-    (repository / "python").write_text(STUB)
-    (repository / "python").chmod(0o755)
-    clean = {name: value for name, value in os.environ.items() if name not in SHELL_VARIABLES}
-    path = f"{repository}{os.pathsep}{clean['PATH']}"
-    subprocess.run(
-        ["bash", str(repository / "run_loramoe.sh")],
-        cwd=caller,
-        env=clean | variables | {"GPUS": "0 fp16", "PATH": path},
-        check=True,
-        timeout=60,
-        capture_output=True,
-        text=True,
-    )
-    calls = [line.split("\t")[:-1] for line in (repository / "calls").read_text().splitlines()]
-    return next(call for call in calls if "--prepare_only" in call)
+    stand_in_repository(repository)
+    return next(call for call in dry_run_in(repository, caller, **variables) if "--prepare_only" in call)

@@ -11,9 +11,9 @@ import torch
 from conftest import THINKING, example_rows, filled_model, full_disk, tiny_tokenizer
 
 from data import AnswerFile, InputError, encode_prompt
+from inference.generation import DecodingArguments, batches_by_length, generate_answers
 from scripts import generate
 from transformers_patch import AutoModelForCausalLM
-from transformers_patch.generation import DecodingArguments, batches_by_length, generate_answers
 
 ROWS = example_rows(10)
 

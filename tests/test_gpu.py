@@ -11,8 +11,8 @@ from test_train import Runner, assert_learns
 from transformers.utils import is_flash_attn_2_available
 
 import train
-from transformers_patch.training.arguments import parse_arguments
-from transformers_patch.training.base_model import build_model
+from loading.arguments import parse_arguments
+from loading.base_model import build_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,9 +17,9 @@ from test_model import MLP, make_batch
 from transformers import LlamaForCausalLM
 
 from data import InputError
+from loading.arguments import parse_arguments
 from peft import LoraConfig, PeftModel
 from scripts.import_reference import import_checkpoint, main
-from transformers_patch.training.arguments import parse_arguments
 
 PREFIX = "base_model.model."
 UP = f"{PREFIX}model.layers.0.mlp.up_proj"

@@ -11,12 +11,12 @@ from conftest import ROOT, filled_model, tiny_config, tiny_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from data import InputError
+from inference import trained
+from inference.generation import DecodingArguments
+from inference.trained import InferenceArguments, load_trained
+from loading.arguments import ModelArguments
+from loading.command_line import output_problem, parse_flags
 from peft import PeftModel
-from transformers_patch import inference
-from transformers_patch.command_line import output_problem, parse_flags
-from transformers_patch.generation import DecodingArguments
-from transformers_patch.inference import InferenceArguments, load_trained
-from transformers_patch.training.arguments import ModelArguments
 
 INPUT = torch.arange(5, 25)[None]
 
@@ -124,14 +124,14 @@ def test_an_adapter_from_the_hub(adapter_dir, monkeypatch):
         asked.append(name)
         return str(adapter_dir)
 
-    monkeypatch.setattr(inference, "snapshot_download", download)
+    monkeypatch.setattr(trained, "snapshot_download", download)
     with torch.no_grad():
         assert torch.equal(load("someone/adapter").model(INPUT).logits, load(adapter_dir).model(INPUT).logits)
     assert asked == ["someone/adapter"]
 
 
 def test_a_whole_model_from_the_hub(model_dir, monkeypatch):
-    monkeypatch.setattr(inference, "snapshot_download", lambda name, allow_patterns: str(model_dir))
+    monkeypatch.setattr(trained, "snapshot_download", lambda name, allow_patterns: str(model_dir))
     assert not isinstance(load("someone/model").model, PeftModel)
 
 
@@ -145,7 +145,7 @@ def test_a_failure_without_a_message_is_named(monkeypatch):
     def fail(name, allow_patterns):
         raise TimeoutError
 
-    monkeypatch.setattr(inference, "snapshot_download", fail)
+    monkeypatch.setattr(trained, "snapshot_download", fail)
     assert refusal("someone/adapter").endswith("could not be downloaded from the hub: TimeoutError")
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scripts.instruments import LiveBytes, SavedBytes, count_flops, peak_memory
+from workbench.instruments import LiveBytes, SavedBytes, count_flops, peak_memory
 
 
 def bytes_of_a_small_graph() -> tuple[int, int, int]:

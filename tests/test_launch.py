@@ -20,7 +20,7 @@ from test_train import Runner
 
 from data import InputError
 from peft import LoraConfig, PeftModel
-from transformers_patch.training.checkpoint import checkpoint_problem
+from training.checkpoint import checkpoint_problem
 
 # Variables of run_loramoe.sh: the flag that each one sets, and a value that is no default and no other's.
 TRAIN_VARIABLES = {
@@ -366,28 +366,52 @@ def test_help_is_the_scripts_own_and_starts_nothing(tmp_path, flag):
     assert [file.name for file in tmp_path.iterdir()] == ["run_loramoe.sh"]
 
 
-# Stands in for Python: writes its arguments down, and tells of as many GPUs as $GPUS where it is asked for them.
-STUB = """#!/usr/bin/env bash
-if [[ $1 == -c ]]; then echo "$GPUS"; exit; fi
-{ printf '%s\\t' "$@"; echo; } >>calls
+# Stands in for a program: appends the arguments of Python to a file.
+RECORDER = """import sys
+with open("calls", "a") as calls:
+    print(*sys.orig_argv[1:], sep="\\t", file=calls)
 """
+
+
+def stand_in_repository(root: Path, train: str = RECORDER, gpus: str = "0 fp16") -> None:
+    """Make a copy of run_loramoe.sh and its launcher, with stand-ins for all programs that they start."""
+    programs = {
+        "scripts/setup.sh": f"echo '{sys.executable}'\n",
+        "scripts/visible_gpus.py": f"print('{gpus}')\n",
+        "scripts/fetch_base_model.py": RECORDER,
+        "train.py": train,
+        "torch/__init__.py": "",
+        "torch/distributed/run.py": RECORDER,
+    }
+    for name, text in programs.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    for name in ("run_loramoe.sh", "scripts/launch.py"):
+        shutil.copy(ROOT / name, root / name)
+
+
+def dry_run_in(root: Path, caller: Path, *flags: str, **variables: str) -> list[list[str]]:
+    """Call the run_loramoe.sh of `root` from `caller`; return the arguments of every Python program it starts."""
+    subprocess.run(
+        ["bash", str(root / "run_loramoe.sh"), *flags],
+        cwd=caller,
+        env={name: value for name, value in environment().items() if name not in SHELL_VARIABLES} | variables,
+        check=True,
+        timeout=60,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return [line.split("\t") for line in (root / "calls").read_text().splitlines()]
 
 
 @pytest.fixture
 def dry_run(tmp_path):
-    """Runs a copy of run_loramoe.sh with nothing behind it; returns the argument lists that Python would be given."""
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "setup.sh").write_text(f"echo '{tmp_path}/python'\n")
-    shutil.copy(ROOT / "run_loramoe.sh", tmp_path)
-    (tmp_path / "python").write_text(STUB)
-    (tmp_path / "python").chmod(0o755)
+    """Calls run_loramoe.sh on as many GPUs as are named; the folder of the run, which train.py would make, is there."""
 
     def run_script(*flags: str, gpus: str = "0 fp16", **variables: str) -> list[list[str]]:
+        stand_in_repository(tmp_path, gpus=gpus)
         (tmp_path / variables.get("output_dir", "outputs") / variables.get("exp_name", "default")).mkdir(parents=True)
-        clean = {name: value for name, value in os.environ.items() if name not in SHELL_VARIABLES}
-        found = clean | variables | {"GPUS": gpus, "PATH": f"{tmp_path}{os.pathsep}{clean['PATH']}"}
-        subprocess.run(["bash", "run_loramoe.sh", *flags], cwd=tmp_path, env=found, check=True, timeout=60)
-        return [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
+        return dry_run_in(tmp_path, tmp_path, *flags, **variables)
 
     return run_script
 
@@ -466,15 +490,15 @@ def test_on_gpus_there_is_a_process_for_each_with_zero2_and_half_precision(dry_r
     ("variables", "message"),
     [
         ({"nnodes": "2", "node_rank": "2"}, "node_rank is 2, but with nnodes=2 the nodes have the numbers 0 to 1"),
-        ({"num_processes": "4"}, "num_processes is 4, but each needs a GPU of its own, and 3 can be seen here"),
+        ({"num_processes": "4"}, "num_processes is 4, but each process needs its own GPU, and 3 are visible"),
     ],
     ids=["node", "GPU"],
 )
-def test_nodes_and_gpus_that_there_are_not_are_refused(dry_run, capfd, variables, message):
+def test_nodes_and_gpus_that_there_are_not_are_refused(dry_run, variables, message):
     with pytest.raises(subprocess.CalledProcessError) as caught:
         dry_run(gpus="3 bf16", **variables)
     assert caught.value.returncode == 1
-    assert capfd.readouterr().err == f"error: {message}\n"
+    assert caught.value.stderr == f"error: {message}\n"
 
 
 def test_several_nodes_meet_at_the_first_one(dry_run):

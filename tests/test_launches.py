@@ -1,4 +1,4 @@
-"""Every run ends as it has to: the short form of `bash scripts/soak.sh --launches`, and what that counts as a fault."""
+"""Every run ends as it has to: the short form of `bash workbench/soak.sh --launches`, and its faults."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from scripts import launches, soak
-from scripts.launches import Launch, Outcome
+from workbench import launches, soak
+from workbench.launches import Launch, Outcome
 
 ERROR = Launch("DDP", "error", "save", 2, (1,), by_torchrun=False)
 SIGTERM = Launch("DDP", "SIGTERM", "training step", 1, (0,), by_torchrun=False)
@@ -66,7 +66,7 @@ def test_processes_that_stay_are_found_and_ended(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_runs_end_without_hangs_and_aborts(tmp_path):
     """In a process of its own, since pytest's has threads and is not to be forked."""
-    command = [sys.executable, "-m", "scripts.soak", "--launches", "22", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "workbench.soak", "--launches", "22", "--folder", str(tmp_path)]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert outcome.returncode == 0, outcome.stdout[-6000:] + outcome.stderr[-2000:]
     assert outcome.stdout.endswith("PASSED: every run has ended as it has to\n")

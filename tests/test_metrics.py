@@ -5,7 +5,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu, corpus_chrf
 
-from transformers_patch.metrics import (
+from inference.metrics import (
     corpus_estimate,
     exact_match,
     mean_estimate,

@@ -136,7 +136,9 @@ def test_the_first_nodes_address_has_no_user_and_can_be_set(tmp_path, hosts, var
         assert (tmp_path / f"node-{rank}").read_text() == f"2 {rank} {address} 29500 x \n"
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "is no readable file"), ("# none\n", "names no host")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "is not a readable file"), ("# none\n", "there are no hosts in hostfile")]
+)
 def test_a_host_file_without_hosts_is_named(tmp_path, hosts, text, message):
     if text:
         (tmp_path / "hostfile").write_text(text)

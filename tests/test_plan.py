@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, PhimoeConfig
 
 from data import InputError
 from peft import LoraConfig
-from scripts.architectures import ARCHITECTURES, find_architecture
-from scripts.footprint import Footprint, Shape, count_step
-from scripts.instruments import LiveBytes, SavedBytes
-from scripts.plan import REDUCE_BUCKET, Setup, check, host_memory, main, memory_per_gpu, peak
-from scripts.variants import random_batch
 from transformers_patch.auto import DEFAULT_TARGETS
+from workbench.architectures import ARCHITECTURES, find_architecture
+from workbench.footprint import Footprint, Shape, count_step
+from workbench.instruments import LiveBytes, SavedBytes
+from workbench.plan import REDUCE_BUCKET, Setup, check, host_memory, main, memory_per_gpu, peak
+from workbench.variants import random_batch
 
 PUBLISHED_SIZES = {
     "SmolLM2-135M": 134_515_008,

@@ -10,7 +10,7 @@ import pytest
 from test_train import Runner
 
 from data import InputError
-from transformers_patch.training.checkpoint import FILES_ASIDE
+from training.checkpoint import FILES_ASIDE
 
 
 class Hub:

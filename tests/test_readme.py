@@ -10,8 +10,8 @@ from conftest import ROOT, filled_model
 from test_launch import SHELL_VARIABLES, call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_patch.command_line import parse_flags
-from transformers_patch.training.arguments import DataArguments, ModelArguments, RunArguments
+from loading.arguments import DataArguments, ModelArguments, RunArguments
+from loading.command_line import parse_flags
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAGS = {name for part in (ModelArguments, DataArguments, RunArguments) for name in part.__dataclass_fields__}
@@ -39,19 +39,19 @@ def test_every_command_names_a_program_variables_and_flags_that_exist():
         if "run_loramoe.sh" in words or "train.py" in words:
             assert set(flags) <= FLAGS, command
         for word in words:
-            if word.startswith("scripts.") and "-m" in words:
+            if word.startswith(("scripts.", "workbench.")) and "-m" in words:
                 assert (ROOT / f"{word.replace('.', '/')}.py").is_file(), command
-            if word.endswith((".sh", ".py")) or word.startswith("scripts/"):
+            if word.endswith((".sh", ".py")) or word.startswith(("scripts/", "workbench/")):
                 assert (ROOT / word).exists(), command
 
 
 @pytest.mark.parametrize(
     "command",
-    [line for line in commands() if re.search(rf"-m scripts\.({VERBS}) ", line)],
+    [line for line in commands() if re.search(rf"-m \w+\.({VERBS}) ", line)],
 )
 def test_the_verbs_take_the_flags_that_the_pages_give_them(command):
-    verb, flags = re.search(r"-m scripts\.(\w+) (.*)", command).groups()
-    program = importlib.import_module(f"scripts.{verb}")
+    verb, flags = re.search(r"-m (\w+\.\w+) (.*)", command).groups()
+    program = importlib.import_module(verb)
     parse_flags(program.COMMAND, "", program.KINDS, shlex.split(flags))
 
 

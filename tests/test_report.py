@@ -15,12 +15,12 @@ from transformers import GenerationConfig
 
 from data import Encoding, encode_prompt, encode_target, load_data
 from peft import LoraConfig, PeftModel
+from training import report
+from training.report import MAX_NEW_TOKENS, routing_lines
+from training.routing import Routing, routing_summary
+from training.trainer import LoRAMoETrainer
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 from transformers_patch.labels import LabelledPositions
-from transformers_patch.training import report
-from transformers_patch.training.report import MAX_NEW_TOKENS, routing_lines
-from transformers_patch.training.routing import Routing, routing_summary
-from transformers_patch.training.trainer import LoRAMoETrainer
 
 TASK_TYPES = (0, 1, 1, None, 0, 1)
 

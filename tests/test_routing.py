@@ -15,12 +15,12 @@ from torch._subclasses import FakeTensorMode
 from transformers import TrainingArguments
 
 from data import InputError, encode_prompt
+from inference import trained
+from inference.rows import batches, load_rows
 from peft import FILLER_TASK_TYPE, LoraConfig, PeftModel, get_peft_model
 from scripts import plot_routing
-from transformers_patch import AutoModelForCausalLM, RoutingRecorder, inference
-from transformers_patch.rows import batches, load_rows
-from transformers_patch.training.report import routing_lines
-from transformers_patch.training.routing import (
+from training.report import routing_lines
+from training.routing import (
     COLLAPSE_STEPS,
     Routing,
     RoutingWatch,
@@ -28,7 +28,8 @@ from transformers_patch.training.routing import (
     relative_entropy,
     routing_summary,
 )
-from transformers_patch.training.routing_plot import plot_routing as draw
+from training.routing_plot import plot_routing as draw
+from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 
 SCALARS = {"routing_entropy", "routing_cv", "group_share_type_0", "group_share_type_1"}
 
@@ -125,8 +126,8 @@ def test_a_step_of_filler_rows_alone_neither_counts_nor_ends_a_collapse(argument
 
 
 def test_a_run_logs_its_routing_and_warns_of_a_collapse(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("transformers_patch.training.routing.COLLAPSE_STEPS", 2)
-    monkeypatch.setattr("transformers_patch.training.routing.COLLAPSE_SHARE", 0.9)
+    monkeypatch.setattr("training.routing.COLLAPSE_STEPS", 2)
+    monkeypatch.setattr("training.routing.COLLAPSE_SHARE", 0.9)
     run(eval_strategy="no", validation_file=None)
     lines = [line for line in run.log() if "lm_loss" in line]
     assert len(lines) == 6
@@ -147,7 +148,7 @@ def test_without_a_router_nothing_is_logged_or_plotted(run, settings):
 
 
 def test_routing_of_an_adapter_from_the_hub_needs_a_folder(adapter_dir, monkeypatch):
-    monkeypatch.setattr(inference, "snapshot_download", lambda name, allow_patterns: str(adapter_dir))
+    monkeypatch.setattr(trained, "snapshot_download", lambda name, allow_patterns: str(adapter_dir))
     with pytest.raises(InputError, match="someone/adapter is on the hub: name a folder for both files with --output"):
         plot_routing.main(["--adapter", "someone/adapter"])
 

@@ -1,4 +1,4 @@
-"""Killing a run does no harm: the short form of `scripts/soak.sh`."""
+"""Killing a run does no harm: the short form of `workbench/soak.sh`."""
 
 import re
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data import InputError
-from scripts import soak
+from workbench import soak
 
 
 @pytest.mark.slow

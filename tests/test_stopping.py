@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerControl, TrainerState
 
 import train
 from data import InputError
-from transformers_patch.training.checkpoint import find_checkpoint
-from transformers_patch.training.stopping import MOST_SKIPPED_STEPS, StopSignals
+from training.checkpoint import find_checkpoint
+from training.stopping import MOST_SKIPPED_STEPS, StopSignals
 
 
 @pytest.fixture

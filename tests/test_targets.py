@@ -6,6 +6,7 @@ from conftest import fill_adapter, filled_model, tiny_config, tiny_model
 from safetensors.torch import load_file
 from test_model import make_batch
 
+from loading.arguments import ModelArguments
 from peft import (
     LoraConfig,
     LoraLayer,
@@ -17,7 +18,6 @@ from peft import (
     static_lora,
 )
 from transformers_patch import LlamaLoRAMoEForCausalLM
-from transformers_patch.training.arguments import ModelArguments
 
 MLP = {f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj", "down_proj")}
 ATTENTION = {f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo"}

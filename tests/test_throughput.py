@@ -12,11 +12,11 @@ from test_train import Runner
 
 from data import IGNORED_LABEL, InputError
 from peft import LoraConfig, get_peft_model
-from scripts.instruments import count_flops
+from training import throughput
+from training.profiling import StepProfiler
+from training.throughput import FlopsEstimate, Throughput, peak_flops
 from transformers_patch import LlamaLoRAMoEForCausalLM
-from transformers_patch.training import throughput
-from transformers_patch.training.profiling import StepProfiler
-from transformers_patch.training.throughput import FlopsEstimate, Throughput, peak_flops
+from workbench.instruments import count_flops
 
 ONE_PROCESS = SimpleNamespace(parallel_mode=transformers.training_args.ParallelMode.NOT_PARALLEL, world_size=1)
 

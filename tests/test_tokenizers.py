@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerBase
 
 from data import InputError, encode_prompt, encode_target, marked_row, with_fixed_date
 from data.prompt import encode_rows
-from transformers_patch.training.base_model import load_tokenizer
+from loading.base_model import load_tokenizer
 
 TEXT = ["the cat sat on the mat and the dog lay in the sun", "what is the capital of kenya ? nairobi", "[INST] [/INST]"]
 LLAMA_2 = (

@@ -19,11 +19,12 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerCont
 
 import train
 from data import InputError
+from loading import arguments
+from loading.base_model import build_model
 from peft import LoraConfig, LoraExperts, LoraLayer, PeftModel
-from transformers_patch.training import arguments, checkpoint
-from transformers_patch.training.base_model import build_model
-from transformers_patch.training.run_folder import RunFolder
-from transformers_patch.training.stopping import StopSignals
+from training import checkpoint
+from training.run_folder import RunFolder
+from training.stopping import StopSignals
 
 
 class Runner:
@@ -727,7 +728,7 @@ def test_a_base_model_without_readable_weights_is_named(run, model_dir, tmp_path
 
 
 def test_a_folder_in_use_is_refused(run, no_weights, monkeypatch):
-    monkeypatch.setattr("transformers_patch.training.run_folder.SECONDS_TO_WAIT", 0)
+    monkeypatch.setattr("training.run_folder.SECONDS_TO_WAIT", 0)
     with RunFolder(run.output).held(), pytest.raises(InputError, match="is in use by another run"):
         run()
 

@@ -1,0 +1,71 @@
+"""How a model rates given answers: one teacher-forced forward pass, no decoding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data import Collator
+from inference.generation import in_batches
+from transformers_patch.labels import LabelledPositions
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """How a model rates one expected answer.
+
+    Args:
+        nll: summed negative log-likelihood of its tokens, the end token included.
+        tokens: their number.
+        matches: each of them is the likeliest at its place. By induction over the places, that is exactly the case
+            where greedy decoding gives this answer token for token.
+    """
+
+    nll: float
+    tokens: int
+    matches: bool
+
+
+def score_answers(
+    model: nn.Module, rows: list[dict], pad_token_id: int, batch_size: int, progress: Callable
+) -> list[AnswerScore]:
+    """Rate the answers of encoded rows (`input_ids`, `prompt_length`).
+
+    Args:
+        progress: wraps the iteration over batches, to show how far it is.
+    """
+    collate = Collator(pad_token_id)
+
+    def score(batch_rows: list[dict]) -> list[AnswerScore]:
+        batch = collate([{"task_type": -1, "source": "", **row} for row in batch_rows])
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        positions = LabelledPositions(batch["labels"].to(model.device))
+        with torch.no_grad(), positions.only(model):
+            logits_1NV = model(**inputs).logits
+        matches_B = positions.matches(logits_1NV).tolist()
+        return [
+            AnswerScore(nll, int(tokens), matches)
+            for (nll, tokens), matches in zip(positions.likelihood(logits_1NV).tolist(), matches_B, strict=True)
+        ]
+
+    return in_batches(score, rows, [len(row["input_ids"]) for row in rows], batch_size, progress)
+
+
+def most_likely_options(
+    model: nn.Module,
+    prompts: list[list[int]],
+    options: list[list[list[int]]],
+    pad_token_id: int,
+    batch_size: int,
+    progress: Callable,
+) -> list[int]:
+    """For each prompt, the index of the option (token ids, end token included) with the highest likelihood."""
+    rows = [
+        {"input_ids": [*prompt, *option], "prompt_length": len(prompt)}
+        for prompt, choices in zip(prompts, options, strict=True)
+        for option in choices
+    ]
+    scores = iter(score_answers(model, rows, pad_token_id, batch_size, progress))
+    losses = [[next(scores).nll for _ in choices] for choices in options]
+    return [min(range(len(each)), key=each.__getitem__) for each in losses]

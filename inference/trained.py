@@ -1,0 +1,259 @@
+"""A trained adapter on its base model, ready for inference; the folder of a fully fine-tuned model likewise."""
+
+import json
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from data import InputError, first_line, resolve_template
+from data.errors import reading
+from data.files import shown
+from inference.generation import drop_proposed_settings, end_tokens
+from loading.arguments import DataArguments
+from loading.base_model import check_base_model, load_tokenizer, other_base_warning, quantization
+from loading.command_line import flag, listed, refuse
+from loading.run_files import CHECKPOINT_NAME, PUBLISHED, RUN_CONFIG_NAME
+from peft import LoraConfig, PeftModel
+from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft.model import keep_4bit_packing
+from transformers_patch.auto import AutoModelForCausalLM
+
+MODEL_CONFIG_NAME = "config.json"
+# The fields of a run's configuration that are read here, if they are there: what they have to be, and its types.
+TEXT_OR_NULL = ("a text or null", {str, type(None)})
+RUN_FIELDS = {
+    "blc_weight": ("a number", {int, float}),
+    "max_seq_length": ("a whole number", {int}),
+    "num_task_types": ("a whole number", {int}),
+    "prompt_template": ("a text", {str}),
+    "task_types": TEXT_OR_NULL,
+    "dataset_dir": TEXT_OR_NULL,
+    "validation_file": TEXT_OR_NULL,
+}
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass
+class InferenceArguments:
+    """Flags of every program that runs a trained model."""
+
+    adapter: str = flag(None, "adapter, or a whole model: a folder or a hub id", required=True)
+    base_model: str | None = flag(None, "base model, a folder or a hub id; by default the one that the adapter names")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "numbers of the base model; auto is bfloat16 on GPUs (float16 where they have none), float32 on a CPU"
+    )
+    device_map: str = flag(
+        "auto", "auto spreads the layers over the GPUs that there are, or takes the CPU; or one device: cpu, cuda:1"
+    )
+    load_in_kbits: int = flag(16, "4 (nf4) or 8 (int8) quantises the base model; 16 leaves it as it is")
+    batch_size: int = flag(8, "rows that the model reads at once; lower it where memory runs out")
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.load_in_kbits not in (4, 8, 16):
+            problems.append(f"--load_in_kbits is {self.load_in_kbits}; allowed are 4, 8 and 16 (not quantised)")
+        if self.batch_size < 1:
+            problems.append(f"--batch_size is {self.batch_size}, but has to be at least 1")
+        if self.device_map not in PLACEMENTS and (problem := _device_problem(self.device_map)):
+            problems.append(f"--device_map {self.device_map}: {problem}; allowed are {', '.join(PLACEMENTS)}, a device")
+        return problems
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        if self.device_map == "cpu" or not torch.cuda.is_available():
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What `load_trained` returns.
+
+    Args:
+        model: in eval mode, on its devices; a PeftModel, or the whole model of a folder without an adapter. Its
+            generation settings are greedy, whatever the base model's folder proposes.
+        tokenizer: with a padding token.
+        run_config: the run's `run_config.json` (its `prompt_template`, `max_seq_length`, `validation_file` ...);
+            empty where the folder has none.
+        base_model: where the base model comes from.
+        proposed_generation: the generation settings that its folder proposes, for a model that is saved from this one.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    run_config: dict
+    base_model: str
+    proposed_generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def template(self, wanted: str | None = None) -> str:
+        """`plain` or `chat`: what was asked for, else what the run was trained with.
+
+        Raises:
+            InputError: see `data.resolve_template`.
+        """
+        return resolve_template(wanted or self.run_config.get("prompt_template", "auto"), self.tokenizer)
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest row in tokens: the run's, or else the default of a run."""
+        return self.run_config.get("max_seq_length", DataArguments.max_seq_length)
+
+    def end_tokens(self, template: str) -> list[int]:
+        """See `generation.end_tokens`."""
+        return end_tokens(self.model, self.tokenizer, template)
+
+    @property
+    def num_task_types(self) -> int:
+        if isinstance(self.model, PeftModel):
+            return self.model.active_peft_config.num_task_types
+        return self.run_config.get("num_task_types", 2)
+
+    @property
+    def task_type_names(self) -> tuple[str, ...]:
+        if isinstance(self.model, PeftModel):
+            return tuple(self.model.active_peft_config.task_type_names or ())
+        return tuple(listed(self.run_config.get("task_types")) or ())
+
+    def as_base(self) -> AbstractContextManager:
+        """A context in which the model is the base model.
+
+        Raises:
+            InputError: there is no adapter that could be taken away.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise InputError(
+                "this folder holds a complete model, not an adapter, so there is no base model to compare with; "
+                "give the base model's own folder as --adapter to run it"
+            )
+        return self.model.disable_adapter()
+
+
+def read_run_config(folder: Path) -> dict:
+    """The configuration of the run that made a folder, or made the checkpoint that it is; {} where there is none.
+
+    Raises:
+        InputError: it is damaged: no JSON object, or a field that is read here is of another type.
+    """
+    is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.absolute().name)
+    file = (folder.absolute().parent if is_checkpoint else folder) / RUN_CONFIG_NAME
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}): the file is damaged, restore it") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds {shown(config)} in place of an object: the file is damaged, restore it")
+    refuse(
+        [
+            f"{file}: {name!r} is {shown(config[name])}, but has to be {kind}: the file is damaged, restore it"
+            for name, (kind, types) in RUN_FIELDS.items()
+            if name in config and type(config[name]) not in types
+        ]
+    )
+    return config
+
+
+def load_trained(args: InferenceArguments) -> TrainedModel:
+    """Load the model of an adapter folder (or of a whole model's folder); everything is checked before any weight.
+
+    The tokenizer is the folder's own, or else the base model's.
+
+    Raises:
+        InputError: there is neither such a folder nor such a hub id, it is no adapter, its base model is missing or
+            does not fit (the message names the layers), or a file is damaged.
+    """
+    folder = _local_folder(args.adapter)
+    config = _adapter_config(folder)
+    base = (args.base_model or config.base_model_name_or_path) if config else str(folder)
+    if not base:
+        raise InputError(f"{folder}: its {ADAPTER_CONFIG_NAME} names no base model; give one with --base_model")
+    if _is_missing_folder(base):
+        named = "--base_model" if args.base_model else f"the base model that {folder} names"
+        raise InputError(f"{base}: no such folder ({named}); give the base model's place with --base_model")
+    tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
+    if config and (warning := other_base_warning(config.base_model_name_or_path, base)):
+        print(warning, file=sys.stderr)
+    put_adapter = partial(PeftModel.from_pretrained, directory=folder) if config else nn.Module.eval
+    check_base_model(base, tokenizer, put_adapter)
+    run_config = read_run_config(folder)
+    model = _load_weights(base, args)
+    proposed = model.generation_config
+    drop_proposed_settings(model, tokenizer.pad_token_id)
+    return TrainedModel(put_adapter(model).eval(), tokenizer, run_config, base, proposed)
+
+
+def _local_folder(name: str) -> Path:
+    """The folder of that name, or else a copy of what the hub has under it."""
+    if _is_missing_folder(name):
+        raise InputError(f"--adapter {name}: no such folder")
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(PUBLISHED)))
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise InputError(
+            f"--adapter {name}: no such folder, and it could not be downloaded from the hub: {first_line(error)}"
+        ) from error
+
+
+def _adapter_config(folder: Path) -> LoraConfig | None:
+    """The adapter's configuration; None for the folder of a whole model."""
+    with reading(folder):
+        is_adapter, is_model = ((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME))
+        if not is_adapter and is_model:
+            return None
+        try:
+            return LoraConfig.from_pretrained(folder)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+def _load_weights(base: str, args: InferenceArguments) -> nn.Module:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=args.torch_dtype,
+            device_map=args.device_map if torch.cuda.is_available() else "cpu",
+            quantization_config=quantization(args.load_in_kbits, args.torch_dtype),
+        )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the weights of {base} could not be read: {first_line(error)}") from error
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(f"{base} does not fit into the memory of the GPUs; quantise it with --load_in_kbits 4")
+    keep_4bit_packing(model)
+    return model
+
+
+def _is_missing_folder(base: str) -> bool:
+    """Whether a name can only mean a local folder (a hub id has one slash at most) and there is none.
+
+    Raises:
+        InputError: the system does not let it be looked for.
+    """
+    with reading(Path(base)):
+        is_folder, has_parent = Path(base).is_dir(), Path(base).parent.is_dir()
+    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1 or has_parent
+    return is_path and "/" in base and not is_folder
+
+
+def _device_problem(device: str) -> str | None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        return "no such device"
+    if kind == "cpu":
+        return None
+    return None if kind == "cuda" and torch.cuda.is_available() else "there is no such device on this machine"

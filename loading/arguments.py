@@ -1,0 +1,489 @@
+"""The flags of `train.py`: what they mean, and every contradiction among them found before anything is loaded."""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_tf32_available
+
+from data import ORDERS, TEMPLATES, InputError
+from loading.command_line import FlagParser, flag, listed, obstacle, refuse
+from loading.optimization import optimizer_problems, schedule_problems
+from peft import LoraConfig, TaskType
+
+# LoraConfig's field names, as the command line spells them.
+FLAG_OF_FIELD = {
+    "r": "--lora_rank",
+    "lora_alpha": "--lora_alpha",
+    "lora_nums": "--lora_nums",
+    "lora_dropout": "--lora_dropout",
+    "blc_alpha": "--blc_alpha",
+    "blc_weight": "--blc_weight",
+    "blc_reference": "--blc_reference",
+    "num_task_types": "--num_task_types",
+    "task_type_names": "--task_types",
+    "expert_groups": "--expert_groups",
+    "lora_top_k": "--lora_top_k",
+    "lora_shared_A": "--lora_shared_A",
+    "target_modules": "--trainable",
+    "layers_to_transform": "--layers_to_transform",
+    "modules_to_save": "--modules_to_save",
+}
+
+ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+
+# What an evaluation measures; each is better the lower it is.
+MEASURES = ("loss", "lm_loss", "perplexity")
+
+# The setting of DeepSpeed without which weights that ZeRO-3 has partitioned are not saved as a model.
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+# Flag, what it may be, and why it may be nothing else.
+UNSUPPORTED = (
+    ("label_smoothing_factor", (0,), "--label_smoothing_factor bypasses the model's own loss and its balance term"),
+    ("average_tokens_across_devices", (True,), "--average_tokens_across_devices false ties the loss to the processes"),
+    ("fsdp", (None, False, ""), "--fsdp is not supported; shard with --deepspeed scripts/deepspeed/zero3.json"),
+    ("remove_unused_columns", (False,), "--remove_unused_columns would take away what the collator needs"),
+    ("eval_use_gather_object", (False,), "--eval_use_gather_object is not supported"),
+    ("eval_do_concat_batches", (True,), "--eval_do_concat_batches false is not supported"),
+    ("batch_eval_metrics", (False,), "--batch_eval_metrics is not supported"),
+    ("use_liger_kernel", (False,), "--use_liger_kernel replaces the model's forward, which computes the balance term"),
+    ("train_sampling_strategy", ORDERS, f"--train_sampling_strategy has to be one of {', '.join(ORDERS)}"),
+    ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes by itself from its last checkpoint"),
+    ("hub_strategy", ("end",), "--hub_strategy: --push_to_hub uploads a run once, at its end"),
+    ("attn_implementation", ATTENTION, f"--attn_implementation has to be one of {', '.join(ATTENTION)}"),
+    ("auto_find_batch_size", (False,), "--auto_find_batch_size would make the result depend on free memory"),
+    ("torch_compile", (False,), "--torch_compile is not supported"),
+    ("torch_compile_backend", (None,), "--torch_compile_backend: --torch_compile is not supported"),
+    ("torch_compile_mode", (None,), "--torch_compile_mode: --torch_compile is not supported"),
+    ("bf16_full_eval", (False,), "--bf16_full_eval would round the weights for the last evaluation alone; use --bf16"),
+    ("fp16_full_eval", (False,), "--fp16_full_eval would round the weights for the last evaluation alone; use --fp16"),
+    ("do_predict", (False,), "--do_predict: python -m scripts.generate answers prompts with a trained adapter"),
+    ("save_on_each_node", (False,), "--save_on_each_node: all nodes share the run's folder"),
+    ("enable_jit_checkpoint", (False,), "--enable_jit_checkpoint: on SIGTERM a run saves a checkpoint by itself"),
+    ("ignore_data_skip", (False,), "--ignore_data_skip would make a resumed run repeat rows and leave others out"),
+    ("restore_callback_states_from_checkpoint", (False,),
+     "--restore_callback_states_from_checkpoint: a run that resumes restores all of its state by itself"),
+    ("accelerator_config", (None,), "--accelerator_config is not supported: this project makes its batches itself"),
+    ("parallelism_config", (None,), "--parallelism_config is not supported; shard with --deepspeed"),
+    ("fsdp_config", (None,), "--fsdp_config: FSDP is not supported; shard with --deepspeed"),
+    ("liger_kernel_config", (None,), "--liger_kernel_config: --use_liger_kernel is not supported"),
+    ("optim_target_modules", (None,), "--optim_target_modules: no supported --optim reads it"),
+    ("dataloader_in_order", (True,), "--dataloader_in_order false would leave the order of the rows to chance"),
+    ("length_column_name", ("length",), "--length_column_name: rows have no other lengths than their tokens"),
+    ("greater_is_better", (None, False), "--greater_is_better: every measure here is better the lower it is"),
+    ("metric_for_best_model", (None, *MEASURES, *(f"eval_{name}" for name in MEASURES)),
+     f"--metric_for_best_model has to be one of {', '.join(MEASURES)}"),
+    ("debug", (None, "", ["underflow_overflow"]), "--debug: the only supported value is underflow_overflow"),
+)  # fmt: skip
+
+# What a number has to be, a test of it, and the flags that it holds for. None, where it is the default, is allowed.
+RANGES = (
+    ("at least 1", lambda value: value >= 1, (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_processes",
+        "preprocessing_num_workers", "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
+        "ddp_bucket_cap_mb", "torch_empty_cache_steps",
+    )),
+    ("at least 0", lambda value: value >= 0, ("dataloader_num_workers", "save_total_limit")),
+    ("-1 or at least 1", lambda value: value == -1 or value >= 1, ("max_steps",)),
+    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    ("above 0", lambda value: math.isfinite(value) and value > 0, ("num_train_epochs", "adam_epsilon")),
+    ("a number of at least 0", lambda value: math.isfinite(value) and value >= 0, (
+        "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha", "logging_steps",
+        "eval_steps", "eval_delay", "save_steps",
+    )),
+)  # fmt: skip
+
+
+@dataclass
+class ModelArguments:
+    """The base model and the adapter on it."""
+
+    model_name_or_path: str | None = flag(None, "base model: a local folder or a hub id")
+    tokenizer_name_or_path: str | None = flag(None, "tokenizer, where it is not the base model's")
+    tuning: Literal["loramoe", "full"] = flag("loramoe", "loramoe trains experts and routers; full trains all weights")
+    peft_path: str | None = flag(None, "adapter folder to continue from, instead of a fresh adapter")
+    lora_rank: int = flag(4, "rank of each expert")
+    lora_alpha: float = flag(32, "the experts' output is scaled by lora_alpha / lora_rank")
+    lora_nums: int = flag(6, "experts per adapted Linear; 1 is plain LoRA")
+    lora_top_k: int | None = flag(None, "experts that take part for a token, at least 2; all where not given or 0")
+    lora_shared_A: bool | None = flag(None, "one A for all experts of a Linear, which then differ in B alone")
+    lora_dropout: float = flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
+    trainable: str = flag(
+        "auto",
+        "Linears to adapt: names separated by commas; all-linear (every one but the output embedding); a regular "
+        "expression that whole dotted names have to match; or auto, the architecture's feed-forward Linears",
+    )
+    layers_to_transform: str | None = flag(None, "numbers of the layers to adapt, from 0, separated by commas")
+    modules_to_save: str | None = flag(
+        None,
+        "names of modules to train in full and to save with the adapter, separated by commas: embed_tokens,lm_head",
+    )
+    blc_alpha: float = flag(0.1, "delta of the balance term, in [0, 1): how far a group is drawn to its task type")
+    blc_weight: float = flag(0.1, "beta, the weight of the balance term in the loss; 0 turns it off")
+    blc_reference: bool = flag(
+        False, "the statistic of the authors' code in the balance term: padding counts, each process for itself"
+    )
+    num_task_types: int | None = flag(None, "number of task types K; by default that of --task_types, or else 2")
+    task_types: str | None = flag(
+        None, "names of the task types, separated by commas, which rows may use in place of the numbers 0, 1, ..."
+    )
+    expert_groups: str | None = flag(
+        None, "numbers of experts of the task types' groups, separated by commas; equal groups where not given"
+    )
+    output_router_logits: bool | None = flag(
+        None, "add the router loss of a base model that is a mixture of experts itself, and log it as aux_loss"
+    )
+    load_in_kbits: int = flag(16, "4 (nf4) or 8 (int8) quantises the frozen base model; 16 leaves it as it is")
+    attn_implementation: str = flag("auto", "attention kernel; auto takes FlashAttention 2 where it can run, else sdpa")
+
+    def lora_config(self) -> LoraConfig:
+        """Raises ValueError where a value is out of range."""
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            base_model_name_or_path=self.model_name_or_path,
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_nums=self.lora_nums,
+            lora_dropout=self.lora_dropout,
+            blc_alpha=self.blc_alpha,
+            blc_weight=self.blc_weight,
+            blc_reference=self.blc_reference,
+            num_task_types=self.num_task_types,
+            task_type_names=self.task_type_names,
+            expert_groups=_numbers("expert_groups", self.expert_groups),
+            lora_top_k=self.lora_top_k,
+            lora_shared_A=bool(self.lora_shared_A),
+            target_modules=_targets(self.trainable),
+            layers_to_transform=_numbers("layers_to_transform", self.layers_to_transform),
+            modules_to_save=listed(self.modules_to_save),
+        )
+
+    @property
+    def task_type_names(self) -> list[str] | None:
+        return listed(self.task_types)
+
+    def resolve(self, base: nn.Module) -> None:
+        """Put what the base model decides in place of flags that leave it open, so that the run's configuration tells
+        what was trained."""
+        if self.trainable == "auto" and not self.peft_path:
+            self.trainable = ",".join(base.default_target_modules)
+        if hasattr(base, "router_aux_loss_coef") and self.output_router_logits is None:
+            self.output_router_logits = bool(base.config.output_router_logits)
+
+    def __post_init__(self):
+        if self.num_task_types is None:
+            self.num_task_types = len(self.task_type_names or (0, 1))
+
+
+def _numbers(field_name: str, text: str | None) -> list[int] | None:
+    numbers = listed(text)
+    if numbers is not None and not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"{field_name} is {text!r}, but has to be whole numbers separated by commas")
+    return numbers and [int(number) for number in numbers]
+
+
+def _targets(text: str) -> list[str] | str | None:
+    """What `LoraConfig.target_modules` is for `--trainable`: a text of more than names and commas is a pattern."""
+    if text == "auto":
+        return None
+    return listed(text) if re.fullmatch(r"[\w.,\s]*", text) else text
+
+
+@dataclass
+class DataArguments:
+    """The rows and how they become tokens."""
+
+    dataset_dir: str | None = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
+    validation_file: str | None = flag(None, "evaluation rows, file or folder; without it nothing is evaluated")
+    max_seq_length: int = flag(1024, "longest row in tokens; longer ones are cut at the end")
+    prompt_template: str = flag("auto", "plain, chat (the tokenizer's own template), or auto (chat where there is one)")
+    data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
+    preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """Hugging Face's TrainingArguments with this project's defaults, plus what concerns the run folder."""
+
+    learning_rate: float = flag(2e-4, "peak learning rate")
+    lr_scheduler_type: str = flag("cosine", "shape of the learning rate over the run")
+    warmup_steps: float = flag(0.03, "steps of warm-up, or below 1 the share of all steps")
+    num_train_epochs: float = flag(1.0, "passes over the training rows")
+    logging_steps: float = flag(5, "optimizer steps between two log lines")
+    logging_first_step: bool = flag(True, "log the first step, too")
+    save_total_limit: int | None = flag(2, "checkpoints to keep; older ones are deleted; 0 keeps all")
+    report_to: str = flag("tensorboard", "where the logs go besides the terminal")
+    train_sampling_strategy: str = flag(
+        "group_by_length", f"order of the rows ({', '.join(ORDERS)}); grouping by length saves padding"
+    )
+    activation_checkpointing: bool | None = flag(None, "recompute activations: less memory, about 1.5 times the time")
+    push_to_hub: bool = flag(False, "upload the finished run once, at its end")
+    hub_strategy: str = flag("end", "when --push_to_hub uploads; the end is all there is")
+    # Every adapter parameter takes part in every step, so DDP need not look for unused ones.
+    ddp_find_unused_parameters: bool | None = flag(False, "let DDP look for parameters without a gradient")
+    # The collator picks the fields of a row itself.
+    remove_unused_columns: bool = flag(False, "drop data columns that the model does not take")
+    num_processes: int | None = flag(None, "processes of the run over all nodes; the launcher's where not given")
+    profile_steps: str | None = flag(
+        None, "optimizer steps, counting from 1, to write a torch profiler trace of: 5 or 5-7"
+    )
+    restart: bool = flag(False, "set aside what the output folder holds and start over")
+    prepare_only: bool = flag(False, "check everything, encode the data and stop before any weight is read")
+
+    def __post_init__(self):
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = False
+        super().__post_init__()
+
+
+def parse_steps(text: str) -> tuple[int, int] | None:
+    """First and last step of `--profile_steps`, counting from 1: `5` or `5-7`. None where it is neither."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2] or match[1])
+    return (first, last) if 1 <= first <= last else None
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
+    """Parse the command line.
+
+    Raises:
+        InputError: unknown flags, values of the wrong kind, or settings that contradict each other, all at once.
+    """
+    parser = FlagParser((ModelArguments, DataArguments, RunArguments), "python train.py")
+    values = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    refuse(_contradictions(argparse.Namespace(**values)))
+    given = {name: values[name] for name in ("deepspeed", "ddp_backend")}
+    if "RANK" not in os.environ:
+        # One process alone, which may prepare what a launcher starts: DeepSpeed and the backend would want the others.
+        values |= dict.fromkeys(given)
+    try:
+        model_args, data_args, args = parser.parse_dict(values)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for name, value in given.items():
+        setattr(args, name, value)
+    args.num_processes = args.num_processes or args.world_size
+    model_args.model_name_or_path = model_args.model_name_or_path.rstrip("/")
+    if not args.prepare_only and (problem := _launch_problem(args)):
+        raise InputError(problem)
+    if args.deepspeed and args.device.type == "cpu" and not args.prepare_only:
+        _open_deepspeed_on_cpu()
+    return model_args, data_args, args
+
+
+def _launch_problem(args: RunArguments) -> str | None:
+    """What is wrong with the processes that there are."""
+    if args.n_gpu > 1:
+        return (
+            "several GPUs need one process each: use run_loramoe.sh or torchrun, or let CUDA_VISIBLE_DEVICES name one"
+        )
+    if args.num_processes != args.world_size:
+        return f"--num_processes is {args.num_processes}, but the launcher started {args.world_size}"
+    return None
+
+
+def _open_deepspeed_on_cpu() -> None:
+    """Hand the gloo process group to DeepSpeed, which on a CPU nobody else does before the model is built.
+
+    Its shared-memory collectives are kept from being compiled: they are an option beside gloo, yet the build needs a
+    compiler, takes up to two minutes, and leaves a lock that stops every later run where it is interrupted.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _contradictions(flags: argparse.Namespace) -> list[str]:
+    """One sentence for each flag, or pair of flags, that cannot be."""
+    finders = (_missing, _adapter_problems, _data_problems, _evaluation_problems, _training_problems, _device_problems)
+    return [problem for find in finders for problem in find(flags)]
+
+
+def _missing(flags: argparse.Namespace) -> list[str]:
+    needed = ("model_name_or_path", "dataset_dir", "output_dir")
+    problems = [f"--{name} is missing" for name in needed if not getattr(flags, name)]
+    for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        if (place := getattr(flags, name)) and place.startswith((".", "/", "models/")) and not Path(place).is_dir():
+            problems.append(f"--{name} {place}: no such folder")
+    for name in ("output_dir", "data_cache_dir"):
+        if flags.output_dir and (problem := obstacle(Path(getattr(flags, name)).absolute())):
+            problems.append(f"--{name} {getattr(flags, name)} cannot be made: {problem}")
+    return problems
+
+
+def _adapter_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    if flags.load_in_kbits not in (4, 8, 16):
+        problems.append(f"--load_in_kbits is {flags.load_in_kbits}; allowed are 4, 8 and 16 (not quantised)")
+    if flags.tuning == "full":
+        if flags.peft_path:
+            problems.append("--tuning full trains no adapter, so it cannot continue from --peft_path")
+        if flags.load_in_kbits in (4, 8):
+            problems.append(f"--tuning full cannot train weights that --load_in_kbits {flags.load_in_kbits} quantises")
+        return problems
+    try:
+        ModelArguments(**{name: getattr(flags, name) for name in ModelArguments.__dataclass_fields__}).lora_config()
+    except ValueError as error:
+        pattern = r"\b(" + "|".join(FLAG_OF_FIELD) + r")\b"
+        problems += re.sub(pattern, lambda match: FLAG_OF_FIELD[match[0]], str(error)).splitlines()
+    if flags.peft_path and not (Path(flags.peft_path) / "adapter_config.json").is_file():
+        problems.append(f"--peft_path {flags.peft_path} is no adapter folder: it has no adapter_config.json")
+    return problems
+
+
+def _data_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    if flags.max_seq_length < 2:
+        problems.append(f"--max_seq_length is {flags.max_seq_length}, but has to be at least 2")
+    if flags.prompt_template not in TEMPLATES:
+        problems.append(f"--prompt_template is {flags.prompt_template!r}; allowed are {', '.join(TEMPLATES)}")
+    return problems
+
+
+def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    if not flags.validation_file:
+        asked = [name for name in ("do_eval", "eval_on_start") if getattr(flags, name)]
+        asked += [f"eval_strategy {flags.eval_strategy}"] if flags.eval_strategy != "no" else []
+        problems += [f"--{name} needs a --validation_file" for name in asked]
+    if flags.eval_strategy == "no":
+        asked = ["load_best_model_at_end"] if flags.load_best_model_at_end else []
+        asked += ["save_strategy best"] if flags.save_strategy == "best" else []
+        problems += [f"--{name} needs an --eval_strategy" for name in asked]
+    return problems
+
+
+def _training_problems(flags: argparse.Namespace) -> list[str]:
+    # What `accelerate launch` sets for FSDP. On a CPU, Trainer would silently fall back to plain data parallelism.
+    problems = []
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        problems.append(
+            "ACCELERATE_USE_FSDP is set, but FSDP is not supported: unset it, start with run_loramoe.sh or torchrun, "
+            "and shard with --deepspeed scripts/deepspeed/zero3.json"
+        )
+    if flags.deepspeed:
+        problems += _deepspeed_problems(flags)
+    problems += [reason for name, allowed, reason in UNSUPPORTED if getattr(flags, name) not in allowed]
+    out_of_range = [
+        f"--{name} is {value}, but has to be {needed}"
+        for needed, holds, names in RANGES
+        for name in names
+        if (value := getattr(flags, name)) is not None and not holds(value)
+    ]
+    if flags.profile_steps and parse_steps(flags.profile_steps) is None:
+        problems.append(f"--profile_steps is {flags.profile_steps!r}, but has to be one step or a range, as 5 or 5-7")
+    # The libraries, which are asked for the rest, would name the same numbers once more.
+    problems += out_of_range or [*optimizer_problems(flags), *schedule_problems(flags)]
+    known = {"none", "all", *get_available_reporting_integrations()}
+    if flags.report_to not in known:
+        problems.append(f"--report_to {flags.report_to} is not installed here; there are {', '.join(sorted(known))}")
+    if not flags.dataloader_num_workers:
+        problems += [
+            f"--{name} needs --dataloader_num_workers of at least 1"
+            for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
+            if getattr(flags, name)
+        ]
+    checkpointing = {flags.activation_checkpointing, flags.gradient_checkpointing}
+    if checkpointing == {True, False}:
+        problems.append("--activation_checkpointing and --gradient_checkpointing, the same flag, contradict each other")
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if re.sub(r"\s", "", getattr(flags, name) or "{}").lower() not in ("{}", '{"use_reentrant":false}'):
+            problems.append(
+                f'--{name} may be {{"use_reentrant": false}} alone: re-entrant checkpointing cuts the balance term off'
+            )
+    return problems
+
+
+def _device_problems(flags: argparse.Namespace) -> list[str]:
+    problems = []
+    on_cpu = flags.use_cpu or not torch.cuda.is_available()
+    if flags.fp16 and on_cpu:
+        problems.append("--fp16 does nothing on a CPU (training would silently stay in fp32); use --bf16 or neither")
+    if flags.tf32 and not is_torch_tf32_available():
+        problems.append("--tf32 needs a GPU of compute capability 8.0 or more")
+    kernel = flags.attn_implementation
+    if on_cpu and kernel in ("flex_attention", *FLASH_ATTENTION):
+        problems.append(f"--attn_implementation {kernel} cannot train on a CPU; use sdpa or eager")
+    elif kernel in FLASH_ATTENTION and not FLASH_ATTENTION[kernel]():
+        problems.append(f"--attn_implementation {kernel}: its package is not installed or does not support this GPU")
+    elif kernel in FLASH_ATTENTION and not (flags.bf16 or flags.fp16):
+        problems.append(f"--attn_implementation {kernel} computes in half precision: add --bf16 or --fp16")
+    return problems
+
+
+def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
+    try:
+        config = json.loads(Path(flags.deepspeed).read_text())
+    except OSError:
+        return [f"--deepspeed {flags.deepspeed}: no such file; ready-made ones are in scripts/deepspeed"]
+    except ValueError as error:
+        return [f"--deepspeed {flags.deepspeed}: not JSON ({error})"]
+    if not isinstance(config, dict):
+        return [f"--deepspeed {flags.deepspeed}: has to be a JSON object"]
+    if not flags.prepare_only and "RANK" not in os.environ:
+        return ["--deepspeed needs a launcher, for one process too: use run_loramoe.sh or torchrun"]
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3):
+        return [f"--deepspeed {flags.deepspeed}: the stage in zero_optimization has to be 1, 2 or 3"]
+    if problems := _deepspeed_mismatches(config, flags):
+        return problems
+    if stage == 3 and flags.tuning == "full" and not zero.get(GATHER):
+        return [
+            f"--tuning full would leave no weights: set {GATHER} to true, in zero_optimization of {flags.deepspeed}"
+        ]
+    if flags.save_only_model and flags.load_best_model_at_end:
+        return ["--save_only_model with --load_best_model_at_end fails under --deepspeed; leave one of them out"]
+    if stage == 3 and flags.load_in_kbits in (4, 8):
+        return [f"--load_in_kbits {flags.load_in_kbits} cannot be sharded by ZeRO-3; use scripts/deepspeed/zero2.json"]
+    return []
+
+
+def _deepspeed_mismatches(config: dict, flags: argparse.Namespace) -> list[str]:
+    """Settings of a DeepSpeed file that would overrule flags."""
+    wanted = {
+        "train_micro_batch_size_per_gpu": flags.per_device_train_batch_size,
+        "gradient_accumulation_steps": flags.gradient_accumulation_steps,
+        "gradient_clipping": flags.max_grad_norm,
+    }
+    found = {name: config.get(name) for name in wanted}
+    if "train_batch_size" in config:
+        processes = flags.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
+        found["train_batch_size"] = config["train_batch_size"]
+        rows = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
+        wanted["train_batch_size"] = rows * processes
+    for half in ("bf16", "fp16"):
+        section = config.get(half)
+        found[f"{half}.enabled"] = section.get("enabled", False) if isinstance(section, dict) else False
+        wanted[f"{half}.enabled"] = getattr(flags, half)
+    problems = [
+        f"--deepspeed {flags.deepspeed}: {name} is {'missing' if value is None else json.dumps(value)}, but has to be "
+        f"auto, or {json.dumps(wanted[name])} as the flags have it"
+        for name, value in found.items()
+        if value not in ("auto", wanted[name])
+    ]
+    problems += [
+        f"--deepspeed {flags.deepspeed}: leave {name} out; the flags choose it"
+        for name in ("optimizer", "scheduler")
+        if name in config
+    ]
+    return problems

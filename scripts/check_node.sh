@@ -1,7 +1,0 @@
-#!/usr/bin/env bash
-# Try every way of training on this node, with a tiny model, before a long run:   bash scripts/check_node.sh
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-python=$(bash scripts/setup.sh)
-exec "$python" -m scripts.check_node "$@"

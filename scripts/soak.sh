@@ -1,8 +1,0 @@
-#!/usr/bin/env bash
-# Kill a training run again and again and see that its adapter is unharmed; or, with --launches 200, end runs in every
-# way and check that each exits within seconds with its message:   bash scripts/soak.sh [flags; see --help]
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-python=$(bash scripts/setup.sh)
-exec "$python" -m scripts.soak "$@"

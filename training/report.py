@@ -1,0 +1,218 @@
+"""What a finished run tells: the summary on the terminal, `routing.json` with its picture, the model card."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from data import resolve_template, row_lengths
+from inference.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
+from peft import LoraConfig
+from training.routing import Routing, group_shares, group_spans, span_text
+from training.routing_plot import plot_routing
+from training.run_folder import write_json
+
+CITATION = """@inproceedings{dou2024loramoe,
+  title     = {{LoRAMoE}: Alleviating World Knowledge Forgetting in Large Language Models via {MoE}-Style Plugin},
+  author    = {Dou, Shihan and Zhou, Enyu and Liu, Yan and Gao, Songyang and Shen, Wei and Xiong, Limao and Zhou, Yuhao
+               and Wang, Xiao and Xi, Zhiheng and Fan, Xiaoran and Pu, Shiliang and Zhu, Jiang and Zheng, Rui and
+               Gui, Tao and Zhang, Qi and Huang, Xuanjing},
+  booktitle = {Proceedings of the 62nd Annual Meeting of the Association for Computational Linguistics},
+  volume    = {1: Long Papers},
+  pages     = {1932--1945},
+  year      = {2024},
+  doi       = {10.18653/v1/2024.acl-long.106}
+}"""
+NUM_SAMPLES = 3
+MAX_NEW_TOKENS = 40
+CARD_KINDS = {
+    "full": ("Full fine-tuning", "All weights were trained: the baseline of the LoRAMoE experiments."),
+    "lora": ("LoRA adapter", "One LoRA expert in every adapted Linear: the baseline without a router."),
+    "loramoe": (
+        "LoRAMoE adapter",
+        "A mixture of LoRA experts in every adapted Linear, weighed per token by a softmax router, with a localized "
+        "balancing constraint (Dou et al., *LoRAMoE*, arXiv 2312.09979).",
+    ),
+}
+CARD_SETTINGS = (
+    "learning_rate", "num_train_epochs", "max_steps", "num_processes", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_seq_length", "prompt_template", "seed", "dataset_dir", "dataset_sha256",
+    "validation_file",
+)  # fmt: skip
+CARD_PATHS = ("dataset_dir", "validation_file")
+CARD_ADAPTER_SETTINGS = (
+    "lora_nums", "lora_rank", "lora_alpha", "lora_dropout", "trainable", "blc_alpha", "blc_weight", "num_task_types",
+    "task_types", "expert_groups", "lora_top_k", "lora_shared_A", "layers_to_transform", "modules_to_save",
+)  # fmt: skip
+CARD_METRICS = (
+    "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",
+)  # fmt: skip
+
+
+def write_routing(folder: Path, summary: dict) -> None:
+    """`routing.json` and its picture `routing.png`, from a summary of `routing_summary`."""
+    write_json(folder / "routing.json", summary)
+    plot_routing(folder / "routing.png", summary)
+
+
+def training_curves(name: str, log_history: list[dict], blc_weight: float) -> dict[str, dict]:
+    """Evenness of the routing over the steps of a run, by a label of it; {} where its log has none."""
+    lines = [line for line in log_history if "routing_cv" in line]
+    if not lines:
+        return {}
+    constraint = f"beta {blc_weight:g}" if blc_weight else "no constraint"
+    fields = {"step": "step", "coefficient_of_variation": "routing_cv", "entropy": "routing_entropy"}
+    return {f"{name} ({constraint})": {field: [line[key] for line in lines] for field, key in fields.items()}}
+
+
+def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
+    """A small table: one line for each task type, one column for each expert group."""
+    if len(config.group_sizes) != config.num_task_types:
+        return [f"no groups: {config.lora_nums} experts cannot be split among {config.num_task_types} task types"]
+    lines = [" " * 24 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
+    for kind, shares in group_shares(routing, config.group_sizes).items():
+        names = config.task_type_names or list(range(config.num_task_types))
+        name = "unlabelled rows" if kind < 0 else f"rows of task type {names[kind]}"
+        lines.append(f"  {name:22}" + "".join(f"{share:16.1%}" for share in shares))
+    return lines
+
+
+def generate_samples(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, template: str
+) -> list[tuple[str, str, str]]:
+    """Greedy answers to a few rows of different task kinds: (instruction and input, expected, generated).
+
+    The model loses the generation settings that its base model's folder proposes, so save it before. Under ZeRO-3 this
+    is a collective: every rank calls it with the same rows.
+
+    Args:
+        template: the prompt template of the rows; `auto` is what it means for the tokenizer.
+    """
+    picked = _one_of_each_kind(rows)
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
+    decoding = DecodingArguments(max_new_tokens=MAX_NEW_TOKENS)
+    ends = end_tokens(model, tokenizer, resolve_template(template, tokenizer))
+    settings = decoding.settings(tokenizer.pad_token_id, ends)
+    drop_proposed_settings(model, tokenizer.pad_token_id)
+    model.eval()
+    answers = tokenizer.batch_decode(generate_answers(model, prompts, settings), skip_special_tokens=True)
+    return [
+        ("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"], answer.strip())
+        for row, answer in zip(picked, answers, strict=True)
+    ]
+
+
+def summary_lines(folder: Path, results: dict) -> list[str]:
+    """What the terminal shows at the end of a run, and again where the run is found finished."""
+    lines = [f"===== LoRAMoE run finished: {folder} ====="]
+    if "eval_lm_loss_after" in results:
+        lines += [
+            f"held-out LM loss      {results['eval_lm_loss_before']:.4f} before, "
+            f"{results['eval_lm_loss_after']:.4f} after training",
+            f"held-out perplexity   {results['eval_perplexity_before']:.2f} before, "
+            f"{results['eval_perplexity_after']:.2f} after training",
+        ]
+    if results.get("routing_table"):
+        lines += ["mean routing share of each expert group on the held-out rows:", *results["routing_table"]]
+    for number, (prompt, expected, generated) in enumerate(results.get("samples", []), start=1):
+        lines += [f"sample {number}", *_indented("prompt", prompt), *_indented("expected", expected)]
+        lines += _indented("generated", generated)
+    files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    return [*lines, f"saved in {folder}: {', '.join(files)}"]
+
+
+def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, datasets.Dataset]) -> None:
+    """README.md of the run folder: what the model is, how it was made, what was measured.
+
+    Folders of this machine are named by their last part alone, since cards are published.
+
+    Args:
+        data: the rows by what they are for.
+    """
+    kind = "full" if config["tuning"] == "full" else "lora" if config["lora_nums"] == 1 else "loramoe"
+    title, description = CARD_KINDS[kind]
+    base = config["model_name_or_path"]
+    settings = [*CARD_SETTINGS, *(CARD_ADAPTER_SETTINGS if kind != "full" else ())]
+    text = [
+        "---",
+        *([] if Path(base).is_dir() else [f"base_model: {base}"]),
+        f"tags: [{kind}]",
+        "pipeline_tag: text-generation",
+        "---",
+        f"# {title} of {_published(base)}",
+        "",
+        description,
+        "",
+        "## Training",
+        *_table(
+            "setting",
+            "value",
+            rows=(
+                (name, _published(config[name]) if name in CARD_PATHS else config[name])
+                for name in settings
+                if config.get(name) is not None
+            ),
+        ),
+        "",
+        f"Made with torch {torch.__version__}, transformers {transformers.__version__}.",
+        "",
+        "## Data",
+        *_data_table(data),
+        "",
+        "## Measured",
+        *_table("metric", "value", rows=((name, _shown(results[name])) for name in CARD_METRICS if name in results)),
+    ]
+    if (folder / "routing.png").is_file():
+        text += ["", "## Routing of the evaluation rows", "![Mean weight of each expert](routing.png)"]
+    text += ["", "## Citation", "```bibtex", CITATION, "```"]
+    (folder / "README.md").write_text("\n".join(text) + "\n")
+
+
+def _data_table(data: dict[str, datasets.Dataset]) -> list[str]:
+    """Numbers of rows, tokens and supervised tokens, and rows by task type and kind of task, for each set of rows."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, rows in data.items():
+        types = Counter("no task type" if kind < 0 else f"task type {kind}" for kind in rows["task_type"])
+        tokens = int(row_lengths(rows).sum())
+        counts[name] = {
+            "rows": len(rows),
+            "tokens": tokens,
+            "tokens of answers": tokens - sum(rows["prompt_length"]),
+            **{f"rows of {kind}": count for kind, count in sorted(types.items())},
+            **{f"rows of {kind}": count for kind, count in sorted(Counter(filter(None, rows["task"])).items())},
+        }
+    lines = dict.fromkeys(line for column in counts.values() for line in column)
+    return _table("", *counts, rows=((line, *(column.get(line, 0) for column in counts.values())) for line in lines))
+
+
+def _one_of_each_kind(rows: datasets.Dataset) -> list[dict]:
+    """The first row of each of the first task kinds; where there are too few kinds, further rows from the front."""
+    first_of_kind: dict[str, int] = {}
+    for index, kind in enumerate(rows["task"]):
+        first_of_kind.setdefault(kind, index)
+    picked = [*first_of_kind.values(), *(index for index in range(len(rows)) if index not in first_of_kind.values())]
+    return [rows[index] for index in picked[:NUM_SAMPLES]]
+
+
+def _indented(label: str, text: str) -> list[str]:
+    first, *rest = text.splitlines() or [""]
+    return [f"  {label:10}{first}", *(f"  {'':10}{line}" for line in rest)]
+
+
+def _published(place: str) -> str:
+    """A path or hub id as a card shows it: of a path that exists here, the last part."""
+    return Path(place).name if Path(place).exists() else place
+
+
+def _shown(value: object) -> object:
+    return f"{value:.4f}" if isinstance(value, float) else value
+
+
+def _table(*head: str, rows: Iterable[tuple]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]

@@ -1,0 +1,190 @@
+"""The folder of one run: which configuration it belongs to, whether it is finished, where to resume."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from data import InputError, content_hash, file_hash
+from loading.arguments import DataArguments, ModelArguments, RunArguments
+from loading.optimization import EVALUATED
+from loading.run_files import RESULTS_NAME, RUN_CONFIG_NAME
+from peft.saving import WEIGHTS_NAME
+from training.checkpoint import checkpoint_problem, clear_unfinished, writing
+
+# Flags that decide where and how often something is written, or how fast it runs, but not a bit of what is trained.
+# Those of DDP, for instance, decide in which order the gradients of several processes are added.
+WITHOUT_EFFECT = {
+    "data_cache_dir", "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "debug", "disable_tqdm", "local_rank",
+    "output_dir", "per_device_eval_batch_size", "prepare_only", "preprocessing_num_workers", "profile_steps", "project",
+    "report_to", "restart", "resume_from_checkpoint", "run_name", "use_cpu",
+}  # fmt: skip
+WITHOUT_EFFECT_PREFIXES = ("do_", "eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_")
+# They decide, where evaluations do.
+OF_EVALUATION = (
+    "eval_delay", "eval_steps", "eval_strategy", "per_device_eval_batch_size", "save_steps", "save_strategy",
+)  # fmt: skip
+
+# How the rows of a micro-batch are divided among the processes.
+DIVISION = ("num_processes", "per_device_train_batch_size")
+
+# In the configuration for the reader; what counts is the content, which is there as well.
+DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path"}
+SECONDS_TO_WAIT = 10
+
+
+class RunFolder:
+    """OUTPUT_DIR/EXP_NAME.
+
+    Args:
+        path: the folder, which need not exist.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def results(self) -> dict | None:
+        """What the finished run measured; None where no run has finished here."""
+        file = self.path / RESULTS_NAME
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A context in which this process alone may train or change the folder.
+
+        Raises:
+            InputError: another process holds it.
+        """
+        folder = self.path.resolve()  # the same lock, whatever links lead to the folder
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=SECONDS_TO_WAIT)
+        except Timeout:
+            raise InputError(f"{self.path} is in use by another run; wait for its end, or {_WAY_OUT}") from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be made or written: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check(self, config: dict) -> None:
+        """Compare the configuration with the one that the folder belongs to, if it belongs to any.
+
+        Raises:
+            InputError: they differ, the folder holds something that is no run, or a file of a finished run is damaged.
+        """
+        file = self.path / RUN_CONFIG_NAME
+        if not file.is_file():
+            if (self.path / RESULTS_NAME).is_file() or any(self.path.glob("checkpoint-*")):
+                raise InputError(f"{self.path} holds checkpoints or results but no {RUN_CONFIG_NAME}; {_WAY_OUT}")
+            return
+        if (self.path / RESULTS_NAME).is_file() and (problem := checkpoint_problem(self.path, finished=True)):
+            raise InputError(
+                f"{self.path} holds a finished run, but {problem}. Put that file back from a copy; or delete "
+                f"{RESULTS_NAME} there, and the same command ends the run again from its last checkpoint; or start "
+                "over with --restart"
+            )
+        try:
+            there = json.loads(file.read_text())
+            if not isinstance(there, dict):
+                raise ValueError("it holds no JSON object")
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}), so what it belongs to is not known; {_WAY_OUT}") from None
+        trained, wanted = _deciding(there), _deciding(config)
+        differing = [
+            f"  {name}: {there.get(name)!r} there, {config.get(name)!r} now"
+            for name in sorted(there.keys() | config.keys())
+            if trained.get(name) != wanted.get(name) and there.get(name) != config.get(name)
+        ]
+        if differing:
+            found = "\n".join(differing)
+            raise InputError(f"{self.path} holds a run with another configuration:\n{found}\n{_WAY_OUT}")
+
+    def claim(self, config: dict) -> None:
+        """Make the folder this configuration's, unless its run is finished, and clear away what a killed run was just
+        writing."""
+        with writing(self.path, RUN_CONFIG_NAME):
+            self.path.mkdir(parents=True, exist_ok=True)
+            clear_unfinished(self.path)
+            if self.results is None:
+                write_json(self.path / RUN_CONFIG_NAME, config)
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder, so that a new run can start; nothing is deleted. Returns its new place.
+
+        A link to it stays, and leads to an empty folder then.
+
+        Raises:
+            InputError: it cannot be renamed.
+        """
+        if not self.path.exists():
+            return None
+        folder = self.path.resolve()
+        aside = folder.with_name(f"{folder.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
+        try:
+            folder.rename(aside)
+            folder.mkdir()
+        except OSError as error:
+            raise InputError(f"{folder} cannot be renamed: {error.strerror}") from error
+        return aside
+
+
+_WAY_OUT = (
+    "choose another folder (exp_name=NAME for run_loramoe.sh, --output_dir for train.py), or start over in this one "
+    "with --restart, which keeps the old folder under another name"
+)
+
+
+def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict:
+    """Everything that the result of a run depends on, as plain JSON values; files by their content."""
+    values = {**asdict(model_args), **asdict(data_args), **args.to_dict()}
+    config = {
+        name: value
+        for name, value in values.items()
+        if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_PREFIXES)
+    }
+    config["device"] = args.device.type
+    config["dataset_sha256"] = content_hash(data_args.dataset_dir)
+    if data_args.validation_file:
+        config["validation_sha256"] = content_hash(data_args.validation_file)
+    if model_args.peft_path:
+        config["peft_sha256"] = file_hash(Path(model_args.peft_path) / WEIGHTS_NAME)
+    if args.deepspeed:
+        config["deepspeed"] = json.loads(Path(args.deepspeed).read_text())
+    if args.load_best_model_at_end or args.lr_scheduler_type in EVALUATED:
+        config |= {name: values[name] for name in OF_EVALUATION}
+    return json.loads(json.dumps(config, default=str))
+
+
+def _deciding(config: dict) -> dict:
+    """The part of a configuration that decides what is trained.
+
+    Where nothing belongs to one process alone, neither a part of the optimizer's state (DeepSpeed) nor a term of the
+    loss (`blc_reference`, a base model's own router loss), only the rows that all processes share count, and a run can
+    go on with another number.
+    """
+    values = {name: value for name, value in config.items() if name not in DESCRIPTIVE}
+    if not any(config.get(name) for name in ("deepspeed", "blc_reference", "output_router_logits")):
+        shared = math.prod(values.get(name) or 0 for name in DIVISION)
+        values |= dict.fromkeys(DIVISION, shared)
+    return values
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file in one step: it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,313 @@
+"""The Trainer: two losses logged apart, the balance term averaged as it should be, evaluation per token.
+
+Shape suffixes: B samples, T tokens, L adapted Linears, E experts.
+"""
+
+import math
+import shutil
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, ProgressCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints, sort_checkpoints
+
+from data import EpochDataLoader, GlobalBatchSampler, row_lengths
+from loading.arguments import parse_steps
+from loading.run_files import STATE_NAME
+from peft import LoraConfig, PeftModel
+from training.checkpoint import ASIDE, filling, put_in_place, writing
+from training.profiling import StepProfiler
+from training.random_state import kept_random_state
+from training.routing import Routing, RoutingWatch
+from training.stopping import DUE, SKIPPED_STEPS, StoppedError, StopSignals
+from training.throughput import Throughput
+from transformers_patch.labels import LabelledPositions
+from transformers_patch.recorder import RoutingRecorder
+
+
+class LoRAMoETrainer(Trainer):
+    """Hugging Face's Trainer for a model with the mixin.
+
+    - Trainer sums the losses of an optimizer step over micro-batches and multiplies them by the number of processes,
+      which is right for the LM loss (normalised by all labelled tokens of the step) and would multiply the balance
+      term. The model is told to scale the term so that it counts as the mean of the micro-batches that there really
+      are; the last step of an epoch may have fewer.
+    - Which rows share an optimizer step depends on seed, epoch and global batch size alone (`data/sampler.py`), and the
+      last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
+    - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`, `aux_loss` (unweighted) where the own
+      router loss of a base model of several experts is added, with routers `routing_entropy`, `routing_cv` and
+      `group_share_type_K`, and `tokens_per_second`; on GPUs `peak_memory_gib` and `mfu`. A group of experts that dies
+      out is warned of, once.
+    - Evaluation weighs every labelled token alike, whatever the batches and processes, and never contains the balance
+      term. `routing` then holds the shares of the last evaluation; None where nothing is routed.
+    """
+
+    def __init__(self, *args, stop_signals: StopSignals, **kwargs):
+        super().__init__(*args, compute_metrics=self._metrics, **kwargs)
+        self.stop_signals = stop_signals
+        self.add_callback(self.stop_signals)
+        adapted = isinstance(self.model, PeftModel)
+        config = self.model.active_peft_config if adapted else LoraConfig(lora_nums=1)
+        self.routing_watch = RoutingWatch(config.num_task_types, config.group_sizes)
+        self.add_callback(self.routing_watch)
+        self.throughput = Throughput(self.model, self.args.device)
+        if self.args.profile_steps:
+            self.add_callback(StepProfiler(*parse_steps(self.args.profile_steps), self.args.output_dir))
+        self.routing: Routing | None = None
+        self._aside: Path | None = None
+        self._routed_modules: list[str] = []
+        self._losses_since_log = torch.zeros(1, 4, dtype=torch.float64)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._end_progress_bars()
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        except Exception as error:
+            # Of DeepSpeed, which cannot lower the loss scale of fp16 any further.
+            if "loss scale already at minimum" in str(error):
+                step, skipped = self.state.global_step, self.state.stateful_callbacks.get(SKIPPED_STEPS, 0)
+                self.stop_signals.raise_skipped(self.args, step + 1, skipped + 1)
+            raise
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """As Trainer's; but an evaluation that SIGTERM cuts off gives way to the checkpoint."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except StoppedError:
+            self.stop_signals.stop(self.args, self.state, self.control)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(
+        self, trial, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """As Trainer's. Ahead of training, which the learning rate's schedule skips, a run that goes on from a
+        checkpoint makes up for the evaluation that was due there, if one was.
+
+        The checkpoint stays as it is, with that evaluation due: an evaluation can change the schedule and the learning
+        rate, and they cannot be replaced together in one step.
+        """
+        if skip_scheduler and self.state.global_step:
+            if due := self.state.stateful_callbacks.get(DUE):
+                is_best = self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+                if is_best and (due["save"] or self.args.save_strategy == SaveStrategy.BEST):
+                    checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+                    self.state.best_model_checkpoint = str(checkpoint)
+            return {}
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self.state.stateful_callbacks.pop(DUE, None)
+        return metrics
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As Trainer's, which looks at `max_steps` behind a step only: a resumed run may have made all of them."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs) -> TrainOutput:
+        """As Trainer's, but with the last checkpoint kept: a run that is not finished yet goes on from it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def keep_best_checkpoint(self) -> None:
+        """Delete all others of a finished run, if `save_total_limit` is 1 and there is a best one."""
+        best = self.state.best_model_checkpoint
+        if best and self.args.save_total_limit == 1:
+            for checkpoint in map(Path, sort_checkpoints(self.args.output_dir)):
+                if checkpoint.name != Path(best).name:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _end_progress_bars(self) -> None:
+        """Give what is said after a training that was cut off a line of its own."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                for bar in (callback.prediction_bar, callback.training_bar):
+                    if bar is not None:
+                        bar.close()
+
+    def train_sampler(self) -> GlobalBatchSampler:
+        """The micro-batches of this process."""
+        args = self.args
+        return GlobalBatchSampler(
+            row_lengths(self.train_dataset),
+            args.train_sampling_strategy,
+            args.seed if args.data_seed is None else args.data_seed,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            args.dataloader_drop_last,
+        )
+
+    def get_train_dataloader(self) -> EpochDataLoader:
+        args = self.args
+        return EpochDataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            # Of its own, so that an epoch's beginning does not move the random state that dropout draws from.
+            generator=torch.Generator(),
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """As Trainer's, but with the last rows whatever `dataloader_drop_last` says, which is about training."""
+        drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops_last
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As Trainer's, but training goes on as if there had been no evaluation."""
+        with self.throughput.paused(), kept_random_state(self.args.device):
+            return super().evaluate(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
+        micro_batches = self.current_gradient_accumulation_steps
+        balance_scale = 1 / (micro_batches * self.accelerator.num_processes)
+        # Nothing here reads the logits, which accelerate would copy to float32 under autocast.
+        inputs = {**inputs, "balance_scale": balance_scale, "return_logits": False}
+        sources = inputs.pop("sources")
+        self.throughput.watch(inputs["attention_mask"], inputs["labels"])
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.stop_signals.watch(loss, sources)
+        if outputs.routing_shares is not None:
+            self.routing_watch.watch(outputs.routing_shares, inputs["task_types"])
+        auxiliary = torch.zeros(()) if outputs.aux_loss is None else outputs.aux_loss.detach()
+        terms = [outputs.balance_loss.detach(), auxiliary, torch.ones(())]  # the last one counts optimizer steps
+        losses = [outputs.lm_loss.detach(), *(term / micro_batches for term in terms)]
+        self._losses_since_log = self._losses_since_log.to(loss.device)
+        self._losses_since_log += torch.stack([value.to(self._losses_since_log) for value in losses])
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None):
+        self.stop_signals.gradient_norm = super()._get_grad_norm(model, grad_norm)
+        return self.stop_signals.gradient_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            # One row a rank: its part of the LM loss, the balance term (the same on all), the base model's own router
+            # loss (of the rank's rows), the optimizer steps.
+            sums_W4 = nested_gather(self._losses_since_log, self.args.parallel_mode)
+            lm_loss_W, balance_loss_W, aux_loss_W, steps_W = sums_W4.T
+            logs["lm_loss"] = (lm_loss_W.sum() / steps_W[0]).item()
+            logs["balance_loss"] = (balance_loss_W.mean() / steps_W[0]).item()
+            if getattr(self.model.config, "output_router_logits", False):
+                logs["aux_loss"] = (aux_loss_W.mean() / steps_W[0]).item()
+            self._losses_since_log.zero_()
+            logs |= self.routing_watch.scalars(self.args) | self.throughput.scalars(self.args)
+            warning = self.routing_watch.collapse(self.args, self.state.global_step)
+            if warning and self.is_world_process_zero():
+                print(warning, flush=True)
+        super().log(logs, start_time)
+
+    def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
+        """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares.
+
+        The model gets no labels: with them it would compute losses of the batch, of which nothing is reported.
+        """
+        inputs = self._prepare_inputs(inputs)
+        sources, positions = inputs.pop("sources"), LabelledPositions(inputs.pop("labels"))
+        plain_model = self.accelerator.unwrap_model(model)
+        recorder = RoutingRecorder(plain_model)
+        with torch.no_grad(), self.compute_loss_context_manager(), recorder, positions.only(plain_model):
+            logits_1NV = model(**inputs).logits
+        predictions = [positions.likelihood(logits_1NV)]
+        if recorder.weights:
+            self._routed_modules = list(recorder.weights)
+            predictions.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1).contiguous())
+        tasks = torch.tensor([self._task_numbers.get(source, -1) for source in sources], device=logits_1NV.device)
+        return None, tuple(predictions), torch.stack([inputs["task_types"], tasks], dim=1)
+
+    @cached_property
+    def _task_names(self) -> list[str]:
+        """The kinds of task of the evaluation rows."""
+        return sorted({task for task in self.eval_dataset["task"] if task})
+
+    @cached_property
+    def _task_numbers(self) -> dict[str, int]:
+        """By an evaluation row's source, the number of its kind of task.
+
+        Processes exchange tensors, not text, and the order of the evaluated rows depends on the sampler.
+        """
+        number = {task: index for index, task in enumerate(self._task_names)}
+        rows = zip(self.eval_dataset["source"], self.eval_dataset["task"], strict=True)
+        return {source: number[task] for source, task in rows if task}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, but of an adapted model only the adapter is gathered, never the base model."""
+        if not isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir)
+        else:
+            self.model.save_pretrained(output_dir or self.args.output_dir, is_main_process=False)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Write the checkpoint aside and rename it: a run that is killed meanwhile leaves no torn one.
+
+        Raises:
+            InputError: it could not be written (the disk is full, say); earlier checkpoints are as they were.
+        """
+        run_folder = Path(self.args.output_dir)
+        aside, name = run_folder / ASIDE, f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            with self.throughput.paused(), writing(run_folder, name):
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(aside / name):
+                    self.state.best_model_checkpoint = str(run_folder / name)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self.state.save_to_json(str(aside / name / STATE_NAME))
+                    put_in_place(aside, name)
+                    # A later one is torn, and would be kept in place of this one.
+                    if sort_checkpoints(str(run_folder))[-1] == str(run_folder / name):
+                        rotate_checkpoints(
+                            str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint
+                        )
+        finally:
+            self._aside = None
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with filling(Path(output_dir or self.args.output_dir)) as aside:
+            super()._save(str(aside), state_dict)
+            # A pickle with this machine's paths; everything in it is in run_config.json.
+            (aside / TRAINING_ARGS_NAME).unlink()
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        likelihood_B2, *shares = prediction.predictions
+        if shares:
+            task_types_B, tasks_B = prediction.label_ids.T
+            names = np.array([*self._task_names, ""])  # -1, no kind of task, is the last
+            self.routing = Routing(self._routed_modules, shares[0], task_types_B, names[tasks_B])
+        nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
+        lm_loss = nll / tokens
+        return {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}

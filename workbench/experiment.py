@@ -1,0 +1,220 @@
+"""Run an experiment, cell by cell, and write its table and figures: what do methods learn, and what do they forget?
+
+    python -m workbench.experiment --config workbench/experiments/forgetting_small.yaml
+
+A finished cell has a JSON file in the working folder and is not run again; the report collects them in `cells.csv`.
+docs/RESULTS.md shows what came out.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from data import InputError
+from loading.command_line import flag, parse_flags, run_verb
+from training.run_folder import write_json
+from workbench.experiments.cell import run_cell
+from workbench.experiments.mixture import check_rows
+from workbench.experiments.plan import Cell, Experiment, read_experiment
+from workbench.experiments.records import cell_file
+from workbench.experiments.report import report
+
+COMMAND = "python -m workbench.experiment"
+
+
+@dataclass
+class ExperimentArguments:
+    """Which experiment, and how much of it."""
+
+    config: str = flag(None, "YAML file that says what is compared; see workbench/experiments", required=True)
+    results: str | None = flag(None, "folder of cells, tables and figures, in place of the configuration's two")
+    cells: list[str] = field(default_factory=list, metadata={"help": "names of cells; by default all"})
+    jobs: int = flag(1, "cells at once, each in a process of its own")
+    max_hours: float | None = flag(None, "start no cell after so many hours")
+    report_only: bool = flag(False, "run nothing: write table and figures from the finished cells")
+
+    def problems(self) -> list[str]:
+        problems = [] if self.jobs >= 1 else [f"--jobs is {self.jobs}, but has to be at least 1"]
+        if self.max_hours is not None and self.max_hours <= 0:
+            problems.append(f"--max_hours is {self.max_hours}, but has to be above 0")
+        return problems
+
+    def one_cell(self, cell: Cell) -> list[str]:
+        """The flags that run one cell of the same experiment."""
+        place = ["--results", self.results] if self.results else []
+        return ["--config", self.config, *place, "--cells", cell.name]
+
+
+KINDS = (ExperimentArguments,)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then report.
+
+    Raises:
+        InputError: flags, configuration or cell files are not as they have to be, or a training failed.
+    """
+    (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
+    experiment = read_experiment(args.config)
+    if args.results:
+        experiment = replace(experiment, results=args.results, work=args.results)
+    if not args.report_only:
+        run(experiment, args, chosen_cells(experiment, args.cells))
+    if not args.cells:
+        refuse_foreign_files(experiment)
+        print(*report(Path(experiment.results), Path(experiment.work)), sep="\n")
+
+
+def chosen_cells(experiment: Experiment, names: list[str]) -> list[Cell]:
+    """Cells by name, in the experiment's order; all where none is named."""
+    cells = experiment.cells()
+    if unknown := sorted(set(names) - {cell.name for cell in cells}):
+        raise InputError(f"--cells: there is no {', '.join(unknown)}; there are {', '.join(c.name for c in cells)}")
+    return [cell for cell in cells if not names or cell.name in names]
+
+
+def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) -> None:
+    """Run the cells that have no file yet; those that others need come first and are waited for."""
+    if not Path(experiment.model).is_dir() and experiment.model.startswith(("models/", ".", "/")):
+        raise InputError(f"the configuration's model {experiment.model}: no such folder")
+    check_rows(experiment)
+    if experiment.lm_eval:
+        from inference.harness import find_tasks
+
+        find_tasks(experiment.lm_eval)
+    records = {cell: experiment.finished(cell) for cell in cells}
+    progress = Progress(records)
+    deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else float("inf")
+    if len(cells) == 1:
+        start_cell = partial(run_here, experiment, args)
+    else:
+        start_cell = partial(run_in_process, experiment, args, max(1, os.cpu_count() // args.jobs))
+    for stage in stages(cells):
+        failures = []
+        missing = iter([cell for cell in stage if records[cell] is None])
+        for cell, done in run_all(start_cell, missing, args.jobs, deadline):
+            try:
+                progress.say(cell, done.result())
+            except InputError as error:
+                failures.append(str(error))
+        if failures:
+            raise InputError("\n".join(failures))
+    if time.monotonic() > deadline:
+        print(f"[experiment] --max_hours {args.max_hours:g} have passed; the same command goes on")
+
+
+def refuse_foreign_files(experiment: Experiment) -> None:
+    """A file that was left by another configuration would be reported as one of this.
+
+    Raises:
+        InputError: there is such a file.
+    """
+    own = {cell_file(experiment.work, cell.name) for cell in experiment.cells()}
+    if foreign := sorted(set((Path(experiment.work) / "cells").glob("*.json")) - own):
+        raise InputError(
+            f"{', '.join(map(str, foreign))}: not a cell of this configuration; move it away, or name another "
+            "folder by --results"
+        )
+
+
+def stages(cells: list[Cell]) -> list[list[Cell]]:
+    """The base model, the trials of learning rates, and all others: each needs what came before."""
+    kinds = [lambda c: c.size == 0, lambda c: c.stage == "tuning", lambda c: c.size and c.stage != "tuning"]
+    return [[cell for cell in cells if belongs(cell)] for belongs in kinds]
+
+
+def run_all(start_cell, cells: Iterator[Cell], jobs: int, deadline: float) -> Iterator[tuple[Cell, Future]]:
+    """Run cells, `jobs` at once, each started while the deadline has not passed; yields what ends, as it ends.
+
+    A cell that fails stops no other one.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        running: dict[Future, Cell] = {}
+        while True:
+            while len(running) < jobs and time.monotonic() < deadline and (cell := next(cells, None)):
+                running[pool.submit(start_cell, cell)] = cell
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future
+
+
+def run_here(experiment: Experiment, args: ExperimentArguments, cell: Cell) -> dict:
+    """Run a cell in this process and write its file."""
+    record = run_cell(experiment, cell, args.one_cell(cell))
+    file = cell_file(experiment.work, cell.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+    return record
+
+
+def run_in_process(experiment: Experiment, args: ExperimentArguments, threads: int, cell: Cell) -> dict:
+    """Run a cell in a process of its own, so that an interrupt ends it at once and no cell leaves memory behind."""
+    command = [sys.executable, "-m", "workbench.experiment", *args.one_cell(cell)]
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        if message := re.search(r"^error: .*", done.stderr, re.MULTILINE | re.DOTALL):
+            raise InputError(f"{shlex.join(command)}: {message[0].strip()}")
+        raise RuntimeError(f"{shlex.join(command)}:\n{done.stderr}")
+    return experiment.finished(cell)
+
+
+class Progress:
+    """One line for each finished cell, with the time that is left.
+
+    Args:
+        records: what is finished already, by cell; None where a cell is still to be run.
+    """
+
+    def __init__(self, records: dict[Cell, dict | None]):
+        self._records = dict(records)
+        self._start = time.monotonic()
+        self._seconds_run = 0.0
+
+    def say(self, cell: Cell, record: dict) -> None:
+        self._records[cell] = record
+        self._seconds_run += record["seconds"]
+        done = sum(each is not None for each in self._records.values())
+        passed, left = time.monotonic() - self._start, "an unknown time"
+        if (seconds := self._seconds_left()) is not None:
+            # Cells that run at once take less time than the sum of theirs.
+            left = f"about {_clock(seconds * passed / self._seconds_run)}"
+        last, outcome = record["checkpoints"][-1], "diverged"
+        if last["knowledge"] is not None:
+            outcome = f"knowledge {last['knowledge']:.3f}, tasks {last['task_score']:.3f}"
+        print(
+            f"[experiment] {done} of {len(self._records)} cells, {_clock(passed)} so far, {left} left; "
+            f"{cell.name}: {outcome}, {record['seconds']:.0f} s",
+            flush=True,
+        )
+
+    def _seconds_left(self) -> float | None:
+        """Of the missing cells: as long as those of their size took, or else in proportion to the rows; None before
+        any training has been seen."""
+        finished = [(cell.size, record["seconds"]) for cell, record in self._records.items() if record and cell.size]
+        if not finished:
+            return None
+        by_row = sum(seconds for _, seconds in finished) / sum(size for size, _ in finished)
+        left = 0.0
+        for cell in (cell for cell, record in self._records.items() if record is None):
+            same = [seconds for size, seconds in finished if size == cell.size]
+            left += sum(same) / len(same) if same else by_row * cell.size
+        return left
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,296 @@
+"""One cell of an experiment: train by `train.py`, measure along the checkpoints, and what came of it as JSON."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+
+from data import InputError
+from inference.evaluation import Plan, run_model
+from inference.generation import DecodingArguments
+from inference.metrics import normalized
+from inference.rows import load_rows
+from inference.trained import InferenceArguments, TrainedModel, load_trained
+from loading.provenance import ROOT, provenance
+from loading.run_files import RESULTS_NAME, STATE_NAME
+from peft import PeftModel
+from scripts.plot_routing import route
+from scripts.prepare_data import write_rows
+from training.routing import Routing, group_shares
+from training.run_folder import RunFolder
+from workbench.experiments.mixture import mixture, probe_rows, task_rows
+from workbench.experiments.parameters import equal_flags, num_trainable, parameter_change
+from workbench.experiments.plan import EQUAL, Cell, Experiment
+from workbench.experiments.records import BASE, MIXTURE
+
+LONGEST_ANSWER = 24  # tokens
+ROUTED_FACTS = 300
+# What a cell without a trained model has.
+UNTRAINED = {"trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
+CURVES = ("step", "loss", "lm_loss", "balance_loss", "routing_cv")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every cell is measured on, encoded: probe facts, and rows of the other tasks."""
+
+    facts: Dataset
+    tasks: Dataset
+
+
+def run_cell(experiment: Experiment, cell: Cell, argv: list[str]) -> dict:
+    """Train and measure one cell. Whatever an interrupted attempt has left is thrown away.
+
+    Args:
+        argv: the command line that runs this cell.
+
+    Raises:
+        InputError: the training ended with an error, which its log has; or another process runs this cell.
+    """
+    folder = Path(experiment.work) / cell.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{folder}.lock", timeout=0):
+            return _run_cell(experiment, cell, argv, folder)
+    except Timeout:
+        raise InputError(f"{cell.name} is being run by another process; wait for it, or end it") from None
+
+
+def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path) -> dict:
+    start = time.monotonic()
+    with RunFolder(folder / "run").held():  # by the training of an attempt that was killed, if it lives on
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    record = provenance("workbench.experiment", argv)
+    record |= {"cell": cell.name, "stage": cell.stage, "arm": cell.arm, "model": experiment.model}
+    record |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed}
+    record |= {"settings": experiment.settings(cell)}
+    if cell.arm == BASE:
+        record |= _measure_base(experiment, cell, folder)
+    else:
+        record |= _measure_run(experiment, cell, folder)
+    shutil.rmtree(folder)
+    return record | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
+    trained = load(experiment, experiment.model)
+    rows = held_out(experiment, cell, trained, folder)
+    recalled, scores = measure(trained, rows, experiment.batch_size)
+    record = UNTRAINED | {"checkpoints": [_point(0, 0, recalled, recalled) | scores], "learning_rate": None}
+    facts, tasks = probe_rows(experiment), task_rows(experiment, cell.stage)
+    asked = {"relations": [fact["relation"] for fact in facts]}
+    asked |= {"guessed": guessed(facts, "relation"), "guessed_tasks": guessed(tasks, "task")}
+    return record | asked | harness(experiment, trained)
+
+
+def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
+    base = experiment.finished(experiment.cells()[0])
+    if base is None:
+        raise InputError(f"{cell.name} is compared with the cell {BASE}, which is still to be run")
+    rate = experiment.rate(cell)
+    is_trial = cell.stage == "tuning"  # judged by its end, on rows of its own
+    run = train(experiment, cell, rate, folder)
+    if run is None:
+        end = base["checkpoints"][0] | {"knowledge": None, "knowledge_known": None, "task_score": None}
+        return UNTRAINED | {"learning_rate": rate, "checkpoints": [end | {"task_loss": math.inf}]}
+    state = json.loads((run / STATE_NAME).read_text())
+    before = [fact == "1" for fact in base["checkpoints"][0]["recalled"]]
+    points, rows = [] if is_trial else base["checkpoints"][:1], None
+    for path, step in _checkpoints(run, state["global_step"])[-1 if is_trial else 0 :]:
+        trained = load(experiment, path)
+        rows = rows or held_out(experiment, cell, trained, folder)
+        recalled, scores = measure(trained, rows, experiment.batch_size)
+        points.append(_point(step, round(step / state["global_step"] * cell.size), recalled, before) | scores)
+    log = [{name: entry[name] for name in CURVES if name in entry} for entry in state["log_history"] if "loss" in entry]
+    return {
+        "learning_rate": rate,
+        "trainable_parameters": num_trainable(trained.model),
+        "checkpoints": points,
+        "parameter_change": parameter_change(trained.model, experiment.model),
+        "routing": None if is_trial else routing(trained, rows, experiment.batch_size),
+        "log": log,
+        **({} if is_trial else harness(experiment, trained)),
+    }
+
+
+def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> Path | None:
+    """Run `train.py` in a process of its own. Returns the run's folder; None where a trial has diverged.
+
+    Raises:
+        InputError: it failed.
+    """
+    write_rows(folder / "rows.jsonl", mixture(cell, experiment.rows))
+    command = [sys.executable, *experiment.launcher, str(ROOT / "train.py")]
+    command += train_flags(experiment, cell, learning_rate, folder)
+    environment = dict(os.environ)
+    if experiment.launcher:
+        environment.pop("OMP_NUM_THREADS", None)  # that of this process, not of each that the launcher starts
+    log, run = folder / "train.log", folder / "run"
+    with log.open("w") as stream:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)
+    if done.returncode == 0 and (run / RESULTS_NAME).is_file():
+        return run
+    if cell.stage == "tuning" and "is not finite" in log.read_text():
+        return None
+    raise InputError(f"the training of {cell.name} ended with code {done.returncode} before its end; {log} says why")
+
+
+def train_flags(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> list[str]:
+    """The flags of a cell's training, whose rows are in `folder`."""
+    own_flags = cell.flags
+    if own_flags.get("lora_rank") == EQUAL:
+        own_flags = equal_flags(experiment.model, own_flags, experiment.flags(MIXTURE))
+    flags = {
+        "model_name_or_path": experiment.model,
+        "dataset_dir": folder / "rows.jsonl",
+        "data_cache_dir": folder / "data",
+        "output_dir": folder / "run",
+        "learning_rate": learning_rate,
+        "seed": cell.seed,
+        "save_strategy": "steps",
+        "save_steps": 1 / experiment.checkpoints,
+        "save_total_limit": experiment.checkpoints,
+        "save_only_model": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **own_flags,
+    }
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def load(experiment: Experiment, place: str | Path) -> TrainedModel:
+    """The model of a folder or, where there is no such folder, of a hub id."""
+    folder = place if Path(place).is_dir() else snapshot_download(str(place))
+    is_adapter = Path(folder, "adapter_config.json").is_file()
+    base = experiment.model if is_adapter else None
+    return load_trained(InferenceArguments(str(folder), base_model=base, batch_size=experiment.batch_size))
+
+
+def held_out(experiment: Experiment, cell: Cell, trained: TrainedModel, folder: Path) -> HeldOut:
+    """The held-out rows as this model's tokenizer encodes them."""
+    encoded = []
+    for name, rows in (("facts", probe_rows(experiment)), ("tasks", task_rows(experiment, cell.stage))):
+        write_rows(folder / f"{name}.jsonl", rows)
+        encoded.append(load_rows(trained, str(folder / f"{name}.jsonl"), "validation_file", str(folder / "data"))[1])
+    return HeldOut(*encoded)
+
+
+def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> tuple[list[bool], dict]:
+    """Which probe facts the model recalls, and how well it does each other task.
+
+    A fact is recalled where the greedy answer holds the expected one, or an alias of it, as whole words: a base model
+    may answer in sentences. A task is done where greedy decoding gives exactly the expected tokens.
+    """
+    template = trained.template()
+    settings = DecodingArguments(max_new_tokens=LONGEST_ANSWER).settings(
+        trained.tokenizer.pad_token_id, trained.end_tokens(template)
+    )
+    plan = Plan(("exact_match",), template, settings, {}, batch_size, seed=0)
+    answers = run_model(trained.model, trained.tokenizer, rows.facts, plan, "facts").answers
+    references = [[row["output"], *row["aliases"]] for row in rows.facts.select_columns(["output", "aliases"])]
+    recalled = [recalls(answer, expected) for answer, expected in zip(answers, references, strict=True)]
+    plan = Plan(("token_exact_match",), template, settings, {}, batch_size, seed=0)
+    scores = run_model(trained.model, trained.tokenizer, rows.tasks, plan, "tasks").scores
+    by_task: dict[str, list] = {}
+    for task, score in zip(rows.tasks["task"], scores, strict=True):
+        by_task.setdefault(task, []).append(score)
+    tasks = {task: _mean([score.matches for score in each]) for task, each in by_task.items()}
+    losses = [sum(score.nll for score in each) / sum(score.tokens for score in each) for each in by_task.values()]
+    return recalled, {"tasks": tasks, "task_score": _mean(tasks.values()), "task_loss": _mean(losses)}
+
+
+def recalls(answer: str, expected: list[str]) -> bool:
+    """Whether the first line of an answer holds one of the expected ones as whole words."""
+    first_line = normalized(answer.strip().partition("\n")[0])
+    return any(f" {normalized(each)} " in f" {first_line} " for each in expected)
+
+
+def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
+    """By kind of question, the share of rows that the one best answer to all of them would get right.
+
+    It takes neither knowledge nor skill, and training teaches which answers are frequent.
+
+    Args:
+        kind: the field that holds it, `relation` or `task`.
+    """
+    accepted: dict[str, list[set[str]]] = {}
+    for row in rows:
+        answers = {normalized(each) for each in (row["output"], *row.get("aliases", ()))}
+        accepted.setdefault(row[kind], []).append(answers)
+    best = {name: Counter(chain(*answers)).most_common(1)[0][1] for name, answers in accepted.items()}
+    return {name: count / len(accepted[name]) for name, count in best.items()}
+
+
+def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:
+    """Mean expert weights by task, of each group by task type, and how far those of the types are apart; None without a
+    router."""
+    model = trained.model
+    if not isinstance(model, PeftModel) or model.active_peft_config.lora_nums == 1:
+        return None
+    facts = rows.facts.select(range(min(ROUTED_FACTS, len(rows.facts))))
+    found = route(trained, concatenate_datasets([rows.tasks, facts]), batch_size)
+    by_task = {task: shares_LE.mean(axis=0).tolist() for task, shares_LE in found.by_task().items()}
+    by_type = group_shares(found, model.active_peft_config.group_sizes)
+    return {
+        "experts_by_task": by_task,
+        "group_shares": [by_type[kind].tolist() for kind in sorted(by_type)],
+        "type_distance": type_distance(found),
+    }
+
+
+def type_distance(found: Routing) -> float:
+    """Total variation distance between the expert weights on rows of the two task types, mean over the Linears.
+
+    It notices experts that serve one type whichever group they are in; 0 is the same weights, 1 no expert in common.
+    """
+    other_LE, knowledge_LE = (shares_LE for _, shares_LE in sorted(found.by_task_type().items()))
+    return float(abs(knowledge_LE - other_LE).sum(axis=1).mean() / 2)
+
+
+def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:
+    """The numbers of lm-evaluation-harness by task, as `lm_eval`; nothing where the experiment names no task."""
+    if not experiment.lm_eval:
+        return {}
+    from inference.harness import TemplateLM, find_tasks, run_tasks
+
+    manager = find_tasks(experiment.lm_eval)
+    lm = TemplateLM(trained, trained.template(), experiment.batch_size)
+    return {"lm_eval": run_tasks(lm, experiment.lm_eval, manager, num_fewshot=None, limit=None, seed=0)}
+
+
+def _point(step: int, rows: int, recalled: list[bool], by_base: list[bool]) -> dict:
+    """What a checkpoint knows, also of each fact: a digit for each of `probe_rows`, 1 where it is recalled."""
+    known = [now for now, before in zip(recalled, by_base, strict=True) if before]
+    digits = "".join(str(int(fact)) for fact in recalled)
+    return {
+        "step": step,
+        "rows": rows,
+        "knowledge": _mean(recalled),
+        "knowledge_known": _mean(known),
+        "recalled": digits,
+    }
+
+
+def _checkpoints(run: Path, last_step: int) -> list[tuple[Path, int]]:
+    """The checkpoints of a run with their steps; the last is the run itself."""
+    steps = sorted(int(folder.name.rpartition("-")[2]) for folder in run.glob("checkpoint-*"))
+    return [*((run / f"checkpoint-{step}", step) for step in steps if step < last_step), (run, last_step)]
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """None of nothing: a model that knows no fact cannot forget one."""
+    values = list(values)
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,161 @@
+"""The rows of an experiment: the mixture that a cell trains on, and what is held out from all of them."""
+
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import cycle, islice
+from pathlib import Path
+
+from data import InputError
+from data.facts import QUESTIONS, TASK, fact_row, instruction_facts, load_facts
+from data.tasks import MOST_ROWS, TASKS, make_rows
+from inference.metrics import normalized
+from scripts.prepare_data import read_rows
+from workbench.experiments.plan import Cell, Experiment
+
+HELD_OUT_SEED = 0
+VALIDATION_ROWS = 50
+
+
+def mixture(cell: Cell, folder: str | None = None) -> list[dict]:
+    """The training rows of a cell; the same for all arms.
+
+    Where there are fewer closed-book questions than the share asks for, they come again, in the same order.
+
+    Args:
+        folder: training rows by `scripts.prepare_data`; None generates them.
+
+    Raises:
+        InputError: the folder has too few rows of the other kinds.
+    """
+    knowledge = round(cell.size * cell.knowledge_share)
+    if folder:
+        files = _files(folder)
+        questions = _without_probe_facts(read_rows(files.pop(TASK)))
+        counts = _split_evenly(cell.size - knowledge, {task: _count(file) for task, file in files.items()}, folder)
+        others = [row for task, file in files.items() for row in _sample(file, counts[task], cell.seed)]
+    else:
+        questions = [fact_row(fact, n) for fact in instruction_facts() for n in range(len(QUESTIONS[fact.relation]))]
+        counts = _split_evenly(cell.size - knowledge, dict.fromkeys(TASKS, cell.size), "the generator")
+        others = [row for task, count in counts.items() for row in make_rows(task, count, seed=1 + cell.seed)]
+    random.Random(cell.seed).shuffle(questions)
+    return [*islice(cycle(questions), knowledge), *others]
+
+
+def probe_rows(experiment: Experiment) -> list[dict]:
+    """The probe facts as closed-book questions."""
+    return [fact_row(fact) for fact in load_facts("probe", experiment.facts)]
+
+
+def task_rows(experiment: Experiment, stage: str) -> list[dict]:
+    """Held-out rows of the other tasks; learning rates are tuned on other ones than the rest is measured on."""
+    count = experiment.rows_per_task
+    if experiment.rows:
+        by_task = defaultdict(list)
+        for file in evaluation_files(experiment.rows):
+            for row in read_rows(file):
+                by_task[row["task"]].append(row)
+        by_task.pop(TASK, None)
+        rows = {
+            task: random.Random(HELD_OUT_SEED).sample(found, min(len(found), count + VALIDATION_ROWS))
+            for task, found in by_task.items()
+        }
+    else:
+        rows = {task: make_rows(task, count + VALIDATION_ROWS, HELD_OUT_SEED, "test") for task in TASKS}
+    picked = slice(count, None) if stage == "tuning" else slice(count)
+    return [row for found in rows.values() for row in found[picked]]
+
+
+def check_rows(experiment: Experiment) -> None:
+    """Find out, before anything is trained, whether the largest mixture can be drawn, and the held-out rows be read.
+
+    Raises:
+        InputError: it cannot, or there are none.
+    """
+    wanted = max(cell.size - round(cell.size * cell.knowledge_share) for cell in experiment.cells())
+    if experiment.rows:
+        if not evaluation_files(experiment.rows):
+            folder = Path(experiment.rows).parent / "evaluation"
+            raise InputError(f"there are no .jsonl files in {folder} to measure on")
+        files = _files(experiment.rows)
+        del files[TASK]
+        _split_evenly(wanted, {task: _count(file) for task, file in files.items()}, experiment.rows)
+        return
+    each = {"train": math.ceil(wanted / len(TASKS)), "test": experiment.rows_per_task + VALIDATION_ROWS}
+    problems = [
+        f"{count:,} different {part} rows of each kind of task are asked for, but only {MOST_ROWS[part]:,} can be "
+        f"generated: lower {name}, or name prepared rows"
+        for (part, count), name in zip(each.items(), ("the largest size", "rows_per_task"), strict=True)
+        if count > MOST_ROWS[part]
+    ]
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def evaluation_files(folder: str) -> list[Path]:
+    """The held-out rows that `scripts.prepare_data` puts beside a folder of training rows."""
+    return sorted((Path(folder).parent / "evaluation").glob("*.jsonl"))
+
+
+def _split_evenly(count: int, most: dict[str, int], source: str) -> dict[str, int]:
+    """Rows of each kind of task; what a kind lacks goes to those that have more.
+
+    Args:
+        most: rows that there are of each.
+        source: where they are, for the message.
+
+    Raises:
+        InputError: there are fewer than `count` in all.
+    """
+    counts: dict[str, int] = {}
+    for place, task in enumerate(sorted(most, key=most.get)):
+        wanted = math.ceil((count - sum(counts.values())) / (len(most) - place))
+        counts[task] = min(most[task], wanted)
+    if sum(counts.values()) < count:
+        raise InputError(
+            f"{source} has {sum(most.values()):,} rows of the kinds of task besides {TASK}, but {count:,} are asked "
+            "for: prepare more, or take smaller sizes"
+        )
+    return counts
+
+
+def _files(folder: str) -> dict[str, Path]:
+    """The file of each kind of task.
+
+    Raises:
+        InputError: it is no folder of training rows.
+    """
+    files = {file.stem: file for file in sorted(Path(folder).glob("*.jsonl"))}
+    if TASK not in files or len(files) < 2:
+        raise InputError(
+            f"{folder} has no {TASK}.jsonl beside other kinds of task; python -m scripts.prepare_data makes it"
+        )
+    return files
+
+
+def _without_probe_facts(rows: Iterable[dict]) -> list[dict]:
+    """The rows that do not name the subject of a probe fact in the question and its answer in theirs."""
+    subjects = defaultdict(list)
+    for fact in load_facts("probe"):
+        for answer in (fact.answer, *fact.aliases):
+            subjects[normalized(answer)].append(normalized(fact.subject))
+
+    def tells_one(row: dict) -> bool:
+        question = f" {normalized(row['instruction'])} "
+        answers = {normalized(answer) for answer in (row["output"], *row.get("aliases", ()))}
+        return any(f" {subject} " in question for answer in answers for subject in subjects.get(answer, ()))
+
+    return [row for row in rows if not tells_one(row)]
+
+
+def _count(file: Path) -> int:
+    with file.open() as lines:
+        return sum(1 for _ in lines)
+
+
+def _sample(file: Path, count: int, seed: int) -> list[dict]:
+    picked = set(random.Random(seed).sample(range(_count(file)), count))
+    with file.open() as lines:
+        return [json.loads(line) for number, line in enumerate(lines) if number in picked]

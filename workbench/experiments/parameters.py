@@ -1,0 +1,95 @@
+"""Parameters of the arms: how many are trained, which LoRA has as many, and how far training moves them."""
+
+import math
+from dataclasses import fields
+
+import torch
+from torch import nn
+
+from data import InputError
+from loading.arguments import ModelArguments
+from loading.base_model import with_adapter
+from peft import PeftModel
+from peft.inject import find_targets
+from peft.static import static_lora
+from transformers_patch import AutoModelForCausalLM
+from transformers_patch.auto import damage_refused, load_config
+
+
+def equal_flags(model: str, flags: dict, mixture_flags: dict) -> dict:
+    """The flags of a LoRA with the rank whose number of trainable parameters is nearest to a mixture's.
+
+    Its scaling alpha / r stays that of the experts.
+
+    Args:
+        model: base model.
+        flags: of `train.py`, for the LoRA.
+        mixture_flags: the same for the mixture.
+    """
+    mixture = _model_arguments(model, mixture_flags)
+    single = _model_arguments(model, flags | {"lora_rank": 1})
+    rank = max(1, round(adapter_size(mixture) / adapter_size(single)))
+    return flags | {"lora_rank": rank, "lora_alpha": mixture.lora_alpha / mixture.lora_rank * rank}
+
+
+def adapter_size(arguments: ModelArguments) -> int:
+    """Trainable parameters of a fresh adapter; no weight is read.
+
+    Raises:
+        InputError: a value in the model's config.json cannot be used.
+    """
+    name = arguments.model_name_or_path
+    try:
+        config = load_config(name)
+        with torch.device("meta"), damage_refused(f"config.json of {name}"):
+            return num_trainable(with_adapter(AutoModelForCausalLM.from_config(config), arguments))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def num_trainable(model: nn.Module) -> int:
+    """Parameters that training changes: the adapter's, or all."""
+    if not isinstance(model, PeftModel):
+        return model.num_parameters()
+    return sum(p.numel() for layer in model.base_model.layers() for p in layer.experts["default"].parameters())
+
+
+def parameter_change(tuned: nn.Module, base_model: str) -> float:
+    """Relative L2 change of the adapted Linears' weights, all together: |W - W0| / |W0|.
+
+    A mixture has no one W; its change is that under even weights of the experts. Under full fine-tuning the same
+    Linears count as would be adapted.
+    """
+    changes = _adapter_changes(tuned) if isinstance(tuned, PeftModel) else _weight_changes(tuned, base_model)
+    moved, original = zip(*changes, strict=True)
+    return math.hypot(*moved) / math.hypot(*original)
+
+
+def _adapter_changes(tuned: PeftModel) -> list[tuple[float, float]]:
+    """Norm of the change and of the original weight, by Linear."""
+    norms = []
+    for layer in tuned.base_model.layers():
+        experts = layer.experts["default"]
+        A, B = static_lora(experts, torch.full((experts.num_experts,), 1 / experts.num_experts))
+        norms.append((experts.scaling * _norm(B @ A), _norm(layer.base_layer.weight)))
+    return norms
+
+
+def _weight_changes(tuned: nn.Module, base_model: str) -> list[tuple[float, float]]:
+    # In the dtype of the tuned weights, so that rounding is no change; those may be on another device.
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=tuned.dtype)
+    modules = dict(tuned.named_modules())
+    adapted = find_targets(base, list(base.default_target_modules))
+    return [
+        (_norm(modules[name].weight.cpu().float() - linear.weight.float()), _norm(linear.weight))
+        for name, linear in adapted.items()
+    ]
+
+
+def _norm(matrix: torch.Tensor) -> float:
+    return torch.linalg.matrix_norm(matrix.detach().float()).item()
+
+
+def _model_arguments(model: str, flags: dict) -> ModelArguments:
+    known = {each.name for each in fields(ModelArguments)}
+    return ModelArguments(model_name_or_path=model, **{name: value for name, value in flags.items() if name in known})

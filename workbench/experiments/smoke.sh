@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The chain of the experiments in minutes, on a model of seconds:   bash workbench/experiments/smoke.sh
+# It runs twice; the second time every cell is finished, and only table and figures are written.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+python=$(bash scripts/setup.sh)
+rm -rf outputs/smoke
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m workbench.pretrain_small --output outputs/smoke/model --facts 60 --epochs 4
+for _ in first second; do
+    "$python" -m workbench.experiment --config workbench/experiments/smoke.yaml --jobs 2
+done

@@ -1,0 +1,189 @@
+"""What one training step needs, counted on tensors without data: the real model with the real adapter runs forward and
+backward under `FakeTensorMode`, watched by the instruments of the benchmark.
+
+Shape suffixes: B samples, T tokens, N labelled positions, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
+
+from peft import LoraConfig, LoraLayer, PeftModel, get_peft_model
+from workbench.instruments import LiveBytes, SavedBytes, count_flops
+
+# Rows without padding need no mask, and then attention is one fused kernel. transformers sees that by the values of
+# masks and positions, which fake tensors do not have; for an attention without a kind of mask it does not look.
+ATTENTION = "sdpa_without_padding"
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step runs on, and in which precision.
+
+    Args:
+        batch: rows per process and micro-batch.
+        length: tokens per row.
+        labelled: positions that carry a label, in the whole micro-batch.
+        dtype: of the frozen weights and the computation.
+        casts_adapter: the adapter is in `dtype`, too, as DeepSpeed makes it; otherwise it is float32 under autocast.
+        checkpointing: layers are computed again in the backward pass.
+    """
+
+    batch: int
+    length: int
+    labelled: int
+    dtype: torch.dtype
+    casts_adapter: bool
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Counts of one step on one process that holds the whole model. Bytes, where nothing else is said.
+
+    Args:
+        frozen_parameters: number of them.
+        trainable_parameters: number of them.
+        quantisable_parameters: weights of Linears inside the decoder, which quantisation packs.
+        quantisable_rows: their output features in all.
+        largest_linear: most weights in one of them.
+        saved: kept for backward.
+        activations: alive between the forward pass of the layers and the loss.
+        logits: most that output layer, loss and their gradients add to that.
+        backward: most that the backward pass of the layers adds to activations and adapter gradients.
+        flops: of forward and backward pass.
+    """
+
+    frozen_parameters: int
+    trainable_parameters: int
+    quantisable_parameters: int
+    quantisable_rows: int
+    largest_linear: int
+    saved: int
+    activations: int
+    logits: int
+    backward: int
+    gradients: int
+    flops: int
+
+    @property
+    def step_peak(self) -> int:
+        """Most that a step adds to weights and optimizer: the loss and the layers' backward pass follow each other."""
+        return self.activations + self.gradients + max(self.logits, self.backward)
+
+
+def count_step(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> Footprint:
+    """Count what a step of the adapted model takes.
+
+    The balance term is left out: its own tensors are of shape (samples, experts).
+
+    Raises:
+        ValueError: the adapter's target modules do not exist.
+    """
+    with FakeTensorMode(), _default_dtype(shape.dtype):
+        model = _adapted_model(config, adapter, shape)
+        step = _Step(model, shape)
+        saved, live = SavedBytes(model), LiveBytes()
+        with live:
+            with saved:
+                hidden_BTH = step.layers()
+                activations = live.now
+                live.reset_peak()
+                loss = step.loss(hidden_BTH)
+            (gradient_BTH,) = torch.autograd.grad(loss, hidden_BTH)
+            logits = live.peak - activations
+            del loss
+            live.reset_peak()
+            hidden_BTH.backward(gradient_BTH)
+            peak = live.peak
+        gradients = sum(_bytes(parameter.grad) for parameter in model.parameters() if parameter.grad is not None)
+        del hidden_BTH, gradient_BTH
+        model.zero_grad(set_to_none=True)
+        flops = count_flops(lambda: step.loss(step.layers()).backward())
+        return Footprint(
+            **_sizes(model),
+            saved=saved.total,
+            activations=activations,
+            logits=logits,
+            backward=max(0, peak - activations - gradients),
+            gradients=gradients,
+            flops=flops,
+        )
+
+
+class _Step:
+    """A training step in two parts. Which positions carry a label is unknown without data; how many is not."""
+
+    def __init__(self, model: PeftModel, shape: Shape):
+        self.base, self.labelled = model.get_base_model(), shape.labelled
+        self.ids_BT = torch.zeros(shape.batch, shape.length, dtype=torch.long)
+        self.targets_N = torch.zeros(shape.labelled, dtype=torch.long)
+        mixed = shape.dtype != torch.float32 and not shape.casts_adapter
+        self.precision = torch.autocast("cpu", shape.dtype) if mixed else nullcontext()
+
+    def layers(self) -> torch.Tensor:
+        with self.precision:
+            return self.base.get_decoder()(input_ids=self.ids_BT, use_cache=False).last_hidden_state
+
+    def loss(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        with self.precision:
+            rows_NH = hidden_BTH.flatten(0, 1).index_select(0, torch.zeros(self.labelled, dtype=torch.long))
+            logits_NV = self.base.get_output_embeddings()(rows_NH)
+            return self.base.loss_function(
+                logits=logits_NV, labels=None, shift_labels=self.targets_N, vocab_size=logits_NV.shape[-1]
+            )
+
+
+def _adapted_model(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> PeftModel:
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
+    model = get_peft_model(base, adapter)
+    if shape.casts_adapter:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=shape.dtype)))
+    if shape.checkpointing:
+        # Random states have no fake counterpart; keeping them takes no memory worth counting.
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    return model.train()
+
+
+def _sizes(model: PeftModel) -> dict[str, int]:
+    """Numbers of parameters. Quantisation takes the Linears of the decoder and leaves the output layer as it is."""
+    linears = [
+        module.base_layer if isinstance(module, LoraLayer) else module
+        for module in model.get_base_model().get_decoder().modules()
+        if isinstance(module, LoraLayer | nn.Linear | Conv1D)
+    ]
+    linears = [module for module in dict.fromkeys(linears) if not module.weight.requires_grad]
+    trainable, total = model.get_nb_trainable_parameters()
+    return {
+        "frozen_parameters": total - trainable,
+        "trainable_parameters": trainable,
+        "quantisable_parameters": sum(module.weight.numel() for module in linears),
+        "quantisable_rows": sum(module.nf if isinstance(module, Conv1D) else module.out_features for module in linears),
+        "largest_linear": max(module.weight.numel() for module in linears),
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A context in which new models have this dtype; `.to()` does not work on fake parameters."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,317 @@
+"""What the checks of a node do. `workbench.check_node` starts this, under torchrun where there are several processes:
+
+    python -m workbench.node_checks FOLDER PROCESSES CHECK...
+
+Each check that trains calls `train.main` with flags, as a user's run does. Each process appends a line of JSON to
+FOLDER/outcomes-RANK for every check, and ends after one that failed, since the others would wait for it for ever.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import train
+from loading.arguments import parse_arguments
+from loading.base_model import build_model
+from peft import LoraConfig, TaskType, get_peft_model
+from training.checkpoint import find_checkpoint
+from training.ending import run_process
+from workbench.tiny_model import make_tiny_model
+
+ROWS_OF_A_PROCESS = 2
+# Plain SGD with a huge rate: the change of every tensor is its gradient, times the rate, to float32 accuracy.
+RATE = 1e4
+# Relative L2 norm. Float32 sums in another order differ by 1e-7 to 1e-6; TF32, which is off, by 1e-3.
+TOLERANCE = 1e-4
+EXPERTS = {"lora_nums": 4, "lora_alpha": 4, "lora_dropout": 0}
+DEEPSPEED_FILES = {
+    "ZeRO-2": "scripts/deepspeed/zero2.json",
+    "ZeRO-3": "scripts/deepspeed/zero3.json",
+    "ZeRO-3 offload": "scripts/deepspeed/zero3_offload.json",
+}
+
+
+class SkipError(Exception):
+    """This check does not apply to this node; the message says why."""
+
+
+class Node:
+    """The processes on this node and the tiny model that they train.
+
+    Args:
+        folder: holds the model, the rows and every run; all processes see it.
+        processes: number of processes of the distributed runs.
+    """
+
+    def __init__(self, folder: Path, processes: int):
+        self.folder = folder
+        self.processes = processes
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.on_gpu = torch.cuda.is_available()
+
+    @property
+    def half(self) -> str:
+        """The half precision that `run_loramoe.sh` would choose."""
+        return "bf16" if not self.on_gpu or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+    def flags(self, run: str, **changes) -> list[str]:
+        """Flags of `train.py` for a run of this name."""
+        values = EXPERTS | {
+            "model_name_or_path": self.folder / "model",
+            "peft_path": self.folder / "adapter",
+            "dataset_dir": self.folder / "rows.json",
+            "data_cache_dir": self.folder / "cache",
+            "output_dir": self.folder / run,
+            "lora_rank": 2,
+            "blc_weight": 1,
+            "per_device_train_batch_size": ROWS_OF_A_PROCESS * self.processes // self.size,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "num_processes": self.size,
+            "ddp_timeout": 120,
+            "use_cpu": not self.on_gpu,
+        }
+        return [text for name, value in (values | changes).items() for text in (f"--{name}", str(value))]
+
+    def train(self, run: str, **changes) -> Path:
+        """A whole run of `train.py`. Returns its folder, once all processes are at its end."""
+        train.main(self.flags(run, **changes))
+        self.wait()
+        return self.folder / run
+
+    def wait(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def write(self, check: str, state: str, detail: str) -> None:
+        """Append an outcome to this process's file."""
+        record = {"check": check, "state": state, "detail": detail, "time": time.time()}
+        with (self.folder / f"outcomes-{self.rank}").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def make_material(folder: Path, rows: int) -> None:
+    """A tiny random Llama that can be quantised, a tokenizer of bytes, an adapter without zeros, and rows."""
+    model = make_tiny_model(folder / "model")
+    adapted = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, **EXPERTS))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder / "adapter")
+    values = [
+        {
+            "instruction": f"Count {'slowly ' * (index % 3)}to {index}",
+            "output": f"{index} it is",
+            "task_type": index % 2,
+        }
+        for index in range(rows)
+    ]
+    (folder / "rows.json").write_text(json.dumps(values))
+
+
+def check_one_process(node: Node) -> str:
+    """Makes what the other checks work on, and the run that they are compared with."""
+    make_material(node.folder, ROWS_OF_A_PROCESS * node.processes)
+    gradients, loss = one_step(node, "reference")
+    zeros = [key for key, tensor in gradients.items() if not tensor.norm() > 0]
+    if zeros:
+        raise ValueError(f"no gradient reached {', '.join(zeros)}")
+    return f"loss {loss:.4f}, gradients of {len(gradients)} tensors: what the others are compared with"
+
+
+def check_devices(node: Node) -> str:
+    packages = ("torch", "transformers", "deepspeed", "bitsandbytes")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    if not node.on_gpu:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        hardware = f"no GPU; {os.cpu_count()} CPU cores, {memory:.0f} GiB of memory"
+    else:
+        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        kinds = Counter(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in found)
+        hardware = f"{', '.join(f'{count} x {kind}' for kind, count in kinds.items())}; {driver_version()}"
+    return f"{hardware}; Python {platform.python_version()}, {versions}"
+
+
+def driver_version() -> str:
+    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    if not shutil.which("nvidia-smi"):
+        return runtime
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    driver = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    return f"driver {driver}, {runtime}"
+
+
+def check_all_reduce(node: Node) -> str:
+    """Sums a megabyte of each process's own number, over the process group that a run would use."""
+    device = parse_arguments(node.flags("all-reduce"))[2].device
+    values = torch.full((2**18,), node.rank + 1.0, device=device)
+    dist.all_reduce(values)
+    expected = node.size * (node.size + 1) / 2
+    if not (values == expected).all():
+        raise ValueError(f"the sum is {values.min().item():g} to {values.max().item():g} instead of {expected:g}")
+    return f"{dist.get_backend()}, processes: {node.size}"
+
+
+def check_attention(node: Node) -> str:
+    model_args, _, args = parse_arguments(node.flags("attention", **{node.half: True}))
+    return f"{build_model(model_args, args).config._attn_implementation} for {node.half}"
+
+
+def check_gradients(node: Node, run: str, **changes) -> str:
+    """One float32 step: its loss and every gradient of the adapter, against one process on the CPU."""
+    gradients, loss = one_step(node, run, **changes)
+    expected, expected_loss = step_outcome(node, "reference")
+    difference = abs(loss / expected_loss - 1)
+    distances = {key: relative_distance(gradients[key], tensor) for key, tensor in expected.items()}
+    worst = max(distances, key=distances.get)
+    found = f"differs from one CPU process's by {difference:.0e} (loss), {distances[worst]:.0e} (gradients)"
+    if not (difference <= TOLERANCE and distances[worst] <= TOLERANCE):
+        raise ValueError(f"{found}, most in {worst}; allowed is {TOLERANCE:.0e}")
+    return found
+
+
+def one_step(node: Node, run: str, **changes) -> tuple[dict[str, torch.Tensor], float]:
+    step = {"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0, "max_steps": 1}
+    node.train(run, **step | changes)
+    return step_outcome(node, run)
+
+
+def step_outcome(node: Node, run: str) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients and loss of a run of `one_step`."""
+    start, end = adapter_weights(node.folder / "adapter"), adapter_weights(node.folder / run)
+    return {key: (start[key] - end[key]) / RATE for key in start}, logged(node.folder / run, "loss")[0]
+
+
+def train_adapter(node: Node, run: str, **changes) -> str:
+    """Some steps with AdamW, evaluation and generation: finite losses and an adapter that has changed and is finite."""
+    folder = node.train(run, validation_file=node.folder / "rows.json", **changes)
+    start, end = adapter_weights(node.folder / "adapter"), adapter_weights(folder)
+    bad = [key for key in start if not end[key].isfinite().all() or torch.equal(start[key], end[key])]
+    if bad:
+        raise ValueError(f"not finite, or as before the training: {', '.join(bad)}")
+    losses = logged(folder, "lm_loss")
+    return f"LM loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps"
+
+
+def check_half(node: Node, run: str, half: str | None = None, **changes) -> str:
+    """Training in bf16 or fp16, or in the one that `run_loramoe.sh` would choose."""
+    half = half or node.half
+    if half == "fp16" and not node.on_gpu:
+        raise SkipError("fp16 needs a GPU")
+    if half == "bf16" and node.half == "fp16":
+        raise SkipError("this GPU has no bf16")
+    # More steps than elsewhere, since fp16 leaves out the first ones until its loss scale fits.
+    return f"{half}: {train_adapter(node, run, **{half: True}, max_steps=8, **changes)}"
+
+
+def check_reload(node: Node) -> str:
+    """A second run starts from the first one's adapter: its first evaluation has to repeat the first's last."""
+    settings = {"validation_file": node.folder / "rows.json"}
+    first = node.train("saved", **settings)
+    second = node.train("reloaded", **settings, peft_path=first, learning_rate=0, max_steps=1)
+    after, before = results(first)["eval_lm_loss_after"], results(second)["eval_lm_loss_before"]
+    if not math.isclose(after, before, rel_tol=TOLERANCE):
+        raise ValueError(f"held-out LM loss {after:.6f} before saving, {before:.6f} after loading")
+    tensors, again = adapter_weights(first), adapter_weights(second)
+    if not all(torch.equal(tensors[key], again[key]) for key in tensors):
+        raise ValueError("the adapter changed while it was loaded and saved")
+    return f"held-out LM loss {after:.4f} before saving, {before:.4f} after loading"
+
+
+def check_resume(node: Node, run: str, **changes) -> str:
+    """Take the end of a finished run away, dropout on, and let the same command go on from its checkpoint."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "lora_dropout": 0.1, **changes}
+    folder = node.train(run, **settings)
+    expected = adapter_weights(folder)
+    node.wait()
+    if node.rank == 0:
+        shutil.rmtree(folder / "checkpoint-3")
+        for name in ("all_results.json", "adapter_model.safetensors"):
+            (folder / name).unlink()
+    node.wait()
+    checkpoint, torn = find_checkpoint(folder)
+    if checkpoint is None or checkpoint.name != "checkpoint-2":
+        raise ValueError(f"the run would go on from {checkpoint} instead of checkpoint-2 {' '.join(torn)}")
+    node.wait()
+    node.train(run, **settings)
+    found = adapter_weights(folder)
+    distance = max(relative_distance(found[key], expected[key]) for key in expected)
+    if not distance <= TOLERANCE:
+        raise ValueError(f"the resumed run's adapter differs from the undisturbed one's by {distance:.0e}")
+    return "bit-identical" if distance == 0 else f"the adapter differs from an undisturbed run's by {distance:.0e}"
+
+
+def relative_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """In L2 norm; infinite where something is not a number, so that the largest of several shows it."""
+    return ((found - expected).norm() / expected.norm()).nan_to_num(nan=math.inf).item()
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key: tensor.double() for key, tensor in tensors.items()}
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in log if name in entry]
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+CHECKS: dict[str, Callable[[Node], str]] = {
+    "one process on the CPU": check_one_process,
+    "devices": check_devices,
+    "all-reduce": check_all_reduce,
+    "attention": check_attention,
+    "DDP": partial(check_gradients, run="ddp"),
+    "activation checkpointing": partial(check_gradients, run="checkpointing", activation_checkpointing=True),
+    "bf16": partial(check_half, run="bf16", half="bf16"),
+    "fp16": partial(check_half, run="fp16", half="fp16"),
+    "nf4": partial(check_half, run="nf4", load_in_kbits=4),
+    "int8": partial(check_half, run="int8", load_in_kbits=8),
+    "save and reload": check_reload,
+    "resume": partial(check_resume, run="resume"),
+}
+for _name, _file in DEEPSPEED_FILES.items():
+    CHECKS[_name] = partial(check_gradients, run=_name, deepspeed=_file)
+    CHECKS[f"{_name}, half precision"] = partial(check_half, run=f"{_name} half", deepspeed=_file)
+    CHECKS[f"{_name}, resume"] = partial(check_resume, run=f"{_name} resume", deepspeed=_file)
+
+
+def main() -> None:
+    folder, processes, *checks = sys.argv[1:]
+    node = Node(Path(folder), int(processes))
+    for check in checks:
+        print(f"===== {check}", flush=True)
+        try:
+            node.write(check, "PASS", CHECKS[check](node))
+        except SkipError as reason:
+            node.write(check, "SKIPPED", str(reason))
+        except Exception as error:
+            node.write(check, "FAIL", f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
+
+
+if __name__ == "__main__":
+    run_process(main)

@@ -1,0 +1,91 @@
+"""PyPI `peft`, beside which the benchmark measures: in a process and an environment of its own."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from torch import Tensor
+
+from loading.provenance import ROOT
+from workbench.instruments import MMAP_THRESHOLD
+from workbench.variants import Variant
+
+PYTHON = ROOT / ".cache" / "peers" / "bin" / "python"
+
+
+class PeerError(RuntimeError):
+    """The peer could not do what it was asked; the message is its own."""
+
+
+class Peer:
+    """A peer's model in a worker process, which runs one step whenever it is asked, so that steps can be interleaved.
+
+    Args:
+        variant: `peft_lora` or `xlora`.
+        folder: the base model.
+        environment: more environment variables of the worker.
+
+    Attributes:
+        package: version and place of the `peft` that the worker runs.
+
+    Raises:
+        PeerError: the model cannot be built.
+    """
+
+    def __init__(self, variant: Variant, folder: str, **environment: str):
+        # -P keeps the folder of the script, and this repository's `peft`, off the module path.
+        self._process = subprocess.Popen(
+            [PYTHON, "-P", Path(__file__).with_name("peer_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | environment,
+            text=True,
+        )
+        size = {"experts": variant.experts, "rank": variant.rank, "dropout": variant.dropout}
+        try:
+            self.package = self._ask(
+                {"do": "build", "variant": variant.name, "model": str(Path(folder).resolve()), **size}
+            )
+        except PeerError:
+            self.close()
+            raise
+
+    def measure(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        """Saved bytes and FLOPs of one step."""
+        return self._ask({"do": "measure", "batch": _plain(batch)})
+
+    def resident_memory(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        """Resident bytes before the second step, and the most during it."""
+        return self._ask({"do": "resident", "batch": _plain(batch)})
+
+    def step(self, batch: dict[str, Tensor]) -> float:
+        """Seconds of one step, taken in the worker."""
+        return self._ask({"do": "step", "batch": _plain(batch)})["seconds"]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, request: dict) -> dict:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline() or '{"error": "the worker ended"}')
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        return answer
+
+
+def _plain(batch: dict[str, Tensor]) -> dict[str, list]:
+    """What other models take of a batch, as JSON."""
+    return {name: batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")}
+
+
+def resident_memory(variant: Variant, folder: str, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Resident memory of a worker that runs nothing else, and returns freed memory as `return_freed_memory` does."""
+    peer = Peer(variant, folder, MALLOC_MMAP_THRESHOLD_=str(MMAP_THRESHOLD))
+    try:
+        return peer.resident_memory(batch)
+    finally:
+        peer.close()

@@ -1,0 +1,187 @@
+"""What the benchmark compares: models that share the weights of one base model, and differ in what they add to it.
+
+Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O input and output features.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from data import InputError
+from peft import LoraConfig, LoraLayer, Router, TaskType, get_peft_model
+from transformers_patch import AutoModelForCausalLM, LlamaLoRAMoEForCausalLM
+from transformers_patch.mixin import LoRAMoEOutput
+from transformers_patch.recorder import RoutingRecorder
+from workbench.instruments import peak_memory, return_freed_memory
+
+# A Llama so small that --quick spends its time on the benchmark's own code.
+QUICK_MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+class PlainLayer(LoraLayer):
+    """The experts stacked, in plain autograd: o = W0 x + (alpha/r) * B (repeat(w, r) * (A dropout(x)))."""
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        experts = self.experts[self.active_adapter]
+        dropped_BTI = F.dropout(x_BTI, self.dropout_rate, self.training)
+        hidden = F.linear(dropped_BTI, experts.lora_A) * experts.scaling
+        if experts.router is not None:
+            hidden_BTER = hidden.unflatten(-1, (experts.num_experts, experts.rank))
+            hidden = (hidden_BTER * experts.router(x_BTI).unsqueeze(-1)).flatten(-2)
+        return self.base_layer(x_BTI) + F.linear(hidden, experts.lora_B)
+
+
+class LoopLayer(LoraLayer):
+    """A pair of products and a dropout mask for each expert: o = W0 x + (alpha/r) * sum_n w_n B_n A_n dropout(x)."""
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        experts = self.experts[self.active_adapter]
+        weights_BTE = experts.router(x_BTI)
+        As = experts.lora_A.split(experts.rank, dim=0)
+        Bs = experts.lora_B.split(experts.rank, dim=1)
+        output_BTO = self.base_layer(x_BTI)
+        for n, (A_RI, B_OR) in enumerate(zip(As, Bs, strict=True)):
+            dropped_BTI = F.dropout(x_BTI, self.dropout_rate, self.training)
+            expert_BTO = F.linear(F.linear(dropped_BTI, A_RI), B_OR)
+            output_BTO = output_BTO + experts.scaling * weights_BTE[..., n : n + 1] * expert_BTO
+        return output_BTO
+
+
+class PlainRouter(Router):
+    """w = softmax(W_g x) in plain autograd."""
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        return torch.softmax(F.linear(x_BTI, self.weight), dim=-1, dtype=torch.float32)
+
+
+class PlainLlama(LlamaLoRAMoEForCausalLM):
+    """Training as without any care for speed: logits at every position."""
+
+    def forward(self, input_ids, attention_mask, labels, task_types, balance_scale=1.0, **kwargs) -> LoRAMoEOutput:
+        with RoutingRecorder(self) as recorder:
+            outputs = LlamaForCausalLM.forward(
+                self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+            )
+        balance_loss = self._balance_term(recorder, attention_mask, task_types, over_ranks=False)
+        loss = outputs.loss + self._balance_config.blc_weight * balance_scale * balance_loss
+        return LoRAMoEOutput(loss=loss, logits=outputs.logits, lm_loss=outputs.loss, balance_loss=balance_loss)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a step.
+
+    Args:
+        name: `frozen` (the base model alone), `lora` (one expert), `loramoe`, `plain` (its definition in plain
+            autograd), `loop` (expert by expert), `top2` (2 experts for a token), `shared_a` (one A for all experts).
+        experts: number of experts N.
+        rank: of each.
+        dropout: probability.
+    """
+
+    name: str
+    experts: int = 8
+    rank: int = 4
+    dropout: float = 0.0
+
+    def config(self, balances: bool = True) -> LoraConfig:
+        """The adapter; without `balances`, the balance term has no weight."""
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.rank,
+            lora_nums=self.experts,
+            lora_dropout=self.dropout,
+            blc_weight=0.1 if balances else 0,
+            **OPTIONS.get(self.name, {}),
+        )
+
+    def model(self, base: PreTrainedModel) -> nn.Module:
+        """A model of this kind in training mode, with modules of its own and the weights of `base`; equal adapters have
+        equal weights.
+
+        `frozen` is the least that any method costs which trains something below the first layer: the gradient goes
+        through the whole backbone to the output of the embedding, and no weight has one.
+        """
+        tensors = (*base.requires_grad_(False).parameters(), *base.buffers())
+        own = copy.deepcopy(base, memo={id(tensor): tensor for tensor in tensors}).train()
+        if self.name == "frozen":
+            own.enable_input_require_grads()
+            return own
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = get_peft_model(own, self.config())
+            for layer in model.base_model.layers():
+                # At zero, as a fresh B is, the gradients of A and router would be zero, too.
+                nn.init.normal_(layer.experts["default"].lora_B, std=0.01)
+        if self.name in LAYER_CLASSES:
+            compute_as(model, LAYER_CLASSES[self.name], self.dropout)
+        return model
+
+
+# Settings of the adapter that make a variant of its own.
+OPTIONS = {"top2": {"lora_top_k": 2}, "shared_a": {"lora_shared_A": True}}
+LAYER_CLASSES = {"plain": PlainLayer, "loop": LoopLayer}
+
+
+def compute_as(model: nn.Module, layer_class: type[LoraLayer], dropout: float) -> None:
+    """Make all adapted Linears of a model compute as `layer_class` does, and its routers in plain autograd."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.__class__, module.dropout_rate = layer_class, dropout
+        elif isinstance(module, Router):
+            module.__class__ = PlainRouter
+
+
+def load_base(folder: str | None) -> PreTrainedModel:
+    """The base model in float32: the folder's, or with None a tiny random Llama.
+
+    Raises:
+        InputError: no model of a supported kind is there.
+    """
+    if folder is None:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(LlamaConfig(**QUICK_MODEL))
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no base model could be loaded from {folder}: {error}") from error
+
+
+def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random tokens, all of them labelled, with task types 0 and 1 in turn."""
+    ids_BT = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": torch.ones_like(ids_BT),
+        "labels": ids_BT,
+        "task_types": torch.arange(batch) % 2,
+    }
+
+
+def step(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Forward and backward pass; gradients are thrown away. Returns the seconds."""
+    start = time.perf_counter()
+    model(**batch).loss.backward()
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def resident_memory(folder: str | None, variant: Variant, batch: dict[str, Tensor]) -> tuple[int, int]:
+    """Resident bytes before a step and the most during it, the first step having passed."""
+    return_freed_memory()
+    model = variant.model(load_base(folder))
+    step(model, batch)
+    return peak_memory(lambda: step(model, batch))
