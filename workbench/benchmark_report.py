@@ -5,8 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from loading.provenance import ROOT, provenance_line
+from training.markdown import table
 from training.pictures import save, styled
-from workbench.markdown import table
 
 PICTURES = ROOT / "docs" / "pictures"
 MIB = 2**20

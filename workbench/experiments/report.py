@@ -6,6 +6,7 @@ from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
 
+from training.markdown import table
 from workbench.experiments.figures import draw
 from workbench.experiments.plan import best_rate
 from workbench.experiments.records import BASE, MIXTURE, read_records, write_table
@@ -23,7 +24,6 @@ from workbench.experiments.results import (
     paired_growth,
     runs_over_sizes,
 )
-from workbench.markdown import table
 
 PAIRS = (("loramoe", "loramoe_beta0"), ("loramoe", "lora"), ("loramoe", "full"), ("lora", "full"))
 NOTHING = "-"
