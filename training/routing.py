@@ -187,7 +187,7 @@ class RoutingWatch(TrainerCallback):
 
     def collapse(self, args: TrainingArguments, step: int) -> str | None:
         """A warning of a group that has died out on every process, once in a run. A collective, as `scalars` is."""
-        if self._warned or self._steps_below_K is None or not self._groups:
+        if self._warned or not self._started or not self._groups:
             return None
         steps_K = nested_gather(self._steps_below_K.unsqueeze(0), args.parallel_mode).min(dim=0).values
         group = int(steps_K.argmax())
