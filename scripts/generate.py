@@ -92,7 +92,7 @@ class Answerer:
         """
         ids = encode_prompt(self.tokenizer, self.template, instruction, context)
         if not self.has_room(ids):
-            most = context_length(self.trained.model) - 1
+            most = context_length(self.trained.model) - 1  # type: ignore[operator]
             raise InputError(f"a prompt has {len(ids)} tokens, the model reads {most}: {instruction[:60]!r}...")
         return ids
 
@@ -139,7 +139,8 @@ def load_prompts(path: str) -> list[dict]:
     Raises:
         InputError: a file or row is bad, or there is no row.
     """
-    rows, problems = [], []
+    rows: list[dict] = []
+    problems: list[str] = []
     for block in split_files(find_files(path)):
         for number, row in read_block(block):
             if problem := prompt_problem(row) or unwritable_field(row):
