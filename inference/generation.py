@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from data import encode_target
-from loading.command_line import flag
+from loading.command_line import a_seed, at_least, flag, range_problems
 from transformers_patch.auto import base_of, most_positions
 
 
@@ -26,16 +26,14 @@ class DecodingArguments:
     seed: int = flag(0, "seed of what is drawn; the same seed and batch size give the same answers")
 
     def problems(self) -> list[str]:
-        limits = (
-            ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
-            ("temperature", "a number of at least 0", 0 <= self.temperature < float("inf")),
-            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
-            ("top_k", "at least 0", self.top_k >= 0),
-            ("seed", "from 0 to 4294967295", 0 <= self.seed < 2**32),
+        ranges = (
+            at_least(1, "max_new_tokens"),
+            ("a number of at least 0", lambda value: 0 <= value < float("inf"), ("temperature",)),
+            ("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
+            at_least(0, "top_k"),
+            a_seed("seed"),
         )
-        problems = [
-            f"--{name} is {getattr(self, name)}, but has to be {needed}" for name, needed, ok in limits if not ok
-        ]
+        problems = range_problems(self, ranges)
         if self.temperature == 0 and (self.top_p, self.top_k) != (1, 0):
             problems.append("--top_p and --top_k need a --temperature above 0: without one nothing is drawn")
         return problems

@@ -19,10 +19,10 @@ from data import InputError, first_line, resolve_template
 from data.errors import reading
 from data.files import shown
 from inference.generation import drop_proposed_settings, end_tokens
-from loading.arguments import DataArguments
+from loading.arguments import KBITS, DataArguments
 from loading.base_model import check_base_model, load_tokenizer, other_base_warning, quantization
-from loading.command_line import flag, listed, refuse
-from loading.run_files import CHECKPOINT_NAME, PUBLISHED, RUN_CONFIG_NAME
+from loading.command_line import at_least, flag, listed, one_of, range_problems, refuse
+from loading.run_files import CHECKPOINT_NAME, PUBLISHED, RUN_CONFIG_NAME, with_current_names
 from peft import LoraConfig, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
@@ -36,7 +36,7 @@ RUN_FIELDS = {
     "max_seq_length": ("a whole number", {int}),
     "num_task_types": ("a whole number", {int}),
     "prompt_template": ("a text", {str}),
-    "task_types": TEXT_OR_NULL,
+    "task_type_names": TEXT_OR_NULL,
     "dataset_dir": TEXT_OR_NULL,
     "validation_file": TEXT_OR_NULL,
 }
@@ -59,11 +59,7 @@ class InferenceArguments:
     batch_size: int = flag(8, "rows that the model reads at once; lower it where memory runs out")
 
     def problems(self) -> list[str]:
-        problems = []
-        if self.load_in_kbits not in (4, 8, 16):
-            problems.append(f"--load_in_kbits is {self.load_in_kbits}; allowed are 4, 8 and 16 (not quantised)")
-        if self.batch_size < 1:
-            problems.append(f"--batch_size is {self.batch_size}, but has to be at least 1")
+        problems = range_problems(self, [one_of(KBITS, "load_in_kbits"), at_least(1, "batch_size")])
         if self.device_map not in PLACEMENTS and (problem := _device_problem(self.device_map)):
             problems.append(f"--device_map {self.device_map}: {problem}; allowed are {', '.join(PLACEMENTS)}, a device")
         return problems
@@ -124,7 +120,7 @@ class TrainedModel:
     def task_type_names(self) -> tuple[str, ...]:
         if isinstance(self.model, PeftModel):
             return tuple(self.model.active_peft_config.task_type_names or ())
-        return tuple(listed(self.run_config.get("task_types")) or ())
+        return tuple(listed(self.run_config.get("task_type_names")) or ())
 
     def as_base(self) -> AbstractContextManager:
         """A context in which the model is the base model.
@@ -156,6 +152,7 @@ def read_run_config(folder: Path) -> dict:
         raise InputError(f"{file} is not valid JSON ({error}): the file is damaged, restore it") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} holds {shown(config)} in place of an object: the file is damaged, restore it")
+    config = with_current_names(config)
     refuse(
         [
             f"{file}: {name!r} is {shown(config[name])}, but has to be {kind}: the file is damaged, restore it"
@@ -186,7 +183,7 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
     if config and (warning := other_base_warning(config.base_model_name_or_path, base)):
         print(warning, file=sys.stderr)
-    put_adapter = partial(PeftModel.from_pretrained, directory=folder) if config else nn.Module.eval
+    put_adapter = partial(PeftModel.from_pretrained, directory=folder, config=config) if config else nn.Module.eval
     check_base_model(base, tokenizer, put_adapter)
     run_config = read_run_config(folder)
     model = _load_weights(base, args)

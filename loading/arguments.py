@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_tf32_available
 
 from data import ORDERS, TEMPLATES, InputError
-from loading.command_line import FlagParser, flag, listed, obstacle, refuse
+from loading.command_line import FlagParser, a_seed, at_least, flag, listed, obstacle, one_of, range_problems, refuse
 from loading.optimization import optimizer_problems, schedule_problems
 from peft import LoraConfig, TaskType
 
@@ -32,7 +33,7 @@ FLAG_OF_FIELD = {
     "blc_weight": "--blc_weight",
     "blc_reference": "--blc_reference",
     "num_task_types": "--num_task_types",
-    "task_type_names": "--task_types",
+    "task_type_names": "--task_type_names",
     "expert_groups": "--expert_groups",
     "lora_top_k": "--lora_top_k",
     "lora_shared_A": "--lora_shared_A",
@@ -46,6 +47,9 @@ FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attent
 
 # What an evaluation measures; each is better the lower it is.
 MEASURES = ("loss", "lm_loss", "perplexity")
+
+# Bits of the base model's weights; 16 stands for weights that are not quantised.
+KBITS = (4, 8, 16)
 
 # The setting of DeepSpeed without which weights that ZeRO-3 has partitioned are not saved as a model.
 GATHER = "stage3_gather_16bit_weights_on_model_save"
@@ -89,16 +93,15 @@ UNSUPPORTED = (
     ("debug", (None, "", ["underflow_overflow"]), "--debug: the only supported value is underflow_overflow"),
 )  # fmt: skip
 
-# What a number has to be, a test of it, and the flags that it holds for. None, where it is the default, is allowed.
 RANGES = (
-    ("at least 1", lambda value: value >= 1, (
-        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_processes",
+    at_least(
+        1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_processes",
         "preprocessing_num_workers", "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
         "ddp_bucket_cap_mb", "torch_empty_cache_steps",
-    )),
-    ("at least 0", lambda value: value >= 0, ("dataloader_num_workers", "save_total_limit")),
+    ),
+    at_least(0, "dataloader_num_workers", "save_total_limit"),
     ("-1 or at least 1", lambda value: value == -1 or value >= 1, ("max_steps",)),
-    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
+    a_seed("seed", "data_seed"),
     ("in [0, 1)", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
     ("above 0", lambda value: math.isfinite(value) and value > 0, ("num_train_epochs", "adam_epsilon")),
     ("a number of at least 0", lambda value: math.isfinite(value) and value >= 0, (
@@ -137,9 +140,11 @@ class ModelArguments:
     blc_reference: bool = flag(
         False, "the statistic of the authors' code in the balance term: padding counts, each process for itself"
     )
-    num_task_types: int | None = flag(None, "number of task types K; by default that of --task_types, or else 2")
-    task_types: str | None = flag(
-        None, "names of the task types, separated by commas, which rows may use in place of the numbers 0, 1, ..."
+    num_task_types: int | None = flag(None, "number of task types K; by default that of --task_type_names, or else 2")
+    task_type_names: str | None = flag(
+        None,
+        "names of the task types, separated by commas, which rows may use in place of the numbers 0, 1, ...",
+        aliases=["--task_types", "--task-types"],
     )
     expert_groups: str | None = flag(
         None, "numbers of experts of the task types' groups, separated by commas; equal groups where not given"
@@ -163,7 +168,7 @@ class ModelArguments:
             blc_weight=self.blc_weight,
             blc_reference=self.blc_reference,
             num_task_types=self.num_task_types,
-            task_type_names=self.task_type_names,
+            task_type_names=listed(self.task_type_names),
             expert_groups=_numbers("expert_groups", self.expert_groups),
             lora_top_k=self.lora_top_k,
             lora_shared_A=bool(self.lora_shared_A),
@@ -172,9 +177,10 @@ class ModelArguments:
             modules_to_save=listed(self.modules_to_save),
         )
 
-    @property
-    def task_type_names(self) -> list[str] | None:
-        return listed(self.task_types)
+    @cached_property
+    def continued_config(self) -> LoraConfig | None:
+        """The configuration of the adapter at `peft_path`. Raises ValueError if it cannot be used."""
+        return LoraConfig.from_pretrained(self.peft_path) if self.peft_path else None
 
     def resolve(self, base: nn.Module) -> None:
         """Put what the base model decides in place of flags that leave it open, so that the run's configuration tells
@@ -186,7 +192,7 @@ class ModelArguments:
 
     def __post_init__(self):
         if self.num_task_types is None:
-            self.num_task_types = len(self.task_type_names or (0, 1))
+            self.num_task_types = len(listed(self.task_type_names) or (0, 1))
 
 
 def _numbers(field_name: str, text: str | None) -> list[int] | None:
@@ -331,9 +337,7 @@ def _missing(flags: argparse.Namespace) -> list[str]:
 
 
 def _adapter_problems(flags: argparse.Namespace) -> list[str]:
-    problems = []
-    if flags.load_in_kbits not in (4, 8, 16):
-        problems.append(f"--load_in_kbits is {flags.load_in_kbits}; allowed are 4, 8 and 16 (not quantised)")
+    problems = range_problems(flags, [one_of(KBITS, "load_in_kbits")])
     if flags.tuning == "full":
         if flags.peft_path:
             problems.append("--tuning full trains no adapter, so it cannot continue from --peft_path")
@@ -351,12 +355,7 @@ def _adapter_problems(flags: argparse.Namespace) -> list[str]:
 
 
 def _data_problems(flags: argparse.Namespace) -> list[str]:
-    problems = []
-    if flags.max_seq_length < 2:
-        problems.append(f"--max_seq_length is {flags.max_seq_length}, but has to be at least 2")
-    if flags.prompt_template not in TEMPLATES:
-        problems.append(f"--prompt_template is {flags.prompt_template!r}; allowed are {', '.join(TEMPLATES)}")
-    return problems
+    return range_problems(flags, [at_least(2, "max_seq_length"), one_of(TEMPLATES, "prompt_template")])
 
 
 def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
@@ -383,12 +382,7 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
     if flags.deepspeed:
         problems += _deepspeed_problems(flags)
     problems += [reason for name, allowed, reason in UNSUPPORTED if getattr(flags, name) not in allowed]
-    out_of_range = [
-        f"--{name} is {value}, but has to be {needed}"
-        for needed, holds, names in RANGES
-        for name in names
-        if (value := getattr(flags, name)) is not None and not holds(value)
-    ]
+    out_of_range = range_problems(flags, RANGES)
     if flags.profile_steps and parse_steps(flags.profile_steps) is None:
         problems.append(f"--profile_steps is {flags.profile_steps!r}, but has to be one step or a range, as 5 or 5-7")
     # The libraries, which are asked for the rest, would name the same numbers once more.

@@ -200,10 +200,9 @@ def with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
 
 def adapter_warnings(model_args: ModelArguments) -> list[str]:
     """What is doubtful about the adapter at `peft_path`."""
-    if not model_args.peft_path:
-        return []
-    trained_on = LoraConfig.from_pretrained(model_args.peft_path).base_model_name_or_path
-    return list(filter(None, [other_base_warning(trained_on, model_args.model_name_or_path)]))
+    found = model_args.continued_config
+    warning = found and other_base_warning(found.base_model_name_or_path, model_args.model_name_or_path)
+    return [warning] if warning else []
 
 
 def other_base_warning(trained_on: str | None, base: str) -> str | None:
@@ -219,10 +218,9 @@ def other_base_warning(trained_on: str | None, base: str) -> str | None:
 def _adapter_config(model_args: ModelArguments) -> LoraConfig:
     """The adapter's configuration. Where training continues, shapes and scaling are those of the adapter that is there,
     while dropout and balance term follow the flags."""
-    wanted = model_args.lora_config()
-    if not model_args.peft_path:
+    wanted, found = model_args.lora_config(), model_args.continued_config
+    if not found:
         return wanted
-    found = LoraConfig.from_pretrained(model_args.peft_path)
     wanted.target_modules = wanted.target_modules or found.target_modules
     differing = [
         f"{FLAG_OF_FIELD[name]} is {_typed(getattr(wanted, name))}, the adapter has {_typed(getattr(found, name))}"

@@ -15,3 +15,11 @@ PUBLISHED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "additional_chat_templates/*",
 )  # fmt: skip
+
+# Flags that earlier versions wrote into a run's configuration under another name.
+RENAMED = {"task_types": "task_type_names"}
+
+
+def with_current_names(config: dict) -> dict:
+    """A run's configuration, perhaps one of an earlier version, under today's names of the flags."""
+    return {RENAMED.get(name, name): value for name, value in config.items()}

@@ -18,7 +18,17 @@ from inference.metrics import PACKAGE_OF
 from inference.trained import InferenceArguments, TrainedModel, load_trained
 from loading.arguments import DataArguments
 from loading.base_model import check_lengths
-from loading.command_line import flag, output_problem, parse_flags, refuse, run_verb
+from loading.command_line import (
+    a_seed,
+    at_least,
+    flag,
+    one_of,
+    output_problem,
+    parse_flags,
+    range_problems,
+    refuse,
+    run_verb,
+)
 from training.run_folder import write_json
 
 COMMAND = "python -m scripts.evaluate"
@@ -54,29 +64,23 @@ class EvaluateArguments:
     seed: int = flag(0, "seed of the bootstrap and of the harness")
     data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
 
-    def problems(self) -> list[str]:
-        problems = [
-            f"--metrics {name}: there is no such metric; there are {', '.join(METRICS)}"
-            for name in self.metrics
-            if name not in METRICS
+    def problems(self) -> list[str | None]:
+        ranges = (
+            one_of(TEMPLATES, "template"),
+            at_least(2, "max_seq_length"),
+            at_least(1, "max_new_tokens", "limit"),
+            at_least(0, "num_fewshot"),
+            a_seed("seed"),
+        )
+        return [
+            *(
+                f"--metrics {name}: there is no such metric; there are {', '.join(METRICS)}"
+                for name in self.metrics
+                if name not in METRICS
+            ),
+            *range_problems(self, ranges),
+            output_problem(self.output, self.data, endings=(".json",)),
         ]
-        if self.template not in (None, *TEMPLATES):
-            problems.append(f"--template is {self.template!r}; allowed are {', '.join(TEMPLATES)}")
-        for name, least in (
-            ("max_seq_length", 2),
-            ("max_new_tokens", 1),
-            ("limit", 1),
-            ("num_fewshot", 0),
-        ):
-            if (value := getattr(self, name)) is not None and value < least:
-                problems.append(f"--{name} is {value}, but has to be at least {least}")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"--seed is {self.seed}, but has to be from 0 to 4294967295")
-        if problem := output_problem(self.output, self.data):
-            problems.append(problem)
-        if self.output and Path(self.output).suffix != ".json":
-            problems.append(f"--output {self.output}: the name has to end in .json")
-        return problems
 
 
 KINDS = (InferenceArguments, EvaluateArguments)
@@ -107,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         "data": [],
     }
     paths = data_paths(trained, args)
-    refuse(list(filter(None, [output_problem(args.output, paths)])))  # the run's own file among them
+    refuse([output_problem(args.output, paths)])  # the run's own file among them
     for path, rows, statistics in load_sets(trained, paths, template, args):
         print(f"{path}: {statistics.summary(max_length(trained, args))}", flush=True)
         report["data"].append(evaluate_set(trained, models, rows, template, args, inference.batch_size))

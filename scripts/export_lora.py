@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data import InputError
 from inference.rows import batches, load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained
-from loading.command_line import flag, output_problem, parse_flags, run_verb
+from loading.command_line import at_least, flag, output_problem, parse_flags, range_problems, run_verb
 from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, static_lora
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
@@ -51,10 +51,8 @@ class ExportArguments:
     merge: bool = flag(False, "write a whole model, the LoRA added to its weights, instead of an adapter")
     data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
 
-    def problems(self) -> list[str]:
-        problems = list(filter(None, [output_problem(self.output, is_folder=True)]))
-        if self.rank is not None and self.rank < 1:
-            problems.append(f"--rank is {self.rank}, but has to be at least 1")
+    def problems(self) -> list[str | None]:
+        problems = [output_problem(self.output, is_folder=True), *range_problems(self, [at_least(1, "rank")])]
         if self.rank is not None and self.weights != "fitted":
             problems.append(f"--rank chooses the rank of --weights fitted; that of {self.weights} is given")
         return problems
@@ -70,9 +68,6 @@ def main(argv: list[str] | None = None) -> None:
         InputError: flags, adapter or rows are not as they have to be; nothing has been written then.
     """
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
-    output = Path(args.output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output {output} exists and is not an empty folder; move it away or choose another")
     trained = load_trained(inference)
     check_export(trained, args)
     path, rows = rows_of_type(trained, args.data, "validation_file", args)
@@ -85,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     costs = compare(trained.model, batches(trained, rows, inference.batch_size, "measuring"), other)
     name = f"{args.weights}, merged" if args.merge else args.weights
     print(f"{len(rows)} rows of {path}, each answer with its end token", *cost_lines(costs, name), sep="\n")
-    with whole_folder(output) as folder:
+    with whole_folder(Path(args.output)) as folder:
         if args.merge:
             base = trained.model.get_base_model()
             base.generation_config = trained.proposed_generation

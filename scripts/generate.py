@@ -22,12 +22,12 @@ from data.files import find_files, read_block, split_files
 from data.rows import MOST_PROBLEMS_SHOWN, refuse_rows, row_problem
 from inference.generation import DecodingArguments, batches_by_length, generate_answers
 from inference.trained import InferenceArguments, TrainedModel, load_trained
-from loading.command_line import flag, output_problem, parse_flags, run_verb
+from loading.command_line import flag, one_of, output_problem, parse_flags, range_problems, run_verb
+from loading.lock import locked
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.auto import context_length
 
 COMMAND = "python -m scripts.generate"
-OUTPUT_KINDS = (".json", ".jsonl")
 
 
 @dataclass
@@ -43,22 +43,18 @@ class GenerateArguments:
     template: str | None = flag(None, f"prompt template, {', '.join(TEMPLATES)}; by default the run's")
     compare_base: bool = flag(False, "show the base model's answer, too")
 
-    def problems(self) -> list[str]:
-        problems = []
+    def problems(self) -> list[str | None]:
+        problems = [
+            encoding_problem("--prompt", self.prompt),
+            output_problem(self.output, [self.input], endings=(".json", ".jsonl")),
+            *range_problems(self, [one_of(TEMPLATES, "template")]),
+        ]
         if sum((self.prompt is not None, self.input is not None, self.chat)) != 1:
             problems.append("exactly one of --prompt, --input and --chat has to be given")
         if (self.input is None) != (self.output is None):
             problems.append("--input and --output belong together")
-        if problem := encoding_problem("--prompt", self.prompt):
-            problems.append(problem)
-        if problem := output_problem(self.output, [self.input]):
-            problems.append(problem)
-        if self.output and Path(self.output).suffix not in OUTPUT_KINDS:
-            problems.append(f"--output {self.output}: the name has to end in {' or '.join(OUTPUT_KINDS)}")
         if self.chat and self.compare_base:
             problems.append("--chat and --compare_base: a conversation has one thread; compare with --prompt")
-        if self.template not in (None, *TEMPLATES):
-            problems.append(f"--template is {self.template!r}; allowed are {', '.join(TEMPLATES)}")
         return problems
 
 
@@ -129,7 +125,9 @@ def main(argv: list[str] | None = None) -> None:
         print(*answer_lines(answer), sep="\n")
     else:
         settings = answer_settings(inference, answerer)
-        answer_rows(answerer, rows, AnswerFile(args.output, rows, settings), inference.batch_size)
+        in_use = f"--output {args.output} is being written by another process; wait for its end, or choose another"
+        with locked(Path(args.output), in_use):
+            answer_rows(answerer, rows, AnswerFile(args.output, rows, settings), inference.batch_size)
         print(f"{len(rows)} answers are in {args.output}")
 
 

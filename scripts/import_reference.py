@@ -10,29 +10,29 @@ Here the experts are stacked in their order, as `MODULE.experts.router.weight` (
 both codes draw the same half of the experts to the same task type. The output folder appears complete or not at all.
 """
 
-import argparse
 import json
 import re
 import shlex
-import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import mode
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from data import InputError
+from data.errors import reading
 from loading.arguments import FLAG_OF_FIELD
-from loading.command_line import output_problem
+from loading.command_line import flag, output_problem, parse_flags, run_verb
 from peft import LoraConfig, TaskType
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
 from scripts.whole_folder import whole_folder
 
+COMMAND = "python -m scripts.import_reference"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
 KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:route|A\d+|B\d+)\.weight")
@@ -50,24 +50,28 @@ HARMLESS = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "m
 NEUTRAL = (None, False, "", "none", [], {})
 
 
+@dataclass
+class ImportArguments:
+    """The checkpoint to import, and where the adapter goes."""
+
+    checkpoint: str = flag(None, f"folder with {CONFIG_NAME} and {PICKLE_NAME}; only read", required=True)
+    output: str = flag(None, "adapter folder to make; must be empty or not exist yet", required=True)
+    num_task_types: int = flag(2, "number of task types, each with a group of experts")
+    base_model: str | None = flag(None, "base model to name in the adapter; by default the one in the checkpoint")
+
+    def problems(self) -> list[str | None]:
+        return [output_problem(self.output, is_folder=True)]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, import the checkpoint and say how to use the adapter.
 
     Raises:
-        InputError: see `import_checkpoint`.
+        InputError: the output folder is taken, or see `import_checkpoint`.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.import_reference",
-        description="Turn a LoRAMoE checkpoint of the authors' code into an adapter of this code.",
-    )
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help=f"folder with {CONFIG_NAME} and {PICKLE_NAME}; only read")
-    add("--output", type=Path, required=True, help="adapter folder to make; must be empty or not exist yet")
-    add("--num_task_types", type=int, default=2, help="task types, each with a group of experts (default: %(default)s)")
-    add("--base_model", help="base model to name in the adapter, instead of the one that the checkpoint names")
-    args = parser.parse_args(argv)
-    output = args.output.resolve()
-    config, modules = import_checkpoint(args.checkpoint, output, args.num_task_types, args.base_model)
+    (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], (ImportArguments,), argv)
+    output = Path(args.output).resolve()
+    config, modules = import_checkpoint(Path(args.checkpoint), output, args.num_task_types, args.base_model)
     print(*summary_lines(config, modules, output), sep="\n")
 
 
@@ -86,14 +90,12 @@ def import_checkpoint(
         The adapter's configuration and the names of the adapted Linears.
 
     Raises:
-        InputError: the output folder is taken, files are missing or damaged, or something in them cannot be imported.
-            Nothing has been written then.
+        InputError: files are missing or damaged, something in them cannot be imported, or the output folder cannot be
+            written. Nothing has been written then.
     """
-    if problem := output_problem(output, is_folder=True):
-        raise InputError(problem)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder; move it away or choose another --output")
-    if missing := [name for name in (CONFIG_NAME, PICKLE_NAME) if not (checkpoint / name).is_file()]:
+    with reading(checkpoint):
+        missing = [name for name in (CONFIG_NAME, PICKLE_NAME) if not (checkpoint / name).is_file()]
+    if missing:
         raise InputError(
             f"{checkpoint} is no checkpoint of the authors' code: it has no {' and no '.join(missing)} (their code "
             "saves both into folders named sft_lora_model)"
@@ -118,7 +120,8 @@ def read_config(path: Path, num_task_types: int, base_model: str | None) -> Lora
             or a field asks for something that this code does not have.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): the file is damaged, restore it") from None
     if not isinstance(values, dict):
@@ -164,8 +167,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # torch warns of odd files before it fails on them.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # what the bytes of a damaged pickle spell can fail in any way, as an OSError, too
         named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
         if named:
@@ -260,10 +263,10 @@ def summary_lines(config: LoraConfig, modules: list[str], output: Path) -> list[
 def training_flags(config: LoraConfig, output: Path) -> list[str]:
     """Flags of `train.py` that continue from the adapter with its own settings."""
     flags = ["--peft_path", str(output), "--prompt_template", "plain"]
-    for name, flag in FLAG_OF_FIELD.items():
+    for name, spelling in FLAG_OF_FIELD.items():
         value = getattr(config, name)
         if value is not None:
-            flags += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+            flags += [spelling, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return flags
 
 
@@ -295,9 +298,4 @@ def _shown(values: dict, name: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; nothing half-made was left")
+    run_verb(main)

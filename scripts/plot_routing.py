@@ -39,15 +39,12 @@ class PlotArguments:
     output: str | None = flag(None, "folder for routing.json and routing.png; by default the adapter's")
     data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
 
-    def problems(self) -> list[str]:
-        problems = []
-        if self.prompt is not None and not self.prompt.strip():
-            problems.append("--prompt is empty")
-        if self.output and (problem := output_problem(Path(self.output) / "routing.json", [self.data])):
-            problems.append(problem)
-        if problem := encoding_problem("--prompt", self.prompt):
-            problems.append(problem)
-        return problems
+    def problems(self) -> list[str | None]:
+        return [
+            "--prompt is empty" if self.prompt is not None and not self.prompt.strip() else None,
+            output_problem(Path(self.output) / "routing.json", [self.data]) if self.output else None,
+            encoding_problem("--prompt", self.prompt),
+        ]
 
 
 KINDS = (InferenceArguments, PlotArguments)
@@ -71,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     path, rows = load_rows(trained, args.data, "validation_file", args.data_cache_dir)
     folder = Path(args.output or inference.adapter)
-    refuse(list(filter(None, [output_problem(folder / "routing.json", [path])])))
+    refuse([output_problem(folder / "routing.json", [path])])
     of_prompt = {"prompt": route_prompt(trained, args.prompt)} if args.prompt else {}
     routing = route(trained, rows, inference.batch_size)
     summary = routing_summary(routing, trained.model.active_peft_config) | {"training": curves} | of_prompt

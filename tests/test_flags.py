@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 import train
 from data import InputError
-from loading.arguments import DataArguments, ModelArguments, RunArguments
+from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from loading.base_model import quantization
 from loading.optimization import EVALUATED, OPTIMIZERS
 from training import checkpoint
@@ -325,7 +325,7 @@ def test_two_processes_with_every_flag_of_ddp(run):
 OWN_FLAGS = {
     "layers_to_transform": (99, "99"),
     "modules_to_save": ("nope", "nope"),
-    "task_types": ("a,a", "--task_types"),
+    "task_type_names": ("a,a", "--task_type_names"),
     "num_task_types": (0, "--num_task_types"),
     "lora_top_k": (1, "--lora_top_k"),
     "lora_dropout": (1, "--lora_dropout"),
@@ -453,6 +453,18 @@ def test_relative_paths_are_the_callers(tmp_path, where, name, found):
     names = {"dataset_dir": "--dataset_dir", "peft_path": "--peft_path", "output_dir": "--output_dir"}
     expected = found if not found.startswith("caller") else str(tmp_path / found)
     assert flags[names.get(name, "--model_name_or_path")] == expected
+
+
+def test_the_earlier_name_of_task_type_names_is_accepted(tmp_path, model_dir):
+    place = ["--model_name_or_path", str(model_dir), "--dataset_dir", "rows", "--output_dir", str(tmp_path / "run")]
+    for flag in ("--task_type_names", "--task_types", "--task-types"):
+        model_args, _, _ = parse_arguments([*place, flag, "a,b"])
+        assert model_args.task_type_names == "a,b"
+    folder = RunFolder(tmp_path / "run")
+    folder.claim({"task_types": "a,b"})
+    folder.check({"task_type_names": "a,b"})
+    with pytest.raises(InputError, match="task_type_names: 'a,b' there, 'a,c' now"):
+        folder.check({"task_type_names": "a,c"})
 
 
 def test_a_relative_path_that_is_nowhere_is_refused_with_both_places(tmp_path):

@@ -12,6 +12,7 @@ from conftest import THINKING, example_rows, filled_model, full_disk, tiny_token
 
 from data import AnswerFile, InputError, encode_prompt
 from inference.generation import DecodingArguments, batches_by_length, generate_answers
+from loading.lock import locked
 from scripts import generate
 from transformers_patch import AutoModelForCausalLM
 
@@ -123,6 +124,15 @@ def test_an_interrupted_file_is_gone_on_with(run, prompts_file, tmp_path, monkey
     assert not partial.exists()
 
 
+def test_a_file_that_another_process_writes_is_refused(run, prompts_file, tmp_path):
+    output = tmp_path / "new" / "answers.json"
+    with locked(output, ""), pytest.raises(InputError, match="is being written by another process"):
+        run("--input", prompts_file, "--output", output)
+    assert not output.exists()
+    run("--input", prompts_file, "--output", output)
+    assert output.exists()
+
+
 def test_half_a_file_of_another_command_is_refused(run, prompts_file, tmp_path):
     output = tmp_path / "answers.json"
     (tmp_path / "answers.json.partial").write_text('{"seed": 3}\n')
@@ -228,7 +238,7 @@ def test_a_conversation_does_not_think(adapter_dir):
         (("--input", "x.json"), "belong together"),
         (("--input", "x.json", "--output", "y.txt"), "has to end in .json or .jsonl"),
         (("--chat", "--compare_base"), "a conversation has one thread"),
-        (("--prompt", "x", "--template", "odd"), "allowed are auto, plain, chat"),
+        (("--prompt", "x", "--template", "odd"), "--template is odd, but has to be one of auto, plain, chat"),
         (("--prompt", "x", "--top_k", "5"), "need a --temperature above 0"),
         (("--input", "nowhere.json", "--output", "y.json"), "no such file or folder"),
         (("--prompt", "the cat " * 200), "the model reads 255"),

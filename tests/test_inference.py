@@ -1,9 +1,11 @@
 """A trained adapter on its base model: what is loaded, and what is refused with one message."""
 
+import errno
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,10 +73,12 @@ def test_a_folder_of_a_whole_model_works_but_has_no_base(model_dir):
 
 def test_the_names_of_a_fully_tuned_models_task_types_are_read_as_train_reads_them(model_dir, tmp_path):
     folder = shutil.copytree(model_dir, tmp_path / "tuned")
-    flags = {"task_types": "other, world knowledge ,", "num_task_types": 2}
-    (folder / "run_config.json").write_text(json.dumps(flags))
-    assert load(folder).task_type_names == ("other", "world knowledge")
-    assert ModelArguments(**flags).task_type_names == ["other", "world knowledge"]
+    for flag in ("task_type_names", "task_types"):  # the latter is the flag of earlier runs
+        flags = {flag: "other, world knowledge ,", "num_task_types": 2}
+        (folder / "run_config.json").write_text(json.dumps(flags))
+        assert load(folder).task_type_names == ("other", "world knowledge")
+    flags = ModelArguments(task_type_names="other, world knowledge ,")
+    assert flags.lora_config().task_type_names == ["other", "world knowledge"]
 
 
 def test_sampling_that_the_base_models_folder_proposes_is_not_taken_over(adapter_dir, model_dir, tmp_path):
@@ -239,6 +243,10 @@ def test_flags_are_refused_all_at_once():
         assert name in str(caught.value)
 
 
+def unreadable(path: Path):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
 def test_places_that_cannot_be_written_are_named_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -255,7 +263,11 @@ def test_places_that_cannot_be_written_are_named_before_the_work(tmp_path, monke
         assert message in output_problem(tmp_path / name, [str(tmp_path / "other")])
     assert output_problem(tmp_path / "new" / "x.json") is output_problem(None) is None
     assert output_problem(tmp_path / "folder.json", is_folder=True) is None
+    assert "is not an empty folder" in output_problem(tmp_path, is_folder=True)
     assert "File name too long" in output_problem(tmp_path / "x.json", ["x" * 300])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", unreadable)
+        assert "Permission denied" in output_problem(tmp_path, is_folder=True)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert output_problem(tmp_path / "new" / "x.json").endswith(f"{tmp_path} is not writable")
 
