@@ -143,7 +143,7 @@ def test_every_metric_by_group_for_adapter_and_base(run, labelled_file):
         assert perplexity == pytest.approx(math.exp(loss))
         assert groups["all"]["accuracy"] == groups["by_task"]["parity"]["accuracy"]
     assert found["results"]["adapter"] != found["results"]["base"]
-    for text in ("17 rows", "adapter", "base", "task parity", "task type 1", "everything is in"):
+    for text in ("17 rows", "adapter", "base", "task parity", "task type 1", "all results are in"):
         assert text in printed
 
 
@@ -349,7 +349,7 @@ def test_labels_that_do_not_fit_behind_every_prompt_are_refused_before_anything_
 
 
 def test_bad_rows_and_label_tasks_that_do_not_exist(run, data_file, tmp_path):
-    with pytest.raises(InputError, match="has no row of such a task"):
+    with pytest.raises(InputError, match="does not have a row of this task"):
         run("--data", data_file, "--label_tasks", "parity")
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{**ROWS[0], "aliases": "one"}, {**ROWS[1], "aliases": [1]}]))

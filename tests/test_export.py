@@ -250,7 +250,7 @@ def test_a_quantised_base_exports_an_adapter_but_cannot_be_merged_into(export, a
 REFUSED = {
     "--rank is 9, but the adapter has rank 8": {"rank": 9},
     "--rank is 0": {"rank": 0},
-    "--rank chooses the rank of --weights fitted": {"rank": 2, "weights": "uniform"},
+    "--rank needs --weights fitted": {"rank": 2, "weights": "uniform"},
     "--task_type is 2; this adapter has 0 to 1": {"task_type": 2},
     "names a validation_file": {"data": None},
     "names a dataset_dir": {"calibration_data": None},

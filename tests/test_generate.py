@@ -237,11 +237,11 @@ def test_a_conversation_does_not_think(adapter_dir):
         (("--prompt", "x", "--chat"), "exactly one of --prompt, --input and --chat"),
         (("--input", "x.json"), "belong together"),
         (("--input", "x.json", "--output", "y.txt"), "has to end in .json or .jsonl"),
-        (("--chat", "--compare_base"), "a conversation has one thread"),
+        (("--chat", "--compare_base"), "cannot show two answers"),
         (("--prompt", "x", "--template", "odd"), "--template is odd, but has to be one of auto, plain, chat"),
         (("--prompt", "x", "--top_k", "5"), "need a --temperature above 0"),
         (("--input", "nowhere.json", "--output", "y.json"), "no such file or folder"),
-        (("--prompt", "the cat " * 200), "the model reads 255"),
+        (("--prompt", "the cat " * 200), "the model reads at most 255"),
         (("--prompt", "caf\udce9"), "--prompt has a byte that is not UTF-8"),
     ],
 )
@@ -252,7 +252,11 @@ def test_mistakes_are_named(run, flags, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "the file is empty"), ("[]", "there is no row"), ('[{"input": "x"}, 3]', r"row 1: has no 'instruction'")],
+    [
+        ("", "the file is empty"),
+        ("[]", "does not contain any rows"),
+        ('[{"input": "x"}, 3]', r"row 1: has no 'instruction'"),
+    ],
 )
 def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(run, tmp_path, content, message):
     file = tmp_path / "prompts.json"
@@ -277,7 +281,7 @@ def test_answers_and_conversations_stop_where_the_positions_end(gpt2_dir, tmp_pa
     generate.main([*adapter, "--prompt", "the cat"])
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "the cat"}, {"instruction": "a dog"}]))
     generate.main([*adapter, "--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "answers.json")])
-    with pytest.raises(InputError, match=r"a prompt has .* tokens, the model reads 63"):
+    with pytest.raises(InputError, match=r"a prompt has .* tokens, but the model reads at most 63"):
         generate.main([*adapter, "--prompt", long])
     capsys.readouterr()
     seen = []

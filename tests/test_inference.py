@@ -225,7 +225,7 @@ def test_a_run_config_that_is_damaged(adapter_dir):
     (adapter_dir / "run_config.json").write_text("{")
     assert "run_config.json is not valid JSON" in refusal(adapter_dir)
     (adapter_dir / "run_config.json").write_text("[]")
-    assert "run_config.json holds [] in place of an object" in refusal(adapter_dir)
+    assert "run_config.json holds [] instead of an object" in refusal(adapter_dir)
     damaged = {"max_seq_length": "abc", "num_task_types": True, "prompt_template": None, "validation_file": ["x"]}
     (adapter_dir / "run_config.json").write_text(json.dumps(damaged | {"task_types": None, "dataset_dir": "rows"}))
     message = refusal(adapter_dir)

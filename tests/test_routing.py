@@ -270,7 +270,7 @@ def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):
     namesake = shutil.copytree(run.output, tmp_path / "other" / run.output.name)
     both = plot_routing.read_curves([str(run.output), str(namesake)])
     assert set(both) == {f"{run.output} (beta 0.1)", f"{namesake} (beta 0.1)"}
-    with pytest.raises(InputError, match=r"adapter is not a run folder: it has no trainer_state.json"):
+    with pytest.raises(InputError, match=r"adapter is not a run folder: it does not have trainer_state.json"):
         plot_routing.main(["--adapter", str(run.output), "--runs", str(adapter_dir)])
     with pytest.raises(InputError, match="--prompt is empty"):
         plot_routing.main(["--adapter", str(run.output), "--prompt", " "])
@@ -304,7 +304,7 @@ def test_an_adapter_without_a_router_has_nothing_to_plot(adapter_dir, model_dir,
     filled_model(lora_nums=1, base_model_name_or_path=str(model_dir)).save_pretrained(adapter_dir)
     for folder in (adapter_dir, model_dir):
         plot_routing.main(["--adapter", str(folder), "--output", str(tmp_path / "none")])
-        assert "has no router" in capsys.readouterr().out
+        assert "does not have a router" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
 
 
