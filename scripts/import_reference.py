@@ -174,7 +174,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
         if named:
             raise InputError(
-                f"{path} contains more than tensors: it refers to {named[1]}. Loading that could run any code, so it is "
+                f"{path} contains more than tensors: it refers to {named[1]}. Loading it could run any code, so it is "
                 "refused for safety; ask its author for a file that only contains tensors"
             ) from None
         raise InputError(

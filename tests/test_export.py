@@ -248,7 +248,7 @@ def test_a_quantised_base_exports_an_adapter_but_cannot_be_merged_into(export, a
 
 
 REFUSED = {
-    "--rank is 9, but the adapter has rank 8": {"rank": 9},
+    "--rank is 9, but can be at most 8 for this adapter": {"rank": 9},
     "--rank is 0": {"rank": 0},
     "--rank needs --weights fitted": {"rank": 2, "weights": "uniform"},
     "--task_type is 2; this adapter has 0 to 1": {"task_type": 2},
