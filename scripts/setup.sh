@@ -6,30 +6,21 @@
 # stdout: one line, the absolute path of the Python interpreter to use. stderr: everything else.
 # Exit status 1, with one message, if there is no such interpreter and none can be made.
 set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-
-# Prints "VERSION PATH" of a Python; fails if it is older than 3.11 or does not run at all.
-describe_python() {
-  local program='import sys
-print("%d.%d.%d %s" % (sys.version_info[:3] + (sys.executable,)))
-sys.exit(sys.version_info < (3, 11))'
-  "$1" -ESc "$program" 2>/dev/null </dev/null
-}
-
+describe='import sys; print("%d.%d.%d" % sys.version_info[:3], sys.executable); sys.exit(sys.version_info < (3, 11))'
 too_old=""
-for candidate in python python3 python3.13 python3.12 python3.11 "$root/.venv/bin/python"; do
-  if description="$(describe_python "$candidate")"; then
-    cd -- "$root"
-    # The path that Python itself reports: starting it by that path saves a version manager's detour.
-    exec "${description#* }" -m scripts.setup_environment
+for candidate in python python3 python3.13 python3.12 python3.11 .venv/bin/python; do
+  # The path that Python itself reports: a version manager's detour is taken once only.
+  if found="$("$candidate" -ESc "$describe" 2>/dev/null </dev/null)"; then
+    exec "${found#* }" -m scripts.setup_environment
   fi
-  too_old+="${description:+${too_old:+, }${description#* } (version ${description%% *})}"
+  too_old+="${found:+${too_old:+, }${found#* } (version ${found%% *})}"
 done
 
 cat >&2 <<MESSAGE
 [setup] No Python 3.11 or newer was found. Looked for python, python3, python3.13, python3.12 and python3.11 on the \
-PATH and for .venv/bin/python in $root; found ${too_old:-no Python that runs}. Install Python 3.11 (for example with \
+PATH and for .venv/bin/python in $PWD; found ${too_old:-no Python that runs}. Install Python 3.11 (for example with \
 conda create --name loramoe python=3.11, or your system's python3.11 and python3.11-venv packages), activate it or put \
 it on the PATH, and run this again.
 MESSAGE

@@ -1,40 +1,39 @@
 """Find or make the Python environment of this repository and print the path of its interpreter.
 
-Started by scripts/setup.sh from the repository root as ``python -m scripts.setup_environment``. It uses the standard
-library only, since it runs before anything is installed. The environment that runs it is used if it satisfies
-requirements.txt, and is never changed; otherwise ``.venv`` in the repository root is used, and made if need be.
+Started by scripts/setup.sh as ``python -m scripts.setup_environment``; standard library only, since it runs before
+anything is installed. An active environment that satisfies requirements.txt is used as it is; otherwise uv makes or
+completes ``.venv`` with the versions and hashes of requirements.lock.
 """
 
-from __future__ import annotations
-
-import argparse
-import contextlib
+import ast
 import fcntl
 import importlib.util
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
 
-MINIMUM_PYTHON = (3, 11)
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = ROOT / "requirements.txt"
-VIRTUAL_ENVIRONMENT = ROOT / ".venv"
-VIRTUAL_PYTHON = VIRTUAL_ENVIRONMENT / "bin" / "python"
-INSTALL_LOG = VIRTUAL_ENVIRONMENT / "setup.log"
-LOCK_FILE = ROOT / ".setup.lock"
-
-# Passed on by pip to the pips that it starts itself. pip's own number of retries makes an unreachable index take
-# minutes to be noticed.
+REQUIREMENTS, LOCKED = ROOT / "requirements.txt", ROOT / "requirements.lock"
+ENVIRONMENT = ROOT / ".venv"
+PYTHON = ENVIRONMENT / "bin" / "python"
+INSTALLED = ENVIRONMENT / "installed.lock"  # a copy of requirements.lock, written once everything is installed
+# pip's own number of retries makes an unreachable index take minutes to be noticed.
 PIP_ENVIRONMENT = {"PIP_RETRIES": "2", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-LAST_RETRY = "Retry(total=0,"
-CONNECTION_ERRORS = ("ConnectionPool(", "ConnectionError", "Max retries exceeded", "Read timed out", "SSLError(")
-LONGEST_QUOTE = 300
+# uv does not read pip's settings: its name for each, and what separates the parts of a list.
+UV_NAMES = {
+    "index-url": ("UV_DEFAULT_INDEX", " "),
+    "extra-index-url": ("UV_INDEX", " "),
+    "find-links": ("UV_FIND_LINKS", ","),
+    "no-index": ("UV_NO_INDEX", " "),
+    "trusted-host": ("UV_INSECURE_HOST", " "),
+    "cert": ("SSL_CERT_FILE", " "),
+    "proxy": ("ALL_PROXY", " "),
+}
+NO_CONNECTION = ("ConnectionPool(", "ConnectionError", "Max retries exceeded", "timed out", "SSLError(", "to fetch:")
 
 
 def say(message: str) -> None:
@@ -43,268 +42,132 @@ def say(message: str) -> None:
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """Return the version of each package that a requirements file pins.
+    """Return the version of each package in a file of lines ``name==version``; raises SystemExit for other lines."""
+    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if wrong := [line for line in lines if line and "==" not in line]:
+        raise SystemExit(f"[setup] {path} must pin each package as name==version, but has the line: {wrong[0]}")
+    return dict(re.split(r"\s*==\s*", line) for line in lines if line)
 
-    Raises SystemExit if a line is not of the form ``name==version``.
+
+def unmet_pins(pins: dict[str, str], folders: list[str]) -> list[str]:
+    """Describe the pins that the packages in some folders do not satisfy; 2.13.0+cpu satisfies 2.13.0."""
+    packages = {name: next(iter(metadata.distributions(name=name, path=folders)), None) for name in pins}
+    found = {name: (package and package.version) or "missing" for name, package in packages.items()}
+    unmet = [name for name, version in pins.items() if found[name].split("+")[0] != version]
+    return [f"{name} {found[name]} (needed: {pins[name]})" for name in unmet]
+
+
+def is_complete(pins: dict[str, str]) -> bool:
+    """Tell whether ``.venv`` holds what requirements.lock names, and nobody has changed a pinned package since."""
+    folders = [str(folder) for folder in ENVIRONMENT.glob("lib/python3*/site-packages")]
+    finished = os.access(PYTHON, os.X_OK) and INSTALLED.is_file() and INSTALLED.read_bytes() == LOCKED.read_bytes()
+    return finished and not unmet_pins(pins, folders)
+
+
+def explain_failure(program: str, output: list[str]) -> str:
+    """Return what to tell the user after pip or uv failed, judged by its output."""
+    lines = [line.strip() for line in output if line.strip()] or ["no output"]
+    # After these, pip's conclusion is misleading: that no version of the package was found.
+    retries = [line.partition("connection broken by ")[2] for line in lines if "Retry(total=0," in line]
+    errors = [line for line in lines if re.match(r"(error|cause): (?!Exception:)|×", line, re.IGNORECASE)]
+    reason = re.sub(r"^(error:|cause:|×) *", "", (retries or errors or lines)[-1], flags=re.IGNORECASE)
+    reason = reason[:300].rstrip(".")
+    if retries or any(sign in line for sign in NO_CONNECTION for line in errors):
+        return (
+            f"The package index cannot be reached: {reason}. "
+            "Check the network connection, and the proxy and index settings of pip, then run this again."
+        )
+    return f"{program} failed: {reason}."
+
+
+def run(program: str, command: list[str | Path], lock: int, variables: dict[str, str]) -> None:
+    """Run a command with its output on stderr; raises SystemExit with the reason if it fails.
+
+    The command inherits the lock: if it outlives this process, other set-ups still wait for it.
     """
-    pins = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        requirement = line.split("#")[0].strip()
-        name, separator, version = requirement.partition("==")
-        if separator:
-            pins[name.strip()] = version.strip()
-        elif requirement:
-            raise SystemExit(f"[setup] {path} must pin each package as name==version, but has the line: {line}")
-    return pins
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "pass_fds": [lock]}
+    with subprocess.Popen(command, text=True, errors="replace", env=variables | os.environ, **pipes) as process:
+        output = []
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr, flush=True)
+            output.append(line)
+    if process.returncode:
+        raise SystemExit(f"[setup] {explain_failure(program, output)}")
 
 
-def in_virtual_environment() -> bool:
-    """Tell whether this interpreter is the one of ``.venv``."""
-    return Path(sys.prefix).resolve() == VIRTUAL_ENVIRONMENT.resolve()
+def make_environment(lock: int) -> None:
+    """Make ``.venv`` with pip in it, unless one is there that works."""
+    # Without its pyvenv.cfg, .venv/bin/python is the system's Python, into which nothing must be installed.
+    probe = [PYTHON, "-c", "import sys, pip; sys.exit(sys.prefix == sys.base_prefix)"]
+    if os.access(PYTHON, os.X_OK) and subprocess.run(probe, capture_output=True).returncode == 0:
+        return
+    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+        raise SystemExit(
+            f"[setup] {sys.executable} cannot make a virtual environment, since its venv or ensurepip module is "
+            f"missing. Install it (on Debian and Ubuntu: apt-get install python{sys.version_info[0]}."
+            f"{sys.version_info[1]}-venv), or activate an environment with another Python, then run this again."
+        )
+    run("venv", [sys.executable, "-m", "venv", "--clear", ENVIRONMENT], lock, {})
 
 
-def installed_version(name: str) -> str:
-    """Return the version of a package in this interpreter, "" if it is missing or only half installed."""
-    try:
-        distribution = metadata.distribution(name)
-        # pip writes INSTALLER once all files of a package are in place. Environments that others made may lack it.
-        complete = distribution.read_text("INSTALLER") is not None or not in_virtual_environment()
-        return (distribution.version or "") if complete else ""
-    except (metadata.PackageNotFoundError, KeyError):
-        return ""
+def uv_environment() -> dict[str, str]:
+    """Return the variables that give uv the index, proxy and certificate settings of pip."""
+    listed = subprocess.run([PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout.splitlines()
+    variables = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_PYTHON_DOWNLOADS": "never"}
+    for line in sorted(listed, key=lambda line: line.startswith(":env:")):  # the environment has the last word
+        found = re.match(r"(?:global|install|:env:)\.([a-z-]+)=(.*)", line)
+        if found and found[1] in UV_NAMES:
+            name, separator = UV_NAMES[found[1]]
+            variables[name] = separator.join(ast.literal_eval(found[2]).split())
+    cache = os.environ.get("UV_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home()
+    linked = os.path.exists(cache) and os.stat(cache).st_dev == os.stat(ROOT).st_dev
+    variables["UV_LINK_MODE"] = "hardlink" if linked else "copy"  # uv warns where it finds out by itself
+    return {name: value for name, value in variables.items() if value}
 
 
-def unmet_pins(pins: dict[str, str]) -> list[str]:
-    """Return a description of each pin that this interpreter's packages do not satisfy.
-
-    A local version suffix does not count: 2.13.0+cpu satisfies 2.13.0.
-    """
-    installed = {name: installed_version(name) for name in pins}
-    return [
-        f"{name} {installed[name] or 'missing'} (needed: {version})"
-        for name, version in pins.items()
-        if installed[name].split("+")[0] != version
-    ]
-
-
-def unmet_in_virtual_environment() -> list[str] | None:
-    """Return the pins that ``.venv`` does not satisfy, None if it has no usable interpreter."""
-    command = [VIRTUAL_PYTHON, "-m", "scripts.setup_environment", "--report-unmet"]
-    try:
-        outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    except OSError:
-        return None
-    return json.loads(outcome.stdout) if outcome.returncode == 0 else None
+def install(lock: int) -> None:
+    """Install the locked packages into ``.venv``: uv by pip, the others by uv."""
+    INSTALLED.unlink(missing_ok=True)
+    for folder in ENVIRONMENT.glob("lib/python3*/site-packages/*.dist-info"):
+        if not (folder / "INSTALLER").exists():  # Written last: without it, an installation was cut short.
+            shutil.rmtree(folder)
+    locked_uv = ENVIRONMENT / "uv.lock"
+    locked_uv.write_text(re.search(r"^uv==.*(\n .*)*", LOCKED.read_text(encoding="utf-8"), re.MULTILINE)[0])
+    # --no-user: a user's pip setting to install into the home folder makes pip refuse to work in a .venv.
+    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--no-input", "--no-user", "--no-deps", "--require-hashes"]
+    run("pip", [*pip, "--requirement", locked_uv], lock, PIP_ENVIRONMENT)
+    uv = [ENVIRONMENT / "bin" / "uv", "pip", "install", "--python", PYTHON, "--build-constraints", LOCKED]
+    run("uv", [*uv, "--constraints", LOCKED, "--requirements", REQUIREMENTS], lock, uv_environment())
+    shutil.copyfile(LOCKED, INSTALLED)
 
 
-def report_unmet() -> None:
-    """Print the unmet pins of this interpreter as JSON, for the process that asks about ``.venv``.
-
-    Raises SystemExit if this is not the interpreter of ``.venv``: a ``.venv`` whose making was cut short can start its
-    base interpreter, into which nothing must be installed.
-    """
-    if not in_virtual_environment():
-        raise SystemExit(f"[setup] {sys.executable} does not belong to {VIRTUAL_ENVIRONMENT}")
-    print(json.dumps(unmet_pins(read_pins(REQUIREMENTS))))
-
-
-@contextlib.contextmanager
-def exclusive_lock() -> Iterator[TextIO]:
-    """Let one set-up at a time change ``.venv``; yields the open lock file."""
-    with LOCK_FILE.open("a", encoding="utf-8") as lock:
+def find_or_make_interpreter() -> Path:
+    """Return the path of an interpreter that satisfies requirements.txt; raises SystemExit if none can be made."""
+    pins = read_pins(REQUIREMENTS)
+    unmet = unmet_pins(pins, sys.path)
+    if not unmet and Path(sys.prefix).resolve() != ENVIRONMENT:
+        return Path(sys.executable)
+    if is_complete(pins):
+        return PYTHON
+    with (ROOT / ".setup.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("Another set-up is running, waiting for it to end.")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
-
-
-def run_with_output(command: list[str | Path], lock: TextIO, *copies: TextIO) -> tuple[int, list[str]]:
-    """Run a command, copy its output line by line to the given files, and return its exit code and output.
-
-    The command inherits the lock, so that a command which outlives this process still keeps other set-ups waiting.
-    """
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | PIP_ENVIRONMENT,
-        pass_fds=[lock.fileno()],
-    ) as process:
-        try:
-            output = list(copy_lines(process.stdout, copies))
-        except BaseException:
-            process.terminate()
-            raise
-    return process.returncode, output
-
-
-def copy_lines(lines: Iterable[str], copies: tuple[TextIO, ...]) -> Iterator[str]:
-    """Yield lines without their ends, each after it was written to the given files."""
-    for line in lines:
-        for copy in copies:
-            copy.write(line)
-            copy.flush()
-        yield line.rstrip()
-
-
-def shorten(text: str) -> str:
-    """Return a text cut to the length at which a message can still be read."""
-    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
-
-
-def most_telling_line(output: list[str]) -> str:
-    """Return the line of a program's output that says best why it failed."""
-    lines = [line.strip() for line in output if line.strip()]
-    # The last of these is pip's conclusion. Its link to a manual is not, nor is the head of a traceback, which ends
-    # with what matters.
-    errors = [line for line in lines if line.startswith(("ERROR:", "×", "Error:")) and "for help visit" not in line]
-    if errors and errors[-1] == "ERROR: Exception:":
-        errors = []
-    return shorten((errors or lines or ["no output"])[-1].removeprefix("ERROR: ").removeprefix("× "))
-
-
-def explain_pip_failure(output: list[str]) -> str:
-    """Return what to tell the user after pip failed, judged by its output; an unreachable index is told apart."""
-    reason = most_telling_line(output)
-    last_retries = [line for line in output if LAST_RETRY in line]
-    if last_retries or any(sign in reason for sign in CONNECTION_ERRORS):
-        # pip's own conclusion is misleading here: that no version of the package was found.
-        cause = shorten(last_retries[-1].partition("connection broken by ")[2]) if last_retries else reason
-        return (
-            f"The package index cannot be reached: {cause.rstrip('.')}. "
-            "Check the network connection, and the proxy and index settings of pip, then run this again."
-        )
-    return f"pip failed: {reason.rstrip('.')}."
-
-
-def create_virtual_environment(lock: TextIO) -> None:
-    """Make ``.venv``, in place of one that does not work.
-
-    Raises SystemExit if this Python cannot make virtual environments.
-    """
-    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise SystemExit(
-            f"[setup] {sys.executable} cannot make a virtual environment, since its venv or ensurepip module is "
-            f"missing. Install it (on Debian and Ubuntu: apt-get install python{version}-venv), or activate an "
-            "environment with another Python, then run this again."
-        )
-    if VIRTUAL_ENVIRONMENT.exists():
-        say(f"{VIRTUAL_ENVIRONMENT} does not work or was not completed; it is made anew.")
-    status, output = run_with_output([sys.executable, "-m", "venv", "--clear", VIRTUAL_ENVIRONMENT], lock)
-    if status != 0:
-        raise SystemExit(f"[setup] {VIRTUAL_ENVIRONMENT} could not be made: {most_telling_line(output)}")
-
-
-def forget_half_installed_packages() -> None:
-    """Remove the metadata of the packages in ``.venv`` whose installation was cut short.
-
-    pip takes such a package for installed, so it would never add the missing files.
-    """
-    for folder in VIRTUAL_ENVIRONMENT.glob("lib/python3*/site-packages/*.dist-info"):
-        if not (folder / "INSTALLER").exists():
-            shutil.rmtree(folder)
-
-
-def has_pip(lock: TextIO) -> bool:
-    """Tell whether pip runs in ``.venv``."""
-    return run_with_output([VIRTUAL_PYTHON, "-m", "pip", "--version"], lock)[0] == 0
-
-
-def ensure_pip(lock: TextIO) -> None:
-    """Add pip to ``.venv`` if it does not run there; if that does not help, make ``.venv`` anew."""
-    if has_pip(lock):
-        return
-    say(f"pip does not run in {VIRTUAL_ENVIRONMENT} and is added.")
-    run_with_output([VIRTUAL_PYTHON, "-m", "ensurepip", "--upgrade", "--default-pip"], lock)
-    # ensurepip takes a damaged pip for a good one if its metadata are there.
-    if not has_pip(lock):
-        create_virtual_environment(lock)
-
-
-def install_requirements(lock: TextIO) -> None:
-    """Install requirements.txt into ``.venv`` with one pip command; its output goes to stderr and to a log.
-
-    Raises SystemExit if pip fails or the requirements are not satisfied afterwards.
-    """
-    # --no-user: a user's pip setting to install into the home folder makes pip refuse to work in a .venv.
-    command = [VIRTUAL_PYTHON, "-m", "pip", "install", "--no-user", "--no-input", "--requirement", REQUIREMENTS]
-    with INSTALL_LOG.open("w", encoding="utf-8") as log:
-        status, output = run_with_output(command, lock, sys.stderr, log)
-    if status != 0:
-        raise SystemExit(f"[setup] {explain_pip_failure(output)} All of pip's output is in {INSTALL_LOG}")
-    unmet = unmet_in_virtual_environment()
-    if unmet is None or unmet:
-        missing = ", ".join(unmet or ["its interpreter does not run"])
-        raise SystemExit(f"[setup] pip succeeded, yet {VIRTUAL_ENVIRONMENT} is not complete: {missing}")
-
-
-def announce_installation(unmet_here: list[str]) -> None:
-    """Say what is going to be installed, where and why, and what it costs."""
-    lacks = "; ".join(unmet_here[:3]) + (f"; and {len(unmet_here) - 3} more" if len(unmet_here) > 3 else "")
-    untouched = "" if in_virtual_environment() else " and is left as it is"
-    say(f"{sys.executable} does not satisfy requirements.txt{untouched}: {lacks}.")
-    say(
-        f"The packages of requirements.txt are now installed into {VIRTUAL_ENVIRONMENT}. This is needed once. With "
-        "PyTorch for the CPU it takes 2 to 4 minutes on a fast network and 2 GB of disk, with PyTorch for CUDA, which "
-        "pip chooses on most Linux machines, longer and several GB more."
-    )
-
-
-def complete_virtual_environment(lock: TextIO) -> None:
-    """Make ``.venv``, or complete what an earlier run left, so that it satisfies requirements.txt.
-
-    Raises SystemExit if that fails.
-    """
-    if unmet_in_virtual_environment() is None:
-        create_virtual_environment(lock)
-    forget_half_installed_packages()
-    ensure_pip(lock)
-    install_requirements(lock)
-    say("The environment is complete.")
-
-
-def find_or_make_interpreter() -> Path:
-    """Return the path of an interpreter that satisfies requirements.txt.
-
-    Raises SystemExit if there is none and none can be made.
-    """
-    unmet_here = unmet_pins(read_pins(REQUIREMENTS))
-    if not unmet_here:
-        return Path(sys.executable)
-    if unmet_in_virtual_environment() != []:
-        with exclusive_lock() as lock:
-            # Another set-up may have completed it in the meantime.
-            if unmet_in_virtual_environment() != []:
-                announce_installation(unmet_here)
-                complete_virtual_environment(lock)
-    return VIRTUAL_PYTHON
-
-
-def main() -> None:
-    """Print the interpreter's path; with ``--report-unmet`` print what this interpreter lacks.
-
-    Raises SystemExit with the message for the user if that is not possible.
-    """
-    parser = argparse.ArgumentParser(description="Find or make the Python environment of this repository.")
-    parser.add_argument("--report-unmet", action="store_true", help="print what .venv lacks; for internal use")
-    arguments = parser.parse_args()
-    if sys.version_info < MINIMUM_PYTHON:
-        raise SystemExit(f"[setup] Python 3.11 or newer is needed, but {sys.executable} is {sys.version.split()[0]}.")
-    if arguments.report_unmet:
-        report_unmet()
-    else:
-        print(find_or_make_interpreter())
+        if not is_complete(pins):  # Another set-up may have completed it in the meantime.
+            more = f"; and {len(unmet) - 3} more" if len(unmet) > 3 else ""
+            say(f"{sys.executable} does not satisfy requirements.txt: {'; '.join(unmet[:3])}{more}.")
+            say(f"They are now installed into {ENVIRONMENT}, once. This takes 2 GB of disk, with CUDA 6 GB.")
+            make_environment(lock.fileno())
+            install(lock.fileno())
+            say("The environment is complete.")
+    return PYTHON
 
 
 if __name__ == "__main__":
     try:
-        main()
+        print(find_or_make_interpreter())
     except KeyboardInterrupt:
         raise SystemExit("[setup] Interrupted. Run it again to go on.") from None
     except OSError as error:

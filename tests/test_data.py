@@ -755,8 +755,11 @@ def test_batches_are_padded_by_length():
         "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
         "labels": [[-100, -100, 6, 1], [-100, 1, -100, -100]],
         "task_types": [1, -1],
+        "row_weights": [1, 1],
+        "supervised_indices": [1, 2, 4],
     }
     assert batch.pop("sources") == ["a", "b"]
+    assert batch.pop("lengths") == [4, 2]
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert all(tensor.dtype is torch.int64 for tensor in batch.values())
 

@@ -37,13 +37,13 @@ from workbench.experiments.parameters import adapter_size, equal_flags, paramete
 from workbench.experiments.plan import Cell, Experiment, read_experiment
 from workbench.pretrain_small import SHAPE
 
-CONFIGS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "workbench" / "experiments").glob("*.yaml"))
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """The smoke experiment, with its folders under a temporary one."""
-    text = (ROOT / "scripts" / "experiments" / "smoke.yaml").read_text().replace("outputs/smoke", str(tmp_path))
+    text = (ROOT / "workbench" / "experiments" / "smoke.yaml").read_text().replace("outputs/smoke", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "smoke.yaml").write_text(text)
     return tmp_path / "smoke.yaml"
@@ -187,7 +187,7 @@ def test_a_mixture_from_prepared_files_is_drawn_by_kind(tmp_path):
 
 
 def test_the_mixture_that_the_gpu_recipe_prepares_holds_its_largest_size():
-    file = ROOT / "scripts" / "experiments" / "forgetting_llama2_7b.yaml"
+    file = ROOT / "workbench" / "experiments" / "forgetting_llama2_7b.yaml"
     (line,) = (line for line in file.read_text().splitlines() if "prepare_data" in line)
     (prepared,) = parse_flags(prepare_data.COMMAND, "", prepare_data.KINDS, line.split("prepare_data ")[1].split())
     experiment = read_experiment(file)

@@ -514,41 +514,46 @@ def test_several_nodes_meet_at_the_first_one(dry_run):
 
 
 def test_the_gradients_of_two_ranks_with_uneven_batches(tmp_path):
-    """`gather_samples` against the same samples on one process: three on rank 0, one on rank 1."""
+    """The term over ranks against the same samples on one process: three on rank 0, one on rank 1; then all on rank 0
+    and a padding example on rank 1."""
     program = tmp_path / "ranks.py"
     program.write_text(RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     outcome = call([*launcher, "--master_port", str(free_port()), str(program), str(tmp_path)], PYTHONPATH=ROOT)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     one, *ranks = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "rank0", "rank1"))
-    gathered = torch.cat([gradient for gradient, _ in ranks], dim=1) / 2  # data parallelism averages over the ranks
-    torch.testing.assert_close(gathered, one[0])
-    for _, term in ranks:
-        torch.testing.assert_close(term, one[1])
+    for case in range(2):
+        # Data parallelism averages over the ranks.
+        gathered = torch.cat([rank[case][0] for rank in ranks], dim=1)[:, :4] / 2
+        torch.testing.assert_close(gathered, one[0])
+        for rank in ranks:
+            torch.testing.assert_close(rank[case][1], one[1])
+    assert not ranks[1][1][0].any()
 
 
 RANKS = """
 import sys
 import torch
 import torch.distributed as dist
-from peft import balance_coefficients, gather_samples, localized_balance_term
+from peft import balance_coefficients, localized_balance_term
 
-def term_of(shares, types):
-    return localized_balance_term(shares, balance_coefficients(types, [2, 2], 0.1))
+def gradient_and_term(shares, types, *args):
+    shares = shares.clone().requires_grad_()
+    term = localized_balance_term(shares, balance_coefficients([2, 2], 0.1)[types], *args)
+    term.backward()
+    return shares.grad, term.detach()
 
 torch.manual_seed(0)
 shares = torch.softmax(torch.randn(2, 4, 4), dim=-1)
 types = torch.tensor([0, 1, -1, 1])
 dist.init_process_group("gloo")
-mine = slice(0, 3) if dist.get_rank() == 0 else slice(3, 4)
-local = shares[:, mine].clone().requires_grad_()
-term = term_of(*gather_samples(local, types[mine]))
-term.backward()
-torch.save((local.grad, term.detach()), f"{sys.argv[1]}/rank{dist.get_rank()}.pt")
-if dist.get_rank() == 0:
-    whole = shares.clone().requires_grad_()
-    term = term_of(whole, types)
-    term.backward()
-    torch.save((whole.grad, term.detach()), f"{sys.argv[1]}/one.pt")
+first = dist.get_rank() == 0
+mine = slice(0, 3) if first else slice(3, 4)
+uneven = gradient_and_term(shares[:, mine], types[mine], None, True)
+mine = slice(0, 4) if first else slice(0, 1)
+padded = gradient_and_term(shares[:, mine], types[mine], torch.full(types[mine].shape, int(first)), True)
+torch.save((uneven, padded), f"{sys.argv[1]}/rank{dist.get_rank()}.pt")
+if first:
+    torch.save(gradient_and_term(shares, types), f"{sys.argv[1]}/one.pt")
 dist.destroy_process_group()
 """

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import BitsAndBytesConfig, GPTNeoXConfig, LlamaForCausalLM
 
 from peft import (
-    FILLER_TASK_TYPE,
     LoraConfig,
     LoraLayer,
     PeftModel,
@@ -179,11 +178,12 @@ def test_the_authors_statistic_counts_padding_and_equals_ours_at_one_length():
     torch.testing.assert_close(term, balance_loop(weights, [14, 14, 14], [0, 1, 0], groups=[2, 2], delta=0.1))
 
 
-def test_a_filler_row_counts_nowhere():
-    model, batch = filled_model().train(), make_batch()
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_padding_example_counts_nowhere(reference):
+    model, batch = filled_model(blc_reference=reference).train(), make_batch()
     rows = {name: tensor[:2] for name, tensor in batch.items()}
     filled = {name: tensor.clone() for name, tensor in batch.items()}
-    filled["labels"][2], filled["task_types"][2] = -100, FILLER_TASK_TYPE
+    filled["labels"][2], filled["row_weights"] = -100, torch.tensor([1, 1, 0])
     for part in ("lm_loss", "balance_loss"):
         torch.testing.assert_close(getattr(model(**filled), part), getattr(model(**rows), part))
         torch.testing.assert_close(gradients(model, filled, part), gradients(model, rows, part), rtol=1e-4, atol=1e-6)
@@ -501,15 +501,15 @@ def test_a_compiled_model_gives_the_same_logits_and_losses():
     for part in ("lm_loss", "balance_loss"):
         torch.testing.assert_close(getattr(compiled(**batch), part), getattr(model(**batch), part))
     with pytest.raises(ValueError, match="task_types has 2 in row 0"):
-        compiled(**batch | {"task_types": torch.tensor([2, 1, -2])})
+        compiled(**batch | {"task_types": torch.tensor([2, 1, 0])})
 
 
 def test_bad_task_types_and_masks_are_named():
     model, batch = filled_model().train(), make_batch()
     with pytest.raises(ValueError, match=r"task_types has shape \(2,\); this batch needs \(3,\)"):
         model(**batch | {"task_types": torch.tensor([0, 1])})
-    for bad in (2, -3):
-        with pytest.raises(ValueError, match=rf"task_types has {bad} in row 1; allowed are 0 to 1, -1 for no type and"):
+    for bad in (2, -2):
+        with pytest.raises(ValueError, match=rf"task_types has {bad} in row 1; allowed are 0 to 1 and -1 for no type"):
             model(**batch | {"task_types": torch.tensor([0, bad, 0])})
     with pytest.raises(ValueError, match=r"needs an attention_mask of shape .* this one is \(3, 1, 9, 9\)"):
         model(**batch | {"attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})

@@ -61,7 +61,7 @@ def test_the_gradients_of_a_layer(dtype):
 def batch(tmp_path, data_file) -> dict[str, Tensor]:
     rows = load_data(data_file, tiny_tokenizer(), Encoding("auto", 256, 2), tmp_path / "cache")[0]
     batch = Collator(pad_token_id=1)([rows[index] for index in range(len(example_rows()))])
-    del batch["sources"]
+    del batch["lengths"], batch["sources"]
     return batch
 
 

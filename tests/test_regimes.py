@@ -128,7 +128,7 @@ class Case:
         self.model.active_peft_config.blc_reference = reference
         for rows in micro_batches:
             batch = Collator(pad_token_id=1)([self.rows[int(index)] for index in rows])
-            del batch["sources"]
+            del batch["lengths"], batch["sources"]
             (getattr(self.model(**batch), part) / len(micro_batches)).backward()
         tensors = {name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         gradients = {name: torch.zeros(()) if grad is None else grad.double() for name, grad in tensors.items()}

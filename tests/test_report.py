@@ -105,7 +105,7 @@ def test_evaluation_computes_one_cross_entropy_and_what_a_forward_with_labels_gi
         return entropy(*args, **kwargs)
 
     def compared(trainer, model, inputs, *args, **kwargs):
-        labelled = {name: value for name, value in inputs.items() if name != "sources"}
+        labelled = {name: value for name, value in inputs.items() if name not in ("lengths", "sources")}
         with torch.no_grad(), RoutingRecorder(model) as recorder:
             output = model(**labelled)
         expected = [LabelledPositions(inputs["labels"]).likelihood(output.logits)]

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from data import InputError, encode_prompt
 from inference import trained
 from inference.rows import batches, load_rows
-from peft import FILLER_TASK_TYPE, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from scripts import plot_routing
 from training.report import routing_lines
 from training.routing import (
@@ -54,12 +54,12 @@ def test_evenness_at_its_ends():
 
 
 def test_the_values_of_a_log_line_are_those_of_its_rows(arguments):
-    """Three Linears, four experts, in micro-batches of different sizes; unlabelled rows and a filler among them."""
+    """Three Linears, four experts, micro-batches of two sizes; unlabelled rows and a padding example among them."""
     shares_LBE = torch.softmax(torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0)) * 2, dim=-1)
-    types = torch.tensor([0, 1, -1, 1, 0, -2, 1])
+    types, row_weights = torch.tensor([[0, 1, -1, 1, 0, -1, 1], [1, 1, 1, 1, 1, 0, 1]])
     watch = RoutingWatch(2, [2, 2])
     for part in (slice(0, 2), slice(2, 7)):
-        watch.watch(shares_LBE[:, part], types[part])
+        watch.watch(shares_LBE[:, part], types[part], row_weights[part])
     real = [0, 1, 2, 3, 4, 6]
     load_LE = shares_LBE[:, real].mean(dim=1)
     entropy = -(shares_LBE[:, real] * shares_LBE[:, real].log()).sum(dim=-1).mean() / math.log(4)
@@ -70,7 +70,7 @@ def test_the_values_of_a_log_line_are_those_of_its_rows(arguments):
         "group_share_type_1": shares_LBE[:, [1, 3, 6], 2:].sum(dim=-1).mean().item(),
     }
     assert watch.scalars(arguments) == pytest.approx(expected)
-    watch.watch(shares_LBE[:, :1], types[:1])
+    watch.watch(shares_LBE[:, :1], types[:1], row_weights[:1])
     assert watch.scalars(arguments).keys() == SCALARS - {"group_share_type_1"}
 
 
@@ -78,14 +78,14 @@ def test_without_groups_or_routers_there_are_fewer_values(arguments):
     watch = RoutingWatch(2, [5])
     assert watch.scalars(arguments) == {}
     assert watch.collapse(arguments, 1) is None
-    watch.watch(torch.full((1, 2, 5), 0.2), torch.tensor([0, 1]))
+    watch.watch(torch.full((1, 2, 5), 0.2), torch.tensor([0, 1]), torch.ones(2))
     assert watch.scalars(arguments).keys() == {"routing_entropy", "routing_cv"}
     assert watch.collapse(arguments, 1) is None
 
 
 def test_groups_of_different_sizes_are_summed_each(arguments):
     watch = RoutingWatch(3, [1, 2, 1])
-    watch.watch(torch.tensor([[[0.1, 0.2, 0.3, 0.4]]]).expand(1, 3, 4), torch.tensor([0, 1, 2]))
+    watch.watch(torch.tensor([[[0.1, 0.2, 0.3, 0.4]]]).expand(1, 3, 4), torch.tensor([0, 1, 2]), torch.ones(3))
     shares = {f"group_share_type_{kind}": share for kind, share in enumerate((0.1, 0.5, 0.4))}
     assert {k: v for k, v in watch.scalars(arguments).items() if k in shares} == pytest.approx(shares)
     routing = Routing(["up"], np.array([[[0.1, 0.2, 0.3, 0.4]]]), np.array([1]), np.array([""]))
@@ -100,7 +100,7 @@ def test_a_collapse_is_warned_of_once_after_as_many_steps_in_a_row(arguments):
 
     def steps(count: int, share: float):
         for _ in range(count):
-            watch.watch(torch.tensor([[[(1 - share) / 2] * 2 + [share / 2] * 2]]), torch.tensor([0]))
+            watch.watch(torch.tensor([[[(1 - share) / 2] * 2 + [share / 2] * 2]]), torch.tensor([0]), torch.ones(1))
             watch.on_step_end(None, None, None)
             warnings.append(watch.collapse(arguments, len(warnings) + 1))
 
@@ -115,10 +115,10 @@ def test_a_collapse_is_warned_of_once_after_as_many_steps_in_a_row(arguments):
         assert part in message
 
 
-def test_a_step_of_filler_rows_alone_neither_counts_nor_ends_a_collapse(arguments):
+def test_a_step_of_padding_examples_alone_neither_counts_nor_ends_a_collapse(arguments):
     watch, warnings = RoutingWatch(2, [2, 2]), []
-    for kind in [0] * (COLLAPSE_STEPS - 1) + [FILLER_TASK_TYPE, 0]:
-        watch.watch(torch.tensor([[[0.5, 0.5, 0.0, 0.0]]]), torch.tensor([kind]))
+    for weight in [1] * (COLLAPSE_STEPS - 1) + [0, 1]:
+        watch.watch(torch.tensor([[[0.5, 0.5, 0.0, 0.0]]]), torch.tensor([0]), torch.tensor([weight]))
         watch.on_step_end(None, None, None)
         warnings.append(watch.collapse(arguments, len(warnings) + 1))
     assert not any(warnings[:-1])
@@ -316,6 +316,6 @@ def test_routers_on_several_devices_are_recorded_on_the_first():
         mask_BT = torch.ones(3, 9, device="cuda:0")
         with pytest.raises(RuntimeError, match="at least two devices"):
             torch.stack(list(recorder.weights.values()))
-        for statistics_LBE in (recorder.sample_shares(mask_BT), recorder.sample_sums(mask_BT.shape)):
-            assert statistics_LBE.shape == (2, 3, 4)
-            assert statistics_LBE.device == torch.device("cuda:0")
+        shares_LBE = recorder.sample_shares(mask_BT)
+        assert shares_LBE.shape == (2, 3, 4)
+        assert shares_LBE.device == torch.device("cuda:0")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import FILLER_TASK_TYPE, ORDERS, Collator, GlobalBatchSampler
+from data import ORDERS, Collator, GlobalBatchSampler
 
 LENGTHS = np.random.default_rng(5).integers(5, 60, size=101)
 LAYOUTS = [
@@ -89,9 +89,10 @@ def test_the_padding_share_is_that_of_the_batches(order, processes, rows):
     assert sampler.padding_share() == pytest.approx(1 - LENGTHS.sum() / padded)
 
 
-def test_a_process_without_rows_gets_a_filler_row_that_carries_no_label():
+def test_a_process_without_rows_gets_a_padding_example_that_counts_nowhere():
     batch = Collator(pad_token_id=7)([])
     assert batch["input_ids"].tolist() == [[7]]
     assert batch["labels"].tolist() == [[-100]]
-    assert batch["task_types"].tolist() == [FILLER_TASK_TYPE]
-    assert batch["sources"] == []
+    assert batch["task_types"].tolist() == [-1]
+    assert batch["row_weights"].tolist() == [0]
+    assert batch["supervised_indices"].tolist() == batch["lengths"] == batch["sources"] == []

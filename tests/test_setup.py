@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from conftest import ROOT
 from test_launch import call
 
@@ -42,6 +44,7 @@ class Setup:
 
     def __call__(self, requirements: str, **variables) -> subprocess.CompletedProcess:
         (self.root / "requirements.txt").write_text(requirements)
+        shutil.copy(ROOT / "requirements.lock", self.root)
         return call([shutil.which("bash"), str(self.root / "scripts" / "setup.sh")], **variables)
 
 
@@ -90,7 +93,6 @@ def test_an_unreachable_index_gives_one_message(setup):
     assert said.count("[setup] The package index cannot be reached: ") == 1
     assert "Connection refused" in said.splitlines()[-1]
     assert "Traceback" not in said
-    assert (setup.root / ".venv" / "setup.log").is_file()
 
 
 def test_a_requirement_that_is_no_pin_is_named(setup):
@@ -100,34 +102,129 @@ def test_a_requirement_that_is_no_pin_is_named(setup):
     assert "Traceback" not in outcome.stderr
 
 
-def test_a_local_version_suffix_satisfies_a_pin(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_local_version_suffix_satisfies_a_pin(tmp_path):
     add_package(tmp_path, "loramoe_tiny", "2.13.0+cpu")
-    assert setup_environment.unmet_pins({"loramoe-tiny": "2.13.0"}) == []
+    assert setup_environment.unmet_pins({"loramoe-tiny": "2.13.0"}, [str(tmp_path)]) == []
     pins = {"loramoe-tiny": "2.13.1", "loramoe-none": "1.0"}
-    assert setup_environment.unmet_pins(pins) == [
+    assert setup_environment.unmet_pins(pins, [str(tmp_path)]) == [
         "loramoe-tiny 2.13.0+cpu (needed: 2.13.1)",
         "loramoe-none missing (needed: 1.0)",
     ]
 
 
-@pytest.mark.parametrize(
-    ("prefix", "unmet"), [(sys.prefix, ["loramoe-tiny missing (needed: 1.0)"]), ("/none", [])], ids=["own", "other"]
-)
-def test_a_half_installed_package_counts_as_missing_in_the_own_environment_only(tmp_path, monkeypatch, prefix, unmet):
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(setup_environment, "VIRTUAL_ENVIRONMENT", Path(prefix))
-    add_package(tmp_path, "loramoe_tiny", "1.0", installer=False)
-    assert setup_environment.unmet_pins({"loramoe-tiny": "1.0"}) == unmet
+@pytest.fixture
+def environment(tmp_path, monkeypatch) -> Path:
+    """The site-packages of a `.venv` that a set-up completed, and of which the tests change something."""
+    site = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
+    add_package(site, "loramoe_tiny", "1.0")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    for name, path in {
+        "ROOT": tmp_path,
+        "ENVIRONMENT": tmp_path / ".venv",
+        "PYTHON": python,
+        "LOCKED": tmp_path / "requirements.lock",
+        "INSTALLED": tmp_path / ".venv" / "installed.lock",
+    }.items():
+        monkeypatch.setattr(setup_environment, name, path)
+    for file in (setup_environment.LOCKED, setup_environment.INSTALLED):
+        file.write_text("uv==1.0 \\\n    --hash=sha256:00\nzzz==1.0\n")
+    return site
 
 
-def test_only_half_installed_packages_are_forgotten(tmp_path, monkeypatch):
-    monkeypatch.setattr(setup_environment, "VIRTUAL_ENVIRONMENT", tmp_path)
-    site = tmp_path / "lib" / "python3.11" / "site-packages"
-    whole, half = add_package(site, "whole", "1.0"), add_package(site, "half", "1.0", installer=False)
-    setup_environment.forget_half_installed_packages()
-    assert whole.is_dir()
+@pytest.mark.parametrize("change", ["interrupted", "new lock", "no interpreter", "other version"])
+def test_an_environment_is_complete_only_as_the_set_up_left_it(environment, change):
+    pins = {"loramoe-tiny": "1.0"}
+    assert setup_environment.is_complete(pins)
+    if change == "interrupted":
+        setup_environment.INSTALLED.unlink()
+    elif change == "new lock":
+        setup_environment.LOCKED.write_text("other")
+    elif change == "no interpreter":
+        setup_environment.PYTHON.unlink()
+    else:
+        pins = {"loramoe-tiny": "1.1"}
+    assert not setup_environment.is_complete(pins)
+
+
+def test_an_interrupted_installation_is_finished_from_the_lock(environment, monkeypatch):
+    half = add_package(environment, "half", "1.0", installer=False)
+    commands = []
+    monkeypatch.setattr(setup_environment, "run", lambda program, command, *_: commands.append((program, command)))
+    setup_environment.install(0)
     assert not half.exists()
+    assert (environment / "loramoe_tiny-1.0.dist-info").is_dir()
+    (pip, bootstrap), (uv, _) = commands
+    assert (pip, uv) == ("pip", "uv")
+    assert bootstrap[-1].read_text() == "uv==1.0 \\\n    --hash=sha256:00"
+    assert "--require-hashes" in bootstrap
+    assert setup_environment.is_complete({"loramoe-tiny": "1.0"})
+
+
+def test_uv_gets_the_settings_of_pip(environment, tmp_path, monkeypatch):
+    file = tmp_path / "pip.conf"
+    file.write_text("[global]\nindex-url = http://one\nextra-index-url = http://two\n  http://three\ncert = /c\n")
+    for name in ("UV_DEFAULT_INDEX", "UV_INDEX", "SSL_CERT_FILE", "PIP_CERT", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(file))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://four")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/a /b")
+    monkeypatch.setattr(setup_environment, "PYTHON", sys.executable)
+    variables = setup_environment.uv_environment()
+    expected = {"UV_DEFAULT_INDEX": "http://four", "UV_INDEX": "http://two http://three", "UV_FIND_LINKS": "/a,/b"}
+    assert expected.items() <= variables.items()
+    assert variables["SSL_CERT_FILE"] == "/c"
+
+
+@pytest.mark.parametrize(
+    ("program", "output", "message"),
+    [
+        (
+            "uv",
+            "error: Request failed after 3 retries\n  cause: Failed to fetch: http://x/\n  cause: dns error\n",
+            "The package index cannot be reached: dns error. Check the network connection, and the proxy",
+        ),
+        (
+            "uv",
+            "error: Failed to install: a.whl\n  cause: No space left on device (os error 28)\n",
+            "uv failed: No space left on device (os error 28).",
+        ),
+        (
+            "uv",
+            "error: Failed\n  cause: Hash mismatch for `a==1`\n\n  Expected:\n",
+            "uv failed: Hash mismatch for `a==1`.",
+        ),
+        ("pip", "ERROR: Exception:\nTraceback\nOSError: disk full\n", "pip failed: OSError: disk full."),
+    ],
+)
+def test_a_failure_is_told_in_one_sentence(program, output, message):
+    assert setup_environment.explain_failure(program, output.splitlines()).startswith(message)
+
+
+def test_the_lock_has_every_direct_pin_and_hashes_and_no_address():
+    text = (ROOT / "requirements.lock").read_text()
+    entries = re.findall(
+        r"^([a-z0-9][\w.-]*)==([^\s;]+)[^\n]*((?:\n +--hash=sha256:[0-9a-f]{64}[ \\]*)*)", text, re.MULTILINE
+    )
+    assert all(hashes for _, _, hashes in entries)
+    assert len(entries) == text.count("==") - len(re.findall("[=]= '", text))
+    locked = {name: version for name, version, _ in entries}
+    pins = setup_environment.read_pins(ROOT / "requirements.txt")
+    assert {re.sub("[_.]", "-", name): version for name, version in pins.items()}.items() <= locked.items()
+    assert "://" not in text
+    environment = (ROOT / "environment.yml").read_text()
+    assert "- python=3.11\n" in environment
+    assert "- -r requirements.txt\n" in environment
+
+
+def test_every_machine_runs_the_test_command_of_the_readme():
+    command = "bash scripts/test.sh"
+    assert re.search(rf"^{command}    # lint and tests$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == command
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    assert [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step] == [command]
+    assert workflow["permissions"] == {"contents": "read"}
 
 
 KILLED = """

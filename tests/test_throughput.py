@@ -60,9 +60,7 @@ def test_tokens_per_second_leave_out_padding_and_pauses(monkeypatch):
     clock = iter([100.0, 103.0, 113.0, 115.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     counter = Throughput(make_model(adapted=True), torch.device("cpu"))
-    mask = torch.ones(2, 10, dtype=torch.long)
-    mask[0, 5:] = 0
-    counter.watch(mask, labels_BT=mask)  # at 100
+    counter.watch([5, 10], supervised_tokens=7)  # at 100
     with counter.paused():  # from 103 to 113
         pass
     assert counter.scalars(ONE_PROCESS) == {"tokens_per_second": 15 / 5}  # at 115

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
-from peft import FILLER_TASK_TYPE, LoraConfig
+from peft import LoraConfig
 
 COLLAPSE_SHARE = 0.02
 COLLAPSE_STEPS = 50
@@ -113,8 +113,7 @@ def _rounded(values: np.ndarray | Tensor) -> list:
 class RoutingWatch(TrainerCallback):
     """Collects the routing of the training rows for the log lines, and notices a group of experts that dies out.
 
-    Everything stays on the device until a log line is due, so that no step waits for it. Filler rows do not
-    count.
+    Everything stays on the device until a log line is due, so that no step waits for it.
 
     Args:
         num_task_types: number of task types K.
@@ -128,14 +127,14 @@ class RoutingWatch(TrainerCallback):
         self._counts_K = self._entropy = self._step_E = self._steps_below_K = None
         self._warned = False
 
-    def watch(self, shares_LBE: Tensor, task_types_B: Tensor) -> None:
-        """Take in the rows of a micro-batch; unlabelled ones are summed apart, ahead of task type 0."""
+    def watch(self, shares_LBE: Tensor, task_types_B: Tensor, row_weights_B: Tensor) -> None:
+        """Take in the rows of a micro-batch, but padding examples; unlabelled rows are summed before task type 0."""
         if self._sums_KLE is None:
             self._start(shares_LBE)
-        real_B = (task_types_B != FILLER_TASK_TYPE).to(shares_LBE.dtype)
-        shares_BLE = shares_LBE.transpose(0, 1) * real_B[:, None, None]
-        self._sums_KLE.index_add_(0, (task_types_B + 1).clamp(min=0), shares_BLE)
-        self._counts_K.index_add_(0, (task_types_B + 1).clamp(min=0), real_B)
+        row_weights_B = row_weights_B.to(shares_LBE)
+        shares_BLE = shares_LBE.transpose(0, 1) * row_weights_B[:, None, None]
+        self._sums_KLE.index_add_(0, task_types_B + 1, shares_BLE)
+        self._counts_K.index_add_(0, task_types_B + 1, row_weights_B)
         self._entropy += relative_entropy(shares_BLE).mean(dim=1).sum()
         self._step_E += shares_BLE.mean(dim=1).sum(dim=0)
 
@@ -153,7 +152,7 @@ class RoutingWatch(TrainerCallback):
             return
         weights_K = torch.stack([self._step_E[group].sum() for group in self._groups])
         steps_below_K = torch.where(weights_K / weights_K.sum() < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
-        # A step of filler rows alone tells nothing.
+        # A step of padding examples alone tells nothing.
         self._steps_below_K = torch.where(weights_K.sum() > 0, steps_below_K, self._steps_below_K)
         self._step_E.zero_()
 

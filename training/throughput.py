@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
-from data import IGNORED_LABEL
 from peft import TrainedCopy
 from peft.model import true_size
 from transformers_patch.auto import base_of
@@ -86,16 +85,15 @@ class FlopsEstimate:
 class Throughput:
     """Counts the tokens of training and the time that it takes, evaluation and saving left out.
 
-    The counts stay on the device until a log line is due, so that no step waits for them.
-
     Args:
         model: the model that is trained.
         device: where it is trained.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
-        self._counts = torch.zeros(3, dtype=torch.float64, device=device)
+        self._counts = [0, 0, 0]  # tokens, supervised ones, squared lengths of rows
         self._start: float | None = None
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if self._on_gpu else None
         is_expert_mixture = any(getattr(model.config, name, None) for name in EXPERT_COUNTS)
@@ -111,12 +109,11 @@ class Throughput:
             if self._start is not None:
                 self._start += time.perf_counter() - begin
 
-    def watch(self, mask_BT: Tensor, labels_BT: Tensor) -> None:
+    def watch(self, lengths: list[int], supervised_tokens: int) -> None:
         """Take in the rows of a micro-batch, before it is computed; time counts from the first one on."""
         self._start = self._start or time.perf_counter()
-        lengths_B = mask_BT.sum(dim=1).double()
-        supervised = (labels_BT[:, 1:] != IGNORED_LABEL).sum().double()
-        self._counts += torch.stack([lengths_B.sum(), supervised, lengths_B.square().sum()])
+        counts = sum(lengths), supervised_tokens, sum(length**2 for length in lengths)
+        self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
 
     def scalars(self, args: TrainingArguments) -> dict[str, float]:
         """The values of a log line since the last one. A collective: every process calls it at the same step.
@@ -125,12 +122,12 @@ class Throughput:
         that tensors took on any of them since the run began, and `mfu` the share of the devices' peak FLOP/s.
         """
         memory = torch.cuda.max_memory_allocated(args.device) if self._on_gpu else 0
-        local = torch.cat([self._counts, self._counts.new_tensor([memory])])
+        local = torch.tensor([*self._counts, memory], dtype=torch.float64, device=self._device)
         gathered_W4 = nested_gather(local.unsqueeze(0), args.parallel_mode)
         tokens, supervised, squares = gathered_W4[:, :3].sum(dim=0).tolist()
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
-        self._counts.zero_()
+        self._counts = [0, 0, 0]
         values = {"tokens_per_second": tokens / seconds}
         if self._on_gpu:
             values["peak_memory_gib"] = gathered_W4[:, 3].max().item() / GIB

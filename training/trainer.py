@@ -62,7 +62,8 @@ class LoRAMoETrainer(Trainer):
         self.routing: Routing | None = None
         self._aside: Path | None = None
         self._routed_modules: list[str] = []
-        self._losses_since_log = torch.zeros(1, 4, dtype=torch.float64)
+        self._losses_since_log = torch.zeros(1, 3, dtype=torch.float64, device=self.args.device)
+        self._steps_since_log = 0.0
 
     def train(self, *args, **kwargs):
         try:
@@ -185,16 +186,15 @@ class LoRAMoETrainer(Trainer):
         # Nothing here reads the logits, which accelerate would copy to float32 under autocast.
         inputs = {**inputs, "balance_scale": balance_scale, "return_logits": False}
         sources = inputs.pop("sources")
-        self.throughput.watch(inputs["attention_mask"], inputs["labels"])
+        self.throughput.watch(inputs.pop("lengths"), len(inputs["supervised_indices"]))
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         self.stop_signals.watch(loss, sources)
         if outputs.routing_shares is not None:
-            self.routing_watch.watch(outputs.routing_shares, inputs["task_types"])
-        auxiliary = torch.zeros(()) if outputs.aux_loss is None else outputs.aux_loss.detach()
-        terms = [outputs.balance_loss.detach(), auxiliary, torch.ones(())]  # the last one counts optimizer steps
-        losses = [outputs.lm_loss.detach(), *(term / micro_batches for term in terms)]
-        self._losses_since_log = self._losses_since_log.to(loss.device)
-        self._losses_since_log += torch.stack([value.to(self._losses_since_log) for value in losses])
+            self.routing_watch.watch(outputs.routing_shares, inputs["task_types"], inputs["row_weights"])
+        auxiliary = loss.new_zeros(()) if outputs.aux_loss is None else outputs.aux_loss
+        losses = [outputs.lm_loss, outputs.balance_loss / micro_batches, auxiliary / micro_batches]
+        self._losses_since_log += torch.stack([value.detach().to(self._losses_since_log) for value in losses])
+        self._steps_since_log += 1 / micro_batches
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None):
@@ -204,14 +204,15 @@ class LoRAMoETrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             # One row a rank: its part of the LM loss, the balance term (the same on all), the base model's own router
-            # loss (of the rank's rows), the optimizer steps.
-            sums_W4 = nested_gather(self._losses_since_log, self.args.parallel_mode)
-            lm_loss_W, balance_loss_W, aux_loss_W, steps_W = sums_W4.T
-            logs["lm_loss"] = (lm_loss_W.sum() / steps_W[0]).item()
-            logs["balance_loss"] = (balance_loss_W.mean() / steps_W[0]).item()
+            # loss (of the rank's rows).
+            sums_W3 = nested_gather(self._losses_since_log, self.args.parallel_mode) / self._steps_since_log
+            lm_loss_W, balance_loss_W, aux_loss_W = sums_W3.T
+            logs["lm_loss"] = lm_loss_W.sum().item()
+            logs["balance_loss"] = balance_loss_W.mean().item()
             if getattr(self.model.config, "output_router_logits", False):
-                logs["aux_loss"] = (aux_loss_W.mean() / steps_W[0]).item()
+                logs["aux_loss"] = aux_loss_W.mean().item()
             self._losses_since_log.zero_()
+            self._steps_since_log = 0.0
             logs |= self.routing_watch.scalars(self.args) | self.throughput.scalars(self.args)
             warning = self.routing_watch.collapse(self.args, self.state.global_step)
             if warning and self.is_world_process_zero():
@@ -224,11 +225,12 @@ class LoRAMoETrainer(Trainer):
         The model gets no labels: with them it would compute losses of the batch, of which nothing is reported.
         """
         inputs = self._prepare_inputs(inputs)
-        sources, positions = inputs.pop("sources"), LabelledPositions(inputs.pop("labels"))
+        sources, positions = inputs["sources"], LabelledPositions(inputs["labels"], inputs["supervised_indices"])
+        fields = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         plain_model = self.accelerator.unwrap_model(model)
         recorder = RoutingRecorder(plain_model)
         with torch.no_grad(), self.compute_loss_context_manager(), recorder, positions.only(plain_model):
-            logits_1NV = model(**inputs).logits
+            logits_1NV = model(**fields).logits
         predictions = [positions.likelihood(logits_1NV)]
         if recorder.weights:
             self._routed_modules = list(recorder.weights)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data import IGNORED_LABEL
+from data import supervised_indices
 from peft import Router
 
 
@@ -20,17 +20,18 @@ class LabelledPositions:
 
     Args:
         labels_BT: labels in the manner of transformers: the label of a token is predicted one position earlier.
+        indices_N: the positions in the flattened batch, as the `Collator` gives them; None finds them, which waits for
+            the device.
 
     Attributes:
         targets_N: the label that each position predicts.
         rows_N: the row of each position.
     """
 
-    def __init__(self, labels_BT: Tensor):
-        targets = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
-        self._indices_N = targets.ne(IGNORED_LABEL).nonzero().squeeze(1)
+    def __init__(self, labels_BT: Tensor, indices_N: Tensor | None = None):
+        self._indices_N = supervised_indices(labels_BT) if indices_N is None else indices_N.to(labels_BT.device)
         self._shape = labels_BT.shape
-        self.targets_N = targets[self._indices_N]
+        self.targets_N = labels_BT.flatten().index_select(0, self._indices_N + 1)
         self.rows_N = self._indices_N // labels_BT.shape[1]
 
     @contextmanager

@@ -5,20 +5,11 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from peft import (
-    FILLER_TASK_TYPE,
-    LoraConfig,
-    LoraLayer,
-    TrainedCopy,
-    balance_coefficients,
-    gather_samples,
-    localized_balance_term,
-)
+from peft import LoraConfig, LoraLayer, TrainedCopy, balance_coefficients, localized_balance_term
 from peft.inject import GATED_MLP
 from transformers_patch.labels import LabelledPositions
 from transformers_patch.recorder import RoutingRecorder
@@ -67,6 +58,8 @@ class LoRAMoEMixin:
     def configure_balance(self, config: LoraConfig | None) -> None:
         """Called by `peft` when an adapter becomes active; None where there is no adapter or it is disabled."""
         self._balance_config = config
+        if config is not None:
+            self._coefficients_KE = balance_coefficients(config.group_sizes, config.blc_alpha)
 
     @can_return_tuple
     def forward(
@@ -80,6 +73,8 @@ class LoRAMoEMixin:
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         task_types: Tensor | None = None,
+        row_weights: Tensor | None = None,
+        supervised_indices: Tensor | None = None,
         balance_scale: float = 1.0,
         return_logits: bool = True,
         **kwargs,
@@ -88,7 +83,11 @@ class LoRAMoEMixin:
 
         Args:
             task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
-                -2 is a filler row, which the balance term leaves out, as it does a row whose mask is all 0.
+            row_weights: of shape (B,), from the `Collator`: 1 for an example, 0 for a padding example, which the term
+                leaves out. None is 0 for rows whose mask is all 0; `task_types` are then checked, which synchronises
+                with the device.
+            supervised_indices: of shape (N,), from the `Collator`: positions in the flattened batch whose next token
+                carries a label. None finds them, which synchronises with the device.
             balance_scale: factor on the balance term (and on the base model's own router loss) in `loss`, by which a
                 trainer makes the micro-batches of one optimizer step count as their mean. They are reported without it.
             return_logits: with labels, whether the output has the logits; they are large, and training needs none.
@@ -120,73 +119,84 @@ class LoRAMoEMixin:
             return LoRAMoEOutput(**_known(stock_forward()))
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             raise ValueError("logits_to_keep cannot be given with labels: logits are then those of labelled positions")
-        positions = LabelledPositions(labels)
+        positions = LabelledPositions(labels, supervised_indices)
         with RoutingRecorder(self) as recorder, positions.only(self):
             outputs = stock_forward()
         loss = positions.loss(self, outputs.logits, **kwargs)
         kept = {name: value for name, value in _known(outputs).items() if return_logits or name != "logits"}
         output = LoRAMoEOutput(loss=loss, lm_loss=loss.clone(), **kept)  # Trainer scales `loss` in place
-        self._add_terms(output, recorder, labels, attention_mask, task_types, balance_scale)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(labels)
+        elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, -labels.shape[1] :]  # with a cache, it covers what is in there as well
+        self._add_balance(output, recorder, attention_mask, task_types, row_weights, balance_scale)
+        if self.training and output.aux_loss is not None:
+            output.loss = output.loss + self.router_aux_loss_coef * balance_scale * output.aux_loss
         return output
 
-    def _add_terms(
+    def _add_balance(
         self,
         output: LoRAMoEOutput,
         recorder: RoutingRecorder,
-        labels_BT: Tensor,
-        attention_mask: Tensor | None,
+        mask_BT: Tensor | dict,
         task_types_B: Tensor | None,
+        row_weights_B: Tensor | None,
         balance_scale: float,
     ) -> None:
-        """Put the balance term and the routing shares into the output and, while training, the terms into its loss."""
+        """Put balance term and routing shares into the output and, while training, the weighted term into its loss."""
         output.balance_loss = output.lm_loss.new_zeros(())
         config = self._balance_config
-        mask_BT = torch.ones_like(labels_BT) if attention_mask is None else attention_mask
-        tells_padding = isinstance(mask_BT, Tensor) and mask_BT.ndim == 2
-        if self.training and config is not None and config.balances and not tells_padding:
-            raise ValueError(
-                "training with the balance term needs an attention_mask of shape (batch, length), which tells padding "
-                "from text; this one is " + (str(tuple(mask_BT.shape)) if isinstance(mask_BT, Tensor) else "no tensor")
-            )
-        if config is not None and config.lora_nums > 1 and tells_padding:
-            mask_BT = mask_BT[:, -labels_BT.shape[1] :]  # with a cache, it covers what is in there as well
-            if config.balances:
-                trains = self.training and torch.is_grad_enabled()
-                with torch.set_grad_enabled(trains):
-                    term = self._balance_term(recorder, mask_BT, task_types_B, over_ranks=trains)
-                output.balance_loss = term.to(output.loss.device)
-            if self.training:
-                with torch.no_grad():
-                    output.routing_shares = recorder.sample_shares(mask_BT)
+        if config is None or config.lora_nums == 1 or not (self.training or config.balances):
+            return
+        if not isinstance(mask_BT, Tensor) or mask_BT.ndim != 2:
             if self.training and config.balances:
-                output.loss = output.loss + config.blc_weight * balance_scale * output.balance_loss
-        if self.training and output.aux_loss is not None:
-            output.loss = output.loss + self.router_aux_loss_coef * balance_scale * output.aux_loss
+                found = tuple(mask_BT.shape) if isinstance(mask_BT, Tensor) else "no tensor"
+                raise ValueError(
+                    "training with the balance term needs an attention_mask of shape (batch, length), which tells "
+                    f"padding from text; this one is {found}"
+                )
+            return
+        trains = self.training and torch.is_grad_enabled()
+        with torch.set_grad_enabled(trains and config.balances):
+            shares_LBE = recorder.sample_shares(mask_BT)
+            if config.balances:
+                term = self._balance_term(recorder, shares_LBE, mask_BT, task_types_B, row_weights_B, over_ranks=trains)
+                output.balance_loss = term.to(output.loss.device)
+        if self.training:
+            output.routing_shares = shares_LBE.detach()
+        if self.training and config.balances:
+            output.loss = output.loss + config.blc_weight * balance_scale * output.balance_loss
 
     def _balance_term(
-        self, recorder: RoutingRecorder, mask_BT: Tensor, task_types_B: Tensor | None, over_ranks: bool
+        self,
+        recorder: RoutingRecorder,
+        shares_LBE: Tensor,
+        mask_BT: Tensor,
+        task_types_B: Tensor | None = None,
+        row_weights_B: Tensor | None = None,
+        over_ranks: bool = False,
     ) -> Tensor:
         """The term of this micro-batch; with `over_ranks`, of the samples of all ranks together (a collective).
 
-        With `blc_reference` it is the authors' statistic: sums over all positions, of this rank's samples alone.
+        With `blc_reference` it is the authors': of this rank's samples alone, with padding. They sum over the positions
+        where a share is the mean: a factor, the length, which the term ignores.
         """
-        config = self._balance_config
+        config, num_rows = self._balance_config, len(mask_BT)
         _refuse_detached(recorder)
-        shares_LBE = recorder.sample_sums(mask_BT.shape) if config.blc_reference else recorder.sample_shares(mask_BT)
-        num_samples = shares_LBE.shape[1]
+        if config.blc_reference:
+            mask_BT, over_ranks = torch.ones_like(mask_BT), False
+            shares_LBE = recorder.sample_shares(mask_BT)
         if task_types_B is None:
-            task_types_B = torch.full((num_samples,), -1, device=shares_LBE.device)
-        if task_types_B.shape != (num_samples,):
-            raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_samples},)")
-        task_types_B = task_types_B.to(shares_LBE.device)
-        # The authors' statistic counts padding, and so rows of nothing else.
-        counts_B = torch.ones_like(mask_BT[:, 0]) if config.blc_reference else mask_BT.any(dim=1)
-        rows = _counted_rows(task_types_B, counts_B.to(task_types_B), config.num_task_types)
-        shares_LBE, task_types_B = shares_LBE[:, rows], task_types_B[rows]
-        if over_ranks and not config.blc_reference and dist.is_initialized() and dist.get_world_size() > 1:
-            shares_LBE, task_types_B = gather_samples(shares_LBE, task_types_B)
-        coefficients_BE = balance_coefficients(task_types_B, config.group_sizes, config.blc_alpha)
-        return localized_balance_term(shares_LBE, coefficients_BE)
+            task_types_B = torch.full((num_rows,), -1, device=shares_LBE.device)
+        elif task_types_B.shape != (num_rows,):
+            raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_rows},)")
+        elif row_weights_B is None:
+            _check_task_types(task_types_B, config.num_task_types)
+        if row_weights_B is None:
+            row_weights_B = mask_BT.any(dim=1)
+        self._coefficients_KE = self._coefficients_KE.to(shares_LBE.device)
+        coefficients_BE = self._coefficients_KE[task_types_B.to(shares_LBE.device)]
+        return localized_balance_term(shares_LBE, coefficients_BE, row_weights_B, over_ranks)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """As the stock class.
@@ -228,21 +238,13 @@ def _known(outputs: ModelOutput) -> dict:
 
 
 @torch.compiler.disable  # it depends on values, which a compiler would take for constants
-def _counted_rows(task_types_B: Tensor, counts_B: Tensor, num_task_types: int) -> Tensor:
-    """Indices of the rows that the balance term counts: those with `counts_B`, but fillers. Waits once for the device.
-
-    Raises:
-        ValueError: a task type is out of range.
-    """
-    task_types, counts = torch.stack([task_types_B, counts_B]).tolist()
-    for row, task_type in enumerate(task_types):
-        if not FILLER_TASK_TYPE <= task_type < num_task_types:
+def _check_task_types(task_types_B: Tensor, num_task_types: int) -> None:
+    """Raises ValueError where a task type is out of range. Waits for the device."""
+    for row, task_type in enumerate(task_types_B.tolist()):
+        if not -1 <= task_type < num_task_types:
             raise ValueError(
-                f"task_types has {task_type} in row {row}; allowed are 0 to {num_task_types - 1}, -1 for no type and "
-                f"{FILLER_TASK_TYPE} for a filler row"
+                f"task_types has {task_type} in row {row}; allowed are 0 to {num_task_types - 1} and -1 for no type"
             )
-    counted = [row for row, kind in enumerate(task_types) if kind != FILLER_TASK_TYPE and counts[row]]
-    return torch.tensor(counted, dtype=torch.long, device=task_types_B.device)
 
 
 def _refuse_detached(recorder: RoutingRecorder) -> None:

@@ -1,11 +1,9 @@
 """How routing leaves the layers: forward hooks on the routers, alive for one forward pass."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
-from peft import Router, sample_shares, sample_sums
+from peft import Router, sample_shares
 
 
 class RoutingRecorder:
@@ -47,26 +45,12 @@ class RoutingRecorder:
 
         The routers may be on several devices; the result is on that of the first.
         """
-        rows = self._rows(mask_BT.shape)
-        return _stacked([sample_shares(weights_BTE, mask_BT.to(weights_BTE.device)) for weights_BTE in rows])
-
-    def sample_sums(self, shape: torch.Size) -> Tensor:
-        """Summed weight of each expert over all positions of each sample, padding included, (L, B, E).
-
-        Args:
-            shape: of the batch, (B, T).
-        """
-        return _stacked([sample_sums(weights_BTE) for weights_BTE in self._rows(shape)])
-
-    def _rows(self, shape: torch.Size) -> Iterator[Tensor]:
-        return (weights.view(*shape, weights.shape[-1]) for weights in self.weights.values())
+        weights = list(self.weights.values())
+        rows = [each.to(weights[0].device).view(*mask_BT.shape, -1) for each in weights]
+        return sample_shares(torch.stack(rows), mask_BT)
 
     def _keep(self, name: str):
         def hook(module, inputs, output):
             self.weights[name] = output
 
         return hook
-
-
-def _stacked(statistics_BE: list[Tensor]) -> Tensor:
-    return torch.stack([each.to(statistics_BE[0].device) for each in statistics_BE])

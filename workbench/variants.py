@@ -74,7 +74,8 @@ class PlainLlama(LlamaLoRAMoEForCausalLM):
             outputs = LlamaForCausalLM.forward(
                 self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
             )
-        balance_loss = self._balance_term(recorder, attention_mask, task_types, over_ranks=False)
+        shares_LBE = recorder.sample_shares(attention_mask)
+        balance_loss = self._balance_term(recorder, shares_LBE, attention_mask, task_types)
         loss = outputs.loss + self._balance_config.blc_weight * balance_scale * balance_loss
         return LoRAMoEOutput(loss=loss, logits=outputs.logits, lm_loss=outputs.loss, balance_loss=balance_loss)
 
