@@ -384,7 +384,7 @@ def test_a_base_that_bitsandbytes_has_quantised_trains_with_the_same_bits_alone(
     quantised = LlamaForCausalLM.from_pretrained(quantisable_dir, quantization_config=quantization(bits, torch.float32))
     quantised.save_pretrained(base)
     for other in (12 - bits, 16):
-        with pytest.raises(InputError, match=rf"--load_in_kbits is {other}, but .* {bits} bits already: set"):
+        with pytest.raises(InputError, match=rf"--load_in_kbits is {other}, but .* {bits} bits: set"):
             train.main(run.arguments(model_name_or_path=base, load_in_kbits=other, prepare_only="true"))
     results = run(model_name_or_path=base, load_in_kbits=bits)
     run.output = tmp_path / "from unquantised weights"
