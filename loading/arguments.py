@@ -392,7 +392,9 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
     problems += out_of_range or [*optimizer_problems(flags), *schedule_problems(flags)]
     known = {"none", "all", *get_available_reporting_integrations()}
     if flags.report_to not in known:
-        problems.append(f"--report_to {flags.report_to} is not installed here; there are {', '.join(sorted(known))}")
+        problems.append(
+            f"--report_to {flags.report_to} is not installed here; available are {', '.join(sorted(known))}"
+        )
     if not flags.dataloader_num_workers:
         problems += [
             f"--{name} needs --dataloader_num_workers of at least 1"

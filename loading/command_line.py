@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser
@@ -24,29 +25,29 @@ def listed(text: str | None) -> list[str] | None:
     return None if text is None else [item.strip() for item in text.split(",") if item.strip()]
 
 
-# What a value has to be, a test of it, and the flags that it holds for.
-Range = tuple[str, Callable[[float], bool], tuple[str, ...]]
+# The requirement in words, its test, and the flags that it applies to.
+Range = tuple[str, Callable[[Any], bool], tuple[str, ...]]
 
 
 def at_least(least: float, *names: str) -> Range:
-    """For flags with a lower bound."""
+    """The range of flags with a lower bound."""
     return f"at least {least}", lambda value: value >= least, names
 
 
 def one_of(allowed: Sequence, *names: str) -> Range:
-    """For flags with a few allowed values."""
+    """The range of flags with a few allowed values."""
     return f"one of {', '.join(map(str, allowed))}", lambda value: value in allowed, names
 
 
 def a_seed(*names: str) -> Range:
-    """For seeds, in the range that numpy takes."""
+    """The range of seeds, which is that of numpy."""
     return "from 0 to 4294967295", lambda value: 0 <= value < 2**32, names
 
 
 def range_problems(flags: object, ranges: Iterable[Range]) -> list[str]:
-    """One sentence for each flag whose value is out of range; None is allowed for those whose default it is."""
+    """One sentence for each flag whose value is out of range; None, the default of some, is allowed."""
     return [
-        f"--{name} is {value}, but has to be {needed}"
+        f"--{name} is {value!r}, but has to be {needed}"
         for needed, holds, names in ranges
         for name in names
         if (value := getattr(flags, name)) is not None and not holds(value)
@@ -83,7 +84,7 @@ def output_problem(
     Args:
         inputs: files and folders that the program reads: output written there would be read as input the next time.
         is_folder: the program makes a folder there, not a file. An empty one may exist.
-        endings: allowed endings of the name; any if there are none.
+        endings: allowed endings of the name; by default any.
     """
     if output is None:
         return None

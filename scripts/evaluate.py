@@ -78,7 +78,7 @@ class EvaluateArguments:
         )
         return [
             *(
-                f"--metrics {name}: there is no such metric; there are {', '.join(METRICS)}"
+                f"--metrics {name} is not a metric; allowed are {', '.join(METRICS)}"
                 for name in self.metrics
                 if name not in METRICS
             ),

@@ -322,7 +322,7 @@ def test_the_harness_takes_an_adapter_on_tied_embeddings(settings):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--metrics", "rouge"), "--metrics rouge: there is no such metric; there are lm_loss"),
+        (("--metrics", "rouge"), "--metrics rouge is not a metric; allowed are lm_loss"),
         (("--lm_eval", "tiny_dta"), "has no such task; did you mean .*tiny_data"),
         ((), "there is nothing to measure on"),
         (("--data", "nowhere.json"), "no such file or folder"),

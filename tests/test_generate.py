@@ -238,7 +238,7 @@ def test_a_conversation_does_not_think(adapter_dir):
         (("--input", "x.json"), "belong together"),
         (("--input", "x.json", "--output", "y.txt"), "has to end in .json or .jsonl"),
         (("--chat", "--compare_base"), "cannot show two answers"),
-        (("--prompt", "x", "--template", "odd"), "--template is odd, but has to be one of auto, plain, chat"),
+        (("--prompt", "x", "--template", "odd"), "--template is 'odd', but has to be one of auto, plain, chat"),
         (("--prompt", "x", "--top_k", "5"), "need a --temperature above 0"),
         (("--input", "nowhere.json", "--output", "y.json"), "no such file or folder"),
         (("--prompt", "the cat " * 200), "the model reads at most 255"),

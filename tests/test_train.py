@@ -606,7 +606,7 @@ BAD_FLAGS = {
     "no such model": ({"model_name_or_path": "models/none"}, r"--model_name_or_path models/none: no such folder"),
     "no such adapter": ({"peft_path": "none"}, r"--peft_path none is not an adapter folder"),
     "bits": ({"load_in_kbits": 3}, r"--load_in_kbits is 3, but has to be one of 4, 8, 16"),
-    "template": ({"prompt_template": "alpaca"}, r"--prompt_template is alpaca, but has to be one of auto, plain, chat"),
+    "template": ({"prompt_template": "alpaca"}, r"--prompt_template is 'alpaca', but has to be one of auto, "),
     "length": ({"max_seq_length": 1}, r"--max_seq_length is 1, but has to be at least 2"),
     "no label left": ({"max_seq_length": 5}, r"train.json: no row has a label left within max_seq_length 5"),
     "fp16 on a CPU": ({"fp16": True}, r"--fp16 has no effect on a CPU"),
