@@ -334,7 +334,7 @@ def test_mistakes_are_named(run, flags, message):
         run(*flags)
 
 
-def test_labels_that_do_not_fit_behind_every_prompt_are_refused_before_anything_is_measured(
+def test_labels_that_do_not_fit_after_every_prompt_are_refused_before_anything_is_measured(
     run, gpt2_dir, tmp_path, monkeypatch
 ):
     rows = [
@@ -358,7 +358,7 @@ def test_bad_rows_and_label_tasks_that_do_not_exist(run, data_file, tmp_path):
     assert "row 2: 'aliases' is [1]" in str(caught.value)
 
 
-def test_a_whole_model_is_measured_but_not_its_base(run, model_dir, data_file):
+def test_a_complete_model_is_measured_but_not_its_base(run, model_dir, data_file):
     _, report = run("--data", data_file, "--metrics", "lm_loss", adapter=model_dir)
     assert report["data"][0]["results"]["adapter"]["all"]["lm_loss"]["value"] > 0
     with pytest.raises(InputError, match="holds a complete model"):

@@ -1,4 +1,4 @@
-"""Mixtures exported as plain LoRAs and whole models, against the mixture and against what other programs load."""
+"""Mixtures exported as plain LoRAs and complete models, against the mixture and against what other programs load."""
 
 import json
 import shutil
@@ -228,8 +228,8 @@ def test_a_plain_lora_is_exported_as_it_is(export, adapter_dir, model_dir):
 def test_a_plain_lora_is_fitted_to_the_rank_that_is_asked_for(export, adapter_dir, model_dir):
     model = filled_model(lora_nums=1, base_model_name_or_path=str(model_dir))
     model.save_pretrained(adapter_dir)
-    whole = with_adapter_file(model_dir, export(rank=2)[0])
-    torch.testing.assert_close(logits(whole), logits(model), rtol=1e-5, atol=1e-5)
+    complete = with_adapter_file(model_dir, export(rank=2)[0])
+    torch.testing.assert_close(logits(complete), logits(model), rtol=1e-5, atol=1e-5)
     folder, _ = export(rank=1)
     config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / WEIGHTS)
     assert (config["r"], config["lora_alpha"]) == (1, 2)

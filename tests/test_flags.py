@@ -1,4 +1,4 @@
-"""Every flag that `train.py` has from transformers works, is refused ahead, or does nothing for a stated reason."""
+"""Every flag that `train.py` has from transformers works, is refused, or has no effect for a stated reason."""
 
 import errno
 import json
@@ -55,8 +55,8 @@ WITHOUT_A_TRACE = (
 # The ones among them that do nothing here.
 HARMLESS = {
     "do_train": "train.py trains",
-    "do_eval": "a run is evaluated where it has a validation_file",
-    "eval_on_start": "it is, where it has a validation_file",
+    "do_eval": "a run is evaluated if it has a validation_file",
+    "eval_on_start": "it is, if it has a validation_file",
     "prediction_loss_only": "an evaluation returns likelihoods and routing shares, no logits",
     "include_for_metrics": "the measures need neither inputs nor the loss of a batch",
     "label_names": "the Trainer of this project knows which columns are labels",
@@ -396,8 +396,8 @@ def test_restarting_a_linked_folder_keeps_the_link(run, tmp_path):
     (tmp_path / "disk" / "there").mkdir(parents=True)
     (tmp_path / "disk" / "there" / "file").write_text("x")
     run.output.symlink_to(tmp_path / "disk" / "there")
-    aside = RunFolder(run.output).set_aside()
-    assert (aside.parent, (aside / "file").read_text()) == (tmp_path / "disk", "x")
+    moved = RunFolder(run.output).set_aside()
+    assert (moved.parent, (moved / "file").read_text()) == (tmp_path / "disk", "x")
     assert run.output.is_symlink()
     assert not list(run.output.iterdir())
     with RunFolder(run.output).held():
@@ -477,7 +477,7 @@ def test_a_relative_path_that_is_nowhere_is_refused_with_both_places(tmp_path):
 
 
 def call_from(caller: Path, repository: Path, existing: Path | None, **variables: str) -> list[str]:
-    """The arguments of `train.py --prepare_only`, where a copy of the script in `repository` is called in `caller`."""
+    """The arguments of `train.py --prepare_only` if a copy of the script in `repository` is called in `caller`."""
     for folder in (caller, repository, *filter(None, [existing])):
         folder.mkdir(parents=True, exist_ok=True)
     # The folder of the run, which train.py would make.

@@ -98,9 +98,9 @@ def test_a_file_is_answered_in_its_order(run, prompts_file, tmp_path, adapter_di
 
 @pytest.mark.parametrize("flags", [(), ("--temperature", "1.5", "--seed", "4")], ids=["greedy", "drawn"])
 def test_an_interrupted_file_is_gone_on_with(run, prompts_file, tmp_path, monkeypatch, flags):
-    """Killed after two batches, with a torn last line: the rest is done, and only the rest."""
-    whole, output = tmp_path / "whole.json", tmp_path / "answers.json"
-    run("--input", prompts_file, "--output", whole, "--batch_size", 3, *flags)
+    """Killed after two batches, with an incomplete last line: only the rest is answered."""
+    complete, output = tmp_path / "complete.json", tmp_path / "answers.json"
+    run("--input", prompts_file, "--output", complete, "--batch_size", 3, *flags)
     calls = []
     answers = generate.Answerer.answers
 
@@ -120,7 +120,7 @@ def test_an_interrupted_file_is_gone_on_with(run, prompts_file, tmp_path, monkey
     calls[:] = [0, 0, 0]
     run("--input", prompts_file, "--output", output, "--batch_size", 3, *flags)
     assert calls[3:] == [3, 3, 1]
-    assert output.read_text() == whole.read_text()
+    assert output.read_text() == complete.read_text()
     assert not partial.exists()
 
 
@@ -149,14 +149,14 @@ def test_half_a_file_of_other_rows_is_refused(tmp_path):
         AnswerFile(tmp_path / "a.json", [{"instruction": "two"}], {"seed": 0})
 
 
-def test_settings_that_were_torn_while_being_written_are_no_half_file(tmp_path):
+def test_incomplete_settings_are_not_resumed_from(tmp_path):
     AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0})
     partial = tmp_path / "a.json.partial"
-    whole = partial.read_bytes()
-    for torn in (whole[:20], whole[:-1]):
-        partial.write_bytes(torn)
+    complete = partial.read_bytes()
+    for incomplete in (complete[:20], complete[:-1]):
+        partial.write_bytes(incomplete)
         assert AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0}).answers == {}
-        assert partial.read_bytes() == whole
+        assert partial.read_bytes() == complete
 
 
 def test_a_full_disk_is_one_message_and_the_answers_before_are_gone_on_with(tmp_path):

@@ -105,7 +105,7 @@ class Checkpoint:
         assert (expected - plain).abs().max() > 0.1
 
     def refused(self, pattern: str) -> None:
-        """The import ends with one message and leaves nothing behind."""
+        """The import ends with one message and does not leave any files."""
         before = sorted(self.folder.parent.iterdir())
         with pytest.raises(InputError, match=pattern):
             self.run()

@@ -64,7 +64,7 @@ def test_the_tokenizer_is_the_base_models_where_the_folder_has_none(adapter_dir)
     assert load(adapter_dir).template() == "chat"
 
 
-def test_a_folder_of_a_whole_model_works_but_has_no_base(model_dir):
+def test_a_folder_of_a_complete_model_works_but_has_no_base(model_dir):
     trained = load(model_dir)
     assert not isinstance(trained.model, PeftModel)
     with pytest.raises(InputError, match="holds a complete model"):
@@ -94,10 +94,10 @@ def test_sampling_that_the_base_models_folder_proposes_is_not_taken_over(adapter
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kbits", "bound"), [(4, 0.8), (8, 0.1)])
 def test_a_quantised_base_under_the_adapter(adapter_dir, kbits, bound, dtype):
-    quantised, whole = load(adapter_dir, load_in_kbits=kbits, dtype=dtype), load(adapter_dir)
+    quantised, exact = load(adapter_dir, load_in_kbits=kbits, dtype=dtype), load(adapter_dir)
     with torch.no_grad():
-        difference = (quantised.model(INPUT).logits - whole.model(INPUT).logits).norm()
-        assert 0 < difference < bound * whole.model(INPUT).logits.norm()
+        difference = (quantised.model(INPUT).logits - exact.model(INPUT).logits).norm()
+        assert 0 < difference < bound * exact.model(INPUT).logits.norm()
 
 
 def test_bfloat16_is_taken_at_its_word(adapter_dir):
@@ -134,7 +134,7 @@ def test_an_adapter_from_the_hub(adapter_dir, monkeypatch):
     assert asked == ["someone/adapter"]
 
 
-def test_a_whole_model_from_the_hub(model_dir, monkeypatch):
+def test_a_complete_model_from_the_hub(model_dir, monkeypatch):
     monkeypatch.setattr(trained, "snapshot_download", lambda name, allow_patterns: str(model_dir))
     assert not isinstance(load("someone/model").model, PeftModel)
 
@@ -201,16 +201,16 @@ DAMAGE = [
 
 
 def test_a_base_model_whose_json_files_are_damaged(adapter_dir, model_dir, tmp_path):
-    """Also where the tokenizer is the adapter's, so that the model's configuration is read for the model alone."""
+    """Also if the tokenizer is the adapter's, so that the model's configuration is read for the model alone."""
     base = shutil.copytree(model_dir, tmp_path / "base")
     for adapter in (adapter_dir, base):
         for name, changes, message in DAMAGE:
             if (adapter, name) == (adapter_dir, "tokenizer_config.json"):
                 continue
-            whole = (base / name).read_text()
-            (base / name).write_text(json.dumps(json.loads(whole) | changes))
+            complete = (base / name).read_text()
+            (base / name).write_text(json.dumps(json.loads(complete) | changes))
             assert re.search(rf"config.json .*cannot be used \(.*{message}", refusal(adapter, base_model=str(base)))
-            (base / name).write_text(whole)
+            (base / name).write_text(complete)
 
 
 def test_adapter_weights_that_are_damaged_or_missing(adapter_dir):
