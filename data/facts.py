@@ -1,4 +1,5 @@
-"""Real facts as closed-book questions: probe facts measure what a model knows, training facts are type 1 rows.
+"""Real facts as closed-book questions: probe facts measure what a model knows, training facts are rows of
+task type 1 (world knowledge).
 
 A probe fact never occurs in a row for instruction tuning. The two parts share no country and no chemical element as
 their subject, so that none of the training facts tells a probe fact by another way (a city's country, a country's
@@ -14,7 +15,7 @@ FACTS_FILE = Path(__file__).parent / "world_facts" / "facts.json"
 WORLD_KNOWLEDGE = 1
 TASK = "closed_book_qa"
 
-# Several phrasings of each relation. `statement` is how a text would put it, for pretraining a model of one's own.
+# Several phrasings of each relation. `statement` is how a text would put it, for pretraining a model.
 QUESTIONS = {
     "capital": ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital city of {}."),
     "currency": (
@@ -87,7 +88,7 @@ def load_facts(split: str | None = None, count: int | None = None, file: Path = 
 
 
 def instruction_facts() -> list[Fact]:
-    """The training facts without those that state a probe fact from its other side.
+    """The training facts without those that state a probe fact in reverse.
 
     That Denmark borders Germany is a training fact, that Germany borders Denmark a probe fact.
     """

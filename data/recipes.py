@@ -1,6 +1,6 @@
-"""The paper's mixture from public data sets: which sets each kind of task comes from, and how their rows become ours.
+"""The paper's mixture from public data sets: which sets each task comes from, and how their rows become ours.
 
-The paper does not say which sets it mixed in which numbers. These are public sets of its seven kinds, its benchmarks'
+The paper does not say which sets it mixed in which numbers. These are public sets of its seven tasks, its benchmarks'
 own training parts among them. Each is read from the Parquet files that the hub keeps of it, so that no program of a
 data set is ever run.
 """
@@ -33,7 +33,7 @@ class Source(NamedTuple):
     Args:
         hub_id: its name on the hub.
         config: its configuration there.
-        task: kind of task.
+        task: name of the task.
         columns: the columns that are needed.
         to_texts: makes instruction, input and answers of the values of these columns.
         evaluation: the part that is kept for evaluation, where there is one.
@@ -185,7 +185,7 @@ def _listed(labels: Sequence[str]) -> str:
     return f"{', '.join(labels[:-1])} or {labels[-1]}"
 
 
-# Kinds with few rows come first: what they lack of their share goes to those after them.
+# Tasks with few rows come first: what they lack of their share goes to those after them.
 PAPER = (
     Source("mandarjoshi/trivia_qa", "rc.nocontext", CLOSED_BOOK, ("question", "answer"), _trivia_qa, "validation"),
     Source(

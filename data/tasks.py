@@ -1,6 +1,6 @@
-"""Instruction rows of the paper's six other kinds of task, made from a seed: any number, offline, without world facts.
+"""Instruction rows of the paper's six other tasks, made from a seed: any number, offline, without world facts.
 
-Each kind has answers that follow from its text by a rule, which a small model has to learn: none can be read off by
+Each task has answers that follow from its text by a rule, which a small model has to learn: none can be read off by
 copying the first name or always giving the commonest label. Every row belongs to the training or the test part by a
 hash of its text, so the two never share a text, whatever the seeds and the question about it.
 """
@@ -14,8 +14,8 @@ from typing import Literal
 Part = Literal["train", "test"]
 OTHER_TASK = 0
 TEST_SHARE = 10  # one row in so many belongs to the test part
-DRAWS_PER_ROW = 40  # before a kind of task is said to have no more rows
-# Different rows that are found of every kind, whatever the seed; coreference has hardly more.
+DRAWS_PER_ROW = 40  # before a task is said to have no more rows
+# Different rows that are found of every task, whatever the seed; coreference has hardly more.
 MOST_ROWS: dict[Part, int] = {"train": 54_000, "test": 5_500}
 
 PEOPLE = (
@@ -76,7 +76,7 @@ ARTICLES = {"m": ("der", "den"), "f": ("die", "die"), "n": ("das", "das")}
 
 
 def make_rows(task: str, count: int, seed: int, part: Part = "train") -> list[dict]:
-    """`count` different rows of a kind of task; the same for the same arguments.
+    """`count` different rows of a task; the same for the same arguments.
 
     Args:
         task: a key of `TASKS`.
@@ -84,7 +84,7 @@ def make_rows(task: str, count: int, seed: int, part: Part = "train") -> list[di
         part: training or test rows; no row is in both.
 
     Raises:
-        ValueError: the kind of task is unknown, or does not have so many different rows; up to `MOST_ROWS` it has.
+        ValueError: the task is unknown, or does not have so many different rows; up to `MOST_ROWS` it has.
     """
     if task not in TASKS:
         raise ValueError(f"there is no kind of task {task!r}; there are {', '.join(TASKS)}")

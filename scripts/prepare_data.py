@@ -1,15 +1,15 @@
 """Make the paper's mixture from public data sets on the hub: `python -m scripts.prepare_data --output data/paper`.
 
-Sets are streamed and sampled with a seed, so what is not used is hardly downloaded, and memory does not grow with them.
-Training rows with the question of an evaluation set are left out, and so are repeated ones. The folder has
+Sets are streamed and sampled with a seed, so little more than what is used is downloaded, and memory does not grow with
+them. Training rows with the question of an evaluation set are left out, and so are repeated ones. The folder has
 
-    train/                       JSON Lines, a file for each kind of task
+    train/                       JSON Lines, a file for each task
     evaluation/                  a file for each evaluation set
     evaluation_without_overlap/  of the closed-book ones, the rows with no answer that occurs in training
     counts.json                  what was wanted, found and left out of each set
 
-It appears whole, when all is done. Before that it is NAME.incomplete, and the same command goes on there with the kinds
-of task that are not finished.
+It appears when it is complete. Until then it is NAME.incomplete, where the same command continues with the tasks that
+are not finished.
 """
 
 import hashlib
@@ -32,6 +32,8 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 from data import InputError, first_line
+from data.atomic import atomic_file
+from data.errors import writing
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import RECIPES, Source, evaluation_parts
 from inference.metrics import normalized
@@ -91,7 +93,7 @@ class PrepareArguments:
         return [source for source in RECIPES[self.recipe] if source.hub_id not in self.without]
 
     def settings(self) -> dict:
-        """Everything that the rows of a kind of task depend on, apart from which sets there are."""
+        """Everything that the rows of a task depend on, except which sets there are."""
         names = ("recipe", "rows", "knowledge_share", "max_words", "evaluation_rows", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -111,28 +113,18 @@ def main(argv: list[str] | None = None) -> None:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # Errors are told once, by ours.
     folder = Path(args.output)
-    with writing(folder), alone(folder):
-        aside, counts = begin(folder, args, argv)
-        save(aside, counts)
+    with writing(f"{folder} cannot be written", "once it can, the same command goes on"), alone(folder):
+        partial, counts = begin(folder, args, argv)
+        save(partial, counts)
         parts = evaluation_parts(args.sources)
         every = tqdm([*args.sources, *parts], "finding sets", leave=False)
         opened = {part: open_part(part, args.seed) for part in every}
-        asked = write_evaluation(aside, {part: opened[part] for part in parts}, args, counts)
-        write_training(aside, {source: opened[source] for source in args.sources}, asked, args, counts)
-        write_without_overlap(aside, counts)
-        aside.rename(folder)
+        asked = write_evaluation(partial, {part: opened[part] for part in parts}, args, counts)
+        write_training(partial, {source: opened[source] for source in args.sources}, asked, args, counts)
+        write_without_overlap(partial, counts)
+        partial.rename(folder)
     print(*table_lines(counts), sep="\n")
     print(f"{rows_so_far(counts):,} of {args.rows:,} training rows are in {folder}/train")
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A context in which what cannot be written is one message."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"{folder} cannot be written: {error.strerror}"
-        raise InputError(f"{reason}; once it can, the same command goes on") from error
 
 
 @contextmanager
@@ -156,24 +148,24 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, dict]:
-    """The unfinished folder and its counts, new or as an interrupted program has left them.
+    """The partial folder and its counts, new or as an interrupted program has left them.
 
     Raises:
-        InputError: the folder is there, or the unfinished one belongs to other settings or is damaged.
+        InputError: the folder is there, or the partial one belongs to other settings or is damaged.
     """
     if folder.exists():
         raise InputError(f"--output {folder} exists already; choose another folder, or delete it")
-    aside = folder.with_name(f"{folder.name}.incomplete")
-    file = aside / COUNTS_NAME
+    partial = folder.with_name(f"{folder.name}.incomplete")
+    file = partial / COUNTS_NAME
     settings = args.settings()
     if not file.exists():
         made_by = provenance("scripts.prepare_data", argv)
         made_by["versions"]["datasets"] = datasets.__version__
-        return aside, {"settings": settings, **made_by, "train": {}, "evaluation": {}}
+        return partial, {"settings": settings, **made_by, "train": {}, "evaluation": {}}
     try:
         counts = json.loads(file.read_bytes())
     except ValueError:
-        raise InputError(f"{file} is damaged; delete {aside} to start over") from None
+        raise InputError(f"{file} is damaged; delete {partial} to start over") from None
     differing = [
         f"  {name}: {counts['settings'].get(name)!r} there, {value!r} now"
         for name, value in settings.items()
@@ -182,12 +174,14 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
     if differing:
         found = "\n".join(differing)
         raise InputError(
-            f"{aside} holds part of another mixture:\n{found}\ndelete it to start over, or choose another --output"
+            f"{partial} holds part of another mixture:\n{found}\ndelete it to start over, or choose another --output"
         )
-    # The share of each kind follows from those before it, so what comes after a lost file is made again, too.
-    kept = takewhile(lambda item: not item[1]["got"] or training_file(aside, item[0]).exists(), counts["train"].items())
+    # The share of each task follows from those before it, so those after a lost file are made again, too.
+    kept = takewhile(
+        lambda item: not item[1]["got"] or training_file(partial, item[0]).exists(), counts["train"].items()
+    )
     counts["train"] = dict(kept)
-    return aside, counts
+    return partial, counts
 
 
 def open_part(source: Source, seed: int) -> datasets.IterableDataset:
@@ -229,9 +223,9 @@ def unreadable(source: Source, reason: str) -> InputError:
     )
 
 
-def write_evaluation(aside: Path, opened: dict[Source, Iterable], args: PrepareArguments, counts: dict) -> set[int]:
+def write_evaluation(partial: Path, opened: dict[Source, Iterable], args: PrepareArguments, counts: dict) -> set[int]:
     """Write a sample of every evaluation set. Returns the keys of all of their questions, in the sample or not."""
-    shutil.rmtree(aside / "evaluation", ignore_errors=True)  # perhaps with sets that are left out now
+    shutil.rmtree(partial / "evaluation", ignore_errors=True)  # perhaps with sets that are left out now
     counts["evaluation"] = {}
     asked: set[int] = set()
     for source, records in tqdm(opened.items(), "evaluation sets", unit="set"):
@@ -243,17 +237,17 @@ def write_evaluation(aside: Path, opened: dict[Source, Iterable], args: PrepareA
                 kept.setdefault(key, row)
         if not kept:
             raise unreadable(source, "none of its records can be used")
-        write_rows(aside / "evaluation" / f"{file_name(source)}.jsonl", kept.values())
+        write_rows(partial / "evaluation" / f"{file_name(source)}.jsonl", kept.values())
         counts["evaluation"][file_name(source)] = {"rows": len(kept)}
     return asked
 
 
 def write_training(
-    aside: Path, opened: dict[Source, Iterable], asked: set[int], args: PrepareArguments, counts: dict
+    partial: Path, opened: dict[Source, Iterable], asked: set[int], args: PrepareArguments, counts: dict
 ) -> None:
-    """Write the kinds of task that are not finished, one after the other, and count what each set gives."""
-    for file in (aside / "train").glob("*.jsonl"):
-        if file.stem not in counts["train"]:  # unfinished, and perhaps of sets that are left out now
+    """Write the tasks that are not finished, one after the other, and count what each set gives."""
+    for file in (partial / "train").glob("*.jsonl"):
+        if file.stem not in counts["train"]:  # partial, and perhaps of sets that are left out now
             file.unlink()
     tasks = list(dict.fromkeys(source.task for source in opened))
     with tqdm(total=args.rows, initial=rows_so_far(counts), unit="row") as bar:
@@ -266,9 +260,9 @@ def write_training(
             found = {source: Counter() for source in opened if source.task == task}
             seen: set[int] = set()
             streams = [new_rows(source, opened[source], asked, seen, args.max_words, found[source]) for source in found]
-            write_rows(training_file(aside, task), counting(bar, islice(in_turn(streams), wanted)))
+            write_rows(training_file(partial, task), counting(bar, islice(in_turn(streams), wanted)))
             counts["train"][task] = task_counts(wanted, found)
-            save(aside, counts)
+            save(partial, counts)
 
 
 def new_rows(
@@ -307,7 +301,7 @@ def in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
 
 
 def task_counts(wanted: int, found: dict[Source, Counter]) -> dict:
-    """What a kind of task and its sets were to give, and gave. A set that gave less has no more."""
+    """Rows wanted and got of a task and its sets. A set that gave less has no more."""
     each, left = divmod(wanted, len(found))
     reasons = ("got", "unusable", "too_long", "in_evaluation", "repeated")
     sets = {
@@ -317,20 +311,20 @@ def task_counts(wanted: int, found: dict[Source, Counter]) -> dict:
     return {"wanted": wanted, "got": sum(counter["got"] for counter in found.values()), "sets": sets}
 
 
-def write_without_overlap(aside: Path, counts: dict) -> None:
+def write_without_overlap(partial: Path, counts: dict) -> None:
     """Write the rows of closed-book evaluation sets none of whose right answers is one of a training row."""
-    sets = {name: list(read_rows(aside / "evaluation" / f"{name}.jsonl")) for name in counts["evaluation"]}
+    sets = {name: list(read_rows(partial / "evaluation" / f"{name}.jsonl")) for name in counts["evaluation"]}
     sets = {name: rows for name, rows in sets.items() if rows[0]["task"] == CLOSED_BOOK}
-    shutil.rmtree(aside / "evaluation_without_overlap", ignore_errors=True)
+    shutil.rmtree(partial / "evaluation_without_overlap", ignore_errors=True)
     right = {key for rows in sets.values() for row in rows for key in answer_keys(row)}
     taught: set[int] = set()  # of the right answers alone, so that it does not grow with the training rows
-    for row in read_rows(training_file(aside, CLOSED_BOOK)):
+    for row in read_rows(training_file(partial, CLOSED_BOOK)):
         taught |= right & answer_keys(row)
     for name, rows in sets.items():
         new = [row for row in rows if taught.isdisjoint(answer_keys(row))]
-        write_rows(aside / "evaluation_without_overlap" / f"{name}.jsonl", new)
+        write_rows(partial / "evaluation_without_overlap" / f"{name}.jsonl", new)
         counts["evaluation"][name]["without_overlap"] = len(new)
-    save(aside, counts)
+    save(partial, counts)
 
 
 def answer_keys(row: dict) -> set[int]:
@@ -346,8 +340,8 @@ def text_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(normalized(text).encode(), digest_size=8).digest())
 
 
-def training_file(aside: Path, task: str) -> Path:
-    return aside / "train" / f"{task}.jsonl"
+def training_file(partial: Path, task: str) -> Path:
+    return partial / "train" / f"{task}.jsonl"
 
 
 def file_name(source: Source) -> str:
@@ -381,15 +375,14 @@ def read_rows(file: Path) -> Iterator[dict]:
             yield from map(json.loads, stream)
 
 
-def save(aside: Path, counts: dict) -> None:
-    aside.mkdir(parents=True, exist_ok=True)
-    whole = aside / f"{COUNTS_NAME}.tmp"
-    whole.write_text(json.dumps(counts, indent=2) + "\n")
-    whole.replace(aside / COUNTS_NAME)
+def save(partial: Path, counts: dict) -> None:
+    partial.mkdir(parents=True, exist_ok=True)
+    with atomic_file(partial / COUNTS_NAME) as temporary:
+        temporary.write_text(json.dumps(counts, indent=2) + "\n")
 
 
 def table_lines(counts: dict) -> list[str]:
-    """A line for every set, then one for every kind of task."""
+    """The lines of each task's sets, followed by one for the task."""
 
     def line(count: dict, name: str) -> str:
         return f"{count['wanted']:10,}{count['got']:10,}  {name}"

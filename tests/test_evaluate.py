@@ -344,7 +344,7 @@ def test_labels_that_do_not_fit_after_every_prompt_are_refused_before_anything_i
     flags = "--data", tmp_path / "rows.json", "--template", "plain", "--metrics"
     run(*flags, "lm_loss", adapter=gpt2_dir)
     monkeypatch.setattr("inference.evaluation.score_answers", None)
-    with pytest.raises(InputError, match=r"makes 82 tokens, but .* \(gpt2\) has 64 positions; .* out of --metrics"):
+    with pytest.raises(InputError, match=r"makes 82 tokens, but .* \(gpt2\) has 64 positions; .* from --metrics"):
         run(*flags, "lm_loss", "accuracy", adapter=gpt2_dir)
 
 

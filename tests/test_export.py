@@ -242,7 +242,7 @@ def test_a_quantised_base_exports_an_adapter_but_cannot_be_merged_into(export, a
         task_type="CAUSAL_LM", r=2, lora_nums=2, blc_weight=0.0, base_model_name_or_path=str(quantisable_dir)
     )
     fill_adapter(get_peft_model(base, config)).save_pretrained(adapter_dir)
-    assert "quantised (Linear4bit)" in refusal(export, "--merge", load_in_kbits=4)
+    assert "quantised weights (Linear4bit)" in refusal(export, "--merge", load_in_kbits=4)
     _, shown = export(load_in_kbits=4)
     assert "saved a LoRA of rank 4" in shown
 

@@ -204,7 +204,7 @@ def test_a_conversation_remembers_with_a_chat_template_and_forgets_on_reset(run,
     assert len(printed.splitlines()) >= 4
     seen.clear()
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nthe dog\n"))
-    assert "each line stands alone" in run("--chat")
+    assert "each line is a separate prompt" in run("--chat")
     assert seen == [["user"], ["user"]]
 
 

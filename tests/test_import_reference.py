@@ -200,7 +200,7 @@ def test_one_expert_loses_its_router_with_a_note(tmp_path, capsys):
     Checkpoint(tmp_path, experts=1).run()
     out = capsys.readouterr().out
     assert "each with 1 expert of rank 2" in out
-    assert "note: the routers (lora_route) were left out" in out
+    assert "note: the routers (lora_route) were dropped" in out
 
 
 def test_missing_and_surplus_keys_and_wrong_shapes_are_named_together(tmp_path):

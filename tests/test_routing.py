@@ -149,7 +149,7 @@ def test_without_a_router_nothing_is_logged_or_plotted(run, settings):
 
 def test_routing_of_an_adapter_from_the_hub_needs_a_folder(adapter_dir, monkeypatch):
     monkeypatch.setattr(trained, "snapshot_download", lambda name, allow_patterns: str(adapter_dir))
-    with pytest.raises(InputError, match="someone/adapter is on the hub: name a folder for both files with --output"):
+    with pytest.raises(InputError, match="someone/adapter is on the hub: give a folder for the files with --output"):
         plot_routing.main(["--adapter", "someone/adapter"])
 
 

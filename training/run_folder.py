@@ -2,19 +2,19 @@
 
 import json
 import math
-import os
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-from data import InputError, content_hash, file_hash
+from data import InputError, file_hash
+from data.atomic import remove_temporaries, write_json
 from loading.arguments import DataArguments, ModelArguments, RunArguments
 from loading.lock import locked
 from loading.optimization import EVALUATED
 from loading.run_files import RESULTS_NAME, RUN_CONFIG_NAME, with_current_names
 from peft.saving import WEIGHTS_NAME
-from training.checkpoint import checkpoint_problem, clear_unfinished, writing
+from training.checkpoint import checkpoint_problem, writing
 
 # Flags that decide where and how often something is written, or how fast it runs, but not a bit of what is trained.
 # Those of DDP, for instance, decide in which order the gradients of several processes are added.
@@ -102,7 +102,7 @@ class RunFolder:
         writing."""
         with writing(self.path, RUN_CONFIG_NAME):
             self.path.mkdir(parents=True, exist_ok=True)
-            clear_unfinished(self.path)
+            remove_temporaries(self.path)
             if self.results is None:
                 write_json(self.path / RUN_CONFIG_NAME, config)
 
@@ -132,8 +132,14 @@ _WAY_OUT = (
 )
 
 
-def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict:
-    """Everything that the result of a run depends on, as plain JSON values; files by their content."""
+def run_config(
+    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, data_sha256: dict[str, str]
+) -> dict:
+    """Everything that the result of a run depends on, as plain JSON values; files by their content.
+
+    Args:
+        data_sha256: the contents of the data files, as `dataset_sha256` and `validation_sha256`.
+    """
     values = {**asdict(model_args), **asdict(data_args), **args.to_dict()}
     config = {
         name: value
@@ -141,9 +147,7 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_PREFIXES)
     }
     config["device"] = args.device.type
-    config["dataset_sha256"] = content_hash(data_args.dataset_dir)
-    if data_args.validation_file:
-        config["validation_sha256"] = content_hash(data_args.validation_file)
+    config |= data_sha256
     if model_args.peft_path:
         config["peft_sha256"] = file_hash(Path(model_args.peft_path) / WEIGHTS_NAME)
     if args.deepspeed:
@@ -165,13 +169,3 @@ def _deciding(config: dict) -> dict:
         shared = math.prod(values.get(name) or 0 for name in DIVISION)
         values |= dict.fromkeys(DIVISION, shared)
     return values
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file in one step: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from data import InputError
 from peft.saving import WEIGHTS_NAME
-from training.checkpoint import ASIDE, find_checkpoint
+from training.checkpoint import TEMPORARY_NAME, find_checkpoint
 from workbench.launches import Launches
 from workbench.tiny_model import make_tiny_model
 
@@ -123,7 +123,7 @@ class Life:
     @property
     def is_saving(self) -> bool:
         """Whether a save is under way; after the end of the process, whether it ended in one."""
-        return _identity(self.output / ASIDE) not in (None, self.stale)
+        return _identity(self.output / TEMPORARY_NAME) not in (None, self.stale)
 
     def wait_until(self, saving: bool) -> bool:
         """Wait for a save to begin or to end; False where the process ends before."""
@@ -224,7 +224,7 @@ class Soak:
         Raises:
             HarmError: it ended with another exit code than 0.
         """
-        stale, log = _identity(output / ASIDE), self.folder / "log"
+        stale, log = _identity(output / TEMPORARY_NAME), self.folder / "log"
         with log.open("w") as stream:
             process = subprocess.Popen(self.command(output), stdout=stream, stderr=subprocess.STDOUT)
             life = Life(process, output, stale, time.monotonic())
