@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from data import InputError, encode_prompt, encoding_problem
-from data.errors import reading
+from data.errors import reading, writing
 from inference.rows import batches, load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained, read_run_config
 from loading.base_model import length_problem
@@ -72,11 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     of_prompt = {"prompt": route_prompt(trained, args.prompt)} if args.prompt else {}
     routing = route(trained, rows, inference.batch_size)
     summary = routing_summary(routing, trained.model.active_peft_config) | {"training": curves} | of_prompt
-    try:
+    with writing(f"--output {folder} cannot be written", "choose another folder, or make this one writable"):
         folder.mkdir(parents=True, exist_ok=True)
         write_routing(folder, summary)
-    except OSError as error:
-        raise InputError(f"--output {folder} cannot be written: {error.strerror}") from error
     print(f"{len(rows)} rows of {path}", *routing_lines(routing, trained.model.active_peft_config), sep="\n")
     print(
         f"relative entropy {summary['entropy']:.3f}, coefficient of variation {summary['coefficient_of_variation']:.3f}"
