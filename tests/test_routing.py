@@ -243,7 +243,7 @@ def test_rows_and_prompts_longer_than_the_table_of_positions_are_refused(gpt2_di
     flags = ["--adapter", tmp_path / "adapter", "--data_cache_dir", tmp_path / "cache", "--data"]
     (tmp_path / "long.json").write_text(json.dumps([{"instruction": "x" * 80, "output": "y"}]))
     too_long = r"\d+ tokens, but this base model \(gpt2\) has 64 positions; shorten"
-    with pytest.raises(InputError, match=rf"rows of {too_long} or leave out the longer ones of .*long.json"):
+    with pytest.raises(InputError, match=rf"rows of {too_long} or remove the longer ones in .*long.json"):
         plot_routing.main([*map(str, flags), str(tmp_path / "long.json")])
     (tmp_path / "short.json").write_text(json.dumps([{"instruction": "x", "output": "y"}]))
     with pytest.raises(InputError, match=rf"--prompt has {too_long} it"):
