@@ -104,7 +104,7 @@ def run_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Datase
 
 def measure(rows: Dataset, results: RowResults, plan: Plan) -> dict:
     """The metrics of all rows, of each task and of each task type, as JSON values."""
-    groups = {"task": defaultdict(list), "task_type": defaultdict(list)}
+    groups: dict[str, defaultdict[str, list[int]]] = {"task": defaultdict(list), "task_type": defaultdict(list)}
     for column, members in groups.items():
         for index, name in enumerate(rows[column]):
             members[str(name)].append(index)

@@ -86,7 +86,7 @@ def generate_answers(
     positions = most_positions(model) or float("inf")
     for index, prompt in enumerate(prompts):
         by_room[min(settings.max_new_tokens, positions - len(prompt))].append(index)
-    answers = {}
+    answers: dict[int, list[int]] = {}
     for room, members in by_room.items():
         found = _generate_batch(model, [prompts[index] for index in members], settings, room, streamer)
         answers.update(zip(members, found, strict=True))

@@ -31,7 +31,7 @@ from transformers_patch.auto import AutoModelForCausalLM
 MODEL_CONFIG_NAME = "config.json"
 # The fields of a run's configuration that are read here, all optional: what they have to be, and the types.
 TEXT_OR_NULL = ("a string or null", {str, type(None)})
-RUN_FIELDS = {
+RUN_FIELDS: dict[str, tuple[str, set]] = {
     "blc_weight": ("a number", {int, float}),
     "max_seq_length": ("a whole number", {int}),
     "num_task_types": ("a whole number", {int}),

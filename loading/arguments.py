@@ -115,7 +115,7 @@ RANGES = (
 class ModelArguments:
     """The base model and the adapter on it."""
 
-    model_name_or_path: str | None = flag(None, "base model: a local folder or a hub id")
+    model_name_or_path: str = flag(None, "base model: a local folder or a hub id")
     tokenizer_name_or_path: str | None = flag(None, "tokenizer; by default the base model's")
     tuning: Literal["loramoe", "full"] = flag("loramoe", "loramoe trains experts and routers; full trains all weights")
     peft_path: str | None = flag(None, "adapter folder to continue training from; by default a new adapter")
@@ -142,7 +142,7 @@ class ModelArguments:
     blc_reference: bool = flag(
         False, "compute the balance term as the authors' code does: padding counts, and each process is separate"
     )
-    num_task_types: int | None = flag(None, "number of task types; by default the number of --task_type_names, or 2")
+    num_task_types: int = flag(None, "number of task types; by default the number of --task_type_names, or 2")
     task_type_names: str | None = flag(
         None,
         "names of the task types, separated by commas, which rows may use instead of the numbers 0, 1, ...",
@@ -201,7 +201,7 @@ def _numbers(field_name: str, text: str | None) -> list[int] | None:
     numbers = listed(text)
     if numbers is not None and not all(number.isdecimal() for number in numbers):
         raise ValueError(f"{field_name} is {text!r}, but has to be whole numbers separated by commas")
-    return numbers and [int(number) for number in numbers]
+    return None if numbers is None else [int(number) for number in numbers]
 
 
 def _targets(text: str) -> list[str] | str | None:
@@ -215,7 +215,7 @@ def _targets(text: str) -> list[str] | str | None:
 class DataArguments:
     """The data and its encoding as tokens."""
 
-    dataset_dir: str | None = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
+    dataset_dir: str = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
     validation_file: str | None = flag(None, "evaluation rows, file or folder; by default nothing is evaluated")
     max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
     prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
@@ -251,7 +251,7 @@ class RunArguments(TrainingArguments):
     prepare_only: bool = flag(False, "check everything, encode the data and stop before any weights are loaded")
 
     def __post_init__(self):
-        if self.save_strategy == "best" and self.metric_for_best_model is None:
+        if self.save_strategy == "best" and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None:
             self.greater_is_better = False
@@ -441,7 +441,8 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
     if not flags.prepare_only and "RANK" not in os.environ:
         return ["--deepspeed needs a launcher, even for one process: use run_loramoe.sh or torchrun"]
     zero = config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
+    zero = zero if isinstance(zero, dict) else {}
+    stage = zero.get("stage")
     if stage not in (1, 2, 3):
         return [f"--deepspeed {flags.deepspeed}: the stage in zero_optimization has to be 1, 2 or 3"]
     if problems := _deepspeed_mismatches(config, flags):

@@ -4,7 +4,8 @@ Run as ``python -m scripts.evaluate --adapter DIR`` from the repository root. do
 and describes the file that is written.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     manager = _find_harness_tasks(args.lm_eval)
     trained = load_trained(inference)
     template = trained.template(args.template)
-    models = {"adapter": nullcontext}
+    models: dict[str, Callable[[], AbstractContextManager]] = {"adapter": nullcontext}
     if args.base:
         trained.as_base()  # Raises before any measurement if there is no adapter.
         models["base"] = trained.as_base

@@ -7,8 +7,8 @@ so always the same, unless a temperature is given.
 
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Answerer:
         self.settings: GenerationConfig = decoding.settings(
             trained.tokenizer.pad_token_id, trained.end_tokens(self.template)
         )
-        self.voices = {"generated": nullcontext}
+        self.voices: dict[str, Callable[[], AbstractContextManager]] = {"generated": nullcontext}
         if args.compare_base:
             self.voices["generated_by_base"] = trained.as_base
 
@@ -88,7 +88,7 @@ class Answerer:
         """
         ids = encode_prompt(self.tokenizer, self.template, instruction, context)
         if not self.has_room(ids):
-            most = context_length(self.trained.model) - 1
+            most = context_length(self.trained.model) - 1  # type: ignore[operator]
             raise InputError(
                 f"a prompt has {len(ids)} tokens, but the model reads at most {most}: {instruction[:60]!r}..."
             )
@@ -139,7 +139,8 @@ def load_prompts(path: str) -> list[dict]:
     Raises:
         InputError: a file or row is invalid, or there are no rows.
     """
-    rows, problems = [], []
+    rows: list[dict] = []
+    problems: list[str] = []
     for block in split_files(find_files(path)):
         for number, row in read_block(block):
             if problem := prompt_problem(row) or unwritable_field(row):

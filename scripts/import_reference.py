@@ -48,7 +48,7 @@ NUMBERS = {
 }
 # Any other field may change the adapter's output, unless its value is neutral. The authors' code never merges.
 HARMLESS = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "merge_weights", "revision"}
-NEUTRAL = (None, False, "", "none", [], {})
+NEUTRAL: tuple = (None, False, "", "none", [], {})
 
 
 @dataclass
@@ -106,7 +106,8 @@ def import_checkpoint(
     modules = adapted_modules(tensors)
     if problems := tensor_problems(tensors, modules, config):
         raise InputError(f"{checkpoint / PICKLE_NAME} does not fit its {CONFIG_NAME}:\n  " + "\n  ".join(problems))
-    config.target_modules = targets_for(config.target_modules, modules)
+    wanted = config.target_modules if isinstance(config.target_modules, list) else []
+    config.target_modules = targets_for(wanted, modules)
     with (
         writing(f"{output} cannot be written", "once it can, run the same command again"),
         atomic_folder(output) as folder,
