@@ -21,6 +21,8 @@ from data import (
     task_types,
 )
 from data.atomic import atomic_files, write_json
+from inference.routing import routing_lines, routing_summary, training_curves
+from inference.routing_plot import write_routing
 from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from loading.base_model import (
     adapter_warnings,
@@ -36,15 +38,7 @@ from peft.saving import WEIGHTS_NAME
 from training.checkpoint import find_checkpoint, writers, writing
 from training.ending import run_process
 from training.publish import open_repository, publish
-from training.report import (
-    generate_samples,
-    routing_lines,
-    summary_lines,
-    training_curves,
-    write_model_card,
-    write_routing,
-)
-from training.routing import routing_summary
+from training.report import generate_samples, summary_lines, write_model_card
 from training.run_folder import RunFolder, run_config
 from training.stopping import StoppedError, StopSignals
 from training.trainer import LoRAMoETrainer

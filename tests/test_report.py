@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from data import Encoding, encode_prompt, encode_target, load_data
+from inference.routing import Routing, routing_lines, routing_summary
 from peft import LoraConfig, PeftModel
 from training import report
-from training.report import MAX_NEW_TOKENS, routing_lines
-from training.routing import Routing, routing_summary
+from training.report import MAX_NEW_TOKENS
 from training.trainer import LoRAMoETrainer
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 from transformers_patch.labels import LabelledPositions

@@ -16,19 +16,12 @@ from transformers import TrainingArguments
 
 from data import InputError, encode_prompt
 from inference import trained
+from inference.routing import Routing, coefficient_of_variation, relative_entropy, routing_lines, routing_summary
+from inference.routing_plot import plot_routing as draw
 from inference.rows import batches, load_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from scripts import plot_routing
-from training.report import routing_lines
-from training.routing import (
-    COLLAPSE_STEPS,
-    Routing,
-    RoutingWatch,
-    coefficient_of_variation,
-    relative_entropy,
-    routing_summary,
-)
-from training.routing_plot import plot_routing as draw
+from training.routing_watch import COLLAPSE_STEPS, RoutingWatch
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 
 SCALARS = {"routing_entropy", "routing_cv", "group_share_type_0", "group_share_type_1"}
@@ -126,8 +119,8 @@ def test_a_step_of_padding_examples_alone_neither_counts_nor_ends_a_collapse(arg
 
 
 def test_a_run_logs_its_routing_and_warns_of_a_collapse(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("training.routing.COLLAPSE_STEPS", 2)
-    monkeypatch.setattr("training.routing.COLLAPSE_SHARE", 0.9)
+    monkeypatch.setattr("training.routing_watch.COLLAPSE_STEPS", 2)
+    monkeypatch.setattr("training.routing_watch.COLLAPSE_SHARE", 0.9)
     run(eval_strategy="no", validation_file=None)
     lines = [line for line in run.log() if "lm_loss" in line]
     assert len(lines) == 6

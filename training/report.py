@@ -1,4 +1,4 @@
-"""What a finished run tells: the summary on the terminal, `routing.json` with its picture, the model card."""
+"""What a finished run tells: the summary on the terminal and the model card."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,12 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data import resolve_template, row_lengths
-from data.atomic import write_json
 from inference.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
-from peft import LoraConfig
 from training.markdown import table
-from training.routing import Routing, group_shares, group_spans, span_text
-from training.routing_plot import plot_routing
 
 CITATION = """@inproceedings{dou2024loramoe,
   title     = {{LoRAMoE}: Alleviating World Knowledge Forgetting in Large Language Models via {MoE}-Style Plugin},
@@ -52,34 +48,6 @@ CARD_ADAPTER_SETTINGS = (
 CARD_METRICS = (
     "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",
 )  # fmt: skip
-
-
-def write_routing(folder: Path, summary: dict) -> None:
-    """`routing.json` and its picture `routing.png`, from a summary of `routing_summary`."""
-    write_json(folder / "routing.json", summary)
-    plot_routing(folder / "routing.png", summary)
-
-
-def training_curves(name: str, log_history: list[dict], blc_weight: float) -> dict[str, dict]:
-    """Evenness of the routing over the steps of a run, by a label of it; {} where its log has none."""
-    lines = [line for line in log_history if "routing_cv" in line]
-    if not lines:
-        return {}
-    constraint = f"beta {blc_weight:g}" if blc_weight else "no constraint"
-    fields = {"step": "step", "coefficient_of_variation": "routing_cv", "entropy": "routing_entropy"}
-    return {f"{name} ({constraint})": {field: [line[key] for line in lines] for field, key in fields.items()}}
-
-
-def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
-    """A small table: one line for each task type, one column for each expert group."""
-    if len(config.group_sizes) != config.num_task_types:
-        return [f"no groups: {config.lora_nums} experts cannot be split among {config.num_task_types} task types"]
-    lines = [" " * 24 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
-    for kind, shares in group_shares(routing, config.group_sizes).items():
-        names = config.task_type_names or list(range(config.num_task_types))
-        name = "unlabelled rows" if kind < 0 else f"rows of task type {names[kind]}"
-        lines.append(f"  {name:22}" + "".join(f"{share:16.1%}" for share in shares))
-    return lines
 
 
 def generate_samples(

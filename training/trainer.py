@@ -19,13 +19,14 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpo
 
 from data import EpochDataLoader, GlobalBatchSampler, row_lengths
 from data.atomic import atomic_files
+from inference.routing import Routing
 from loading.arguments import parse_steps
 from loading.run_files import STATE_NAME
 from peft import LoraConfig, PeftModel
 from training.checkpoint import TEMPORARY_NAME, put_in_place, writing
 from training.profiling import StepProfiler
 from training.random_state import kept_random_state
-from training.routing import Routing, RoutingWatch
+from training.routing_watch import RoutingWatch
 from training.stopping import DUE, SKIPPED_STEPS, StoppedError, StopSignals
 from training.throughput import Throughput
 from transformers_patch.labels import LabelledPositions
