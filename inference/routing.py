@@ -1,4 +1,4 @@
-"""What the routers do: expert shares by task type and task, as numbers and as text.
+"""A summary of routing: expert shares by task type and by task, as numbers and as text.
 
 Shape suffixes: L adapted Linears, B rows, E experts, K task types, each with a group of experts.
 """
@@ -15,13 +15,13 @@ from peft import LoraConfig
 
 @dataclass
 class Routing:
-    """Where rows were routed.
+    """Expert shares of a set of rows.
 
     Args:
         modules: names of the adapted Linears, L of them.
         shares_BLE: mean weight of each expert over the real tokens of each row.
         task_types_B: the rows' task types.
-        tasks_B: the rows' kinds of task, as text; empty where a row has none.
+        tasks_B: the rows' tasks, as text; empty if a row has none.
     """
 
     modules: list[str]
@@ -34,9 +34,9 @@ class Routing:
         return {int(kind): self.shares_BLE[self.task_types_B == kind].mean(axis=0) for kind in self.task_types()}
 
     def by_task(self) -> dict[str, np.ndarray]:
-        """Mean share (L, E) over the rows of each kind of task that occurs."""
-        kinds = np.unique(self.tasks_B[self.tasks_B != ""])
-        return {str(kind): self.shares_BLE[self.tasks_B == kind].mean(axis=0) for kind in kinds}
+        """Mean share (L, E) over the rows of each task that occurs."""
+        tasks = np.unique(self.tasks_B[self.tasks_B != ""])
+        return {str(task): self.shares_BLE[self.tasks_B == task].mean(axis=0) for task in tasks}
 
     def task_types(self) -> np.ndarray:
         return np.unique(self.task_types_B)
@@ -73,7 +73,7 @@ def group_shares(routing: Routing, group_sizes: list[int]) -> dict[int, np.ndarr
 
 
 def routing_summary(routing: Routing, config: LoraConfig) -> dict:
-    """What `routing.json` holds, and `routing.png` shows: docs/ROUTING.md describes each field."""
+    """Content of `routing.json`, which `routing.png` shows: docs/ROUTING.md describes each field."""
     by_type, by_task = routing.by_task_type(), routing.by_task()
     shares_BLE = torch.from_numpy(routing.shares_BLE).double()
     entropy_L = relative_entropy(shares_BLE).mean(dim=0)
@@ -102,11 +102,11 @@ def routing_summary(routing: Routing, config: LoraConfig) -> dict:
 
 
 def training_curves(name: str, log_history: list[dict], blc_weight: float) -> dict[str, dict]:
-    """Evenness of the routing over the steps of a run, by a label of it; {} where its log has none."""
+    """Evenness of the routing over the steps of a run, under a label; {} if its log has none."""
     lines = [line for line in log_history if "routing_cv" in line]
     if not lines:
         return {}
-    constraint = f"beta {blc_weight:g}" if blc_weight else "no constraint"
+    constraint = f"blc_weight {blc_weight:g}" if blc_weight else "no constraint"
     fields = {"step": "step", "coefficient_of_variation": "routing_cv", "entropy": "routing_entropy"}
     return {f"{name} ({constraint})": {field: [line[key] for line in lines] for field, key in fields.items()}}
 

@@ -275,7 +275,7 @@ def test_without_a_whole_checkpoint_the_run_starts_from_its_beginning(run, capsy
     assert run(save_steps=6)["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
     shown = capsys.readouterr().out
     assert "checkpoint-6 cannot be resumed and is skipped: optimizer.pt is damaged" in shown
-    assert "no checkpoint is left to resume from, so the run starts from its beginning" in shown
+    assert "no checkpoint is left to resume from, so the run starts from the beginning" in shown
 
 
 @pytest.mark.parametrize(

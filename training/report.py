@@ -1,4 +1,4 @@
-"""What a finished run tells: the summary on the terminal and the model card."""
+"""The report of a finished run: the summary on the terminal and the model card."""
 
 from collections import Counter
 from pathlib import Path
@@ -53,7 +53,7 @@ CARD_METRICS = (
 def generate_samples(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, template: str
 ) -> list[tuple[str, str, str]]:
-    """Greedy answers to a few rows of different task kinds: (instruction and input, expected, generated).
+    """Greedy answers to a few rows of different tasks: (instruction and input, expected, generated).
 
     The model loses the generation settings that its base model's folder proposes, so save it before. Under ZeRO-3 this
     is a collective: every rank calls it with the same rows.
@@ -61,7 +61,7 @@ def generate_samples(
     Args:
         template: the prompt template of the rows; `auto` is what it means for the tokenizer.
     """
-    picked = _one_of_each_kind(rows)
+    picked = _one_of_each_task(rows)
     prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
     decoding = DecodingArguments(max_new_tokens=MAX_NEW_TOKENS)
     ends = end_tokens(model, tokenizer, resolve_template(template, tokenizer))
@@ -76,7 +76,7 @@ def generate_samples(
 
 
 def summary_lines(folder: Path, results: dict) -> list[str]:
-    """What the terminal shows at the end of a run, and again where the run is found finished."""
+    """Lines for the terminal at the end of a run, and again if the run is found to be finished."""
     lines = [f"===== LoRAMoE run finished: {folder} ====="]
     if "eval_lm_loss_after" in results:
         lines += [
@@ -97,10 +97,10 @@ def summary_lines(folder: Path, results: dict) -> list[str]:
 def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, datasets.Dataset]) -> None:
     """README.md of the run folder: what the model is, how it was made, what was measured.
 
-    Folders of this machine are named by their last part alone, since cards are published.
+    Local folders are shown by their last part alone, since cards are published.
 
     Args:
-        data: the rows by what they are for.
+        data: the sets of rows by their purpose, `training` and `evaluation`.
     """
     kind = "full" if config["tuning"] == "full" else "lora" if config["lora_nums"] == 1 else "loramoe"
     title, description = CARD_KINDS[kind]
@@ -141,7 +141,7 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
 
 
 def _data_table(data: dict[str, datasets.Dataset]) -> str:
-    """Numbers of rows, tokens and supervised tokens, and rows by task type and kind of task, for each set of rows."""
+    """Numbers of rows, tokens and supervised tokens, and rows by task type and by task, for each set of rows."""
     counts: dict[str, dict[str, int]] = {}
     for name, rows in data.items():
         types = Counter("no task type" if kind < 0 else f"task type {kind}" for kind in rows["task_type"])
@@ -157,12 +157,12 @@ def _data_table(data: dict[str, datasets.Dataset]) -> str:
     return table(["", *counts], ((line, *(column.get(line, 0) for column in counts.values())) for line in lines))
 
 
-def _one_of_each_kind(rows: datasets.Dataset) -> list[dict]:
-    """The first row of each of the first task kinds; where there are too few kinds, further rows from the front."""
-    first_of_kind: dict[str, int] = {}
-    for index, kind in enumerate(rows["task"]):
-        first_of_kind.setdefault(kind, index)
-    picked = [*first_of_kind.values(), *(index for index in range(len(rows)) if index not in first_of_kind.values())]
+def _one_of_each_task(rows: datasets.Dataset) -> list[dict]:
+    """The first row of each of the first tasks; if there are too few tasks, further rows from the front."""
+    first_of_task: dict[str, int] = {}
+    for index, task in enumerate(rows["task"]):
+        first_of_task.setdefault(task, index)
+    picked = [*first_of_task.values(), *(index for index in range(len(rows)) if index not in first_of_task.values())]
     return [rows[index] for index in picked[:NUM_SAMPLES]]
 
 

@@ -1,4 +1,4 @@
-"""The watch over the routers while training: values for the log lines, and a warning of a group that dies out.
+"""The watch over the routers while training: values for the log lines, and a warning if a group of experts dies out.
 
 Shape suffixes: L adapted Linears, B rows, E experts, K task types, each with a group of experts.
 """
@@ -17,11 +17,11 @@ COLLAPSE_STEPS = 50
 class RoutingWatch(TrainerCallback):
     """Collects the routing of the training rows for the log lines, and notices a group of experts that dies out.
 
-    Everything stays on the device until a log line is due, so that no step waits for it.
+    Everything stays on the device until a log line is due, so that no step synchronises with it.
 
     Args:
         num_task_types: number of task types K.
-        group_sizes: experts in the group of each; where there are not K groups, none is watched.
+        group_sizes: experts in the group of each; unless there are K groups, none is watched.
     """
 
     def __init__(self, num_task_types: int, group_sizes: list[int]):
@@ -32,7 +32,7 @@ class RoutingWatch(TrainerCallback):
         self._warned = False
 
     def watch(self, shares_LBE: Tensor, task_types_B: Tensor, row_weights_B: Tensor) -> None:
-        """Take in the rows of a micro-batch, but padding examples; unlabelled rows are summed before task type 0."""
+        """Add the rows of a micro-batch except padding examples; rows without a task type are summed at index 0."""
         if self._sums_KLE is None:
             self._start(shares_LBE)
         row_weights_B = row_weights_B.to(shares_LBE)
@@ -56,12 +56,12 @@ class RoutingWatch(TrainerCallback):
             return
         weights_K = torch.stack([self._step_E[group].sum() for group in self._groups])
         steps_below_K = torch.where(weights_K / weights_K.sum() < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
-        # A step of padding examples alone tells nothing.
+        # A step of nothing but padding examples does not count.
         self._steps_below_K = torch.where(weights_K.sum() > 0, steps_below_K, self._steps_below_K)
         self._step_E.zero_()
 
     def scalars(self, args: TrainingArguments) -> dict[str, float]:
-        """The values of a log line, over the rows of all processes since the last one; {} where nothing is routed.
+        """The values of a log line, over the rows of all processes since the last one; {} if nothing is routed.
 
         A collective: every process calls it at the same step.
         """
