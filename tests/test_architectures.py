@@ -338,7 +338,7 @@ def test_a_base_that_takes_a_mask_for_each_kind_of_layer_is_evaluated_with_them(
     logits, found = model(ids, attention_mask=masks).logits, model(ids, attention_mask=masks, labels=ids)
     torch.testing.assert_close(found.loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
     assert found.balance_loss == 0
-    with pytest.raises(ValueError, match=r"needs an attention_mask of shape .* this one is no tensor"):
+    with pytest.raises(ValueError, match=r"needs an attention_mask of shape .* this one is not a tensor"):
         model.train()(ids, attention_mask=masks, labels=ids)
 
 

@@ -29,7 +29,7 @@ from training.random_state import kept_random_state
 from training.routing_watch import RoutingWatch
 from training.stopping import DUE, SKIPPED_STEPS, StoppedError, StopSignals
 from training.throughput import Throughput
-from transformers_patch.labels import LabelledPositions
+from transformers_patch.labels import SupervisedTokens
 from transformers_patch.recorder import RoutingRecorder
 
 
@@ -227,7 +227,7 @@ class LoRAMoETrainer(Trainer):
         The model gets no labels: with them it would compute losses of the batch, which nobody reports.
         """
         inputs = self._prepare_inputs(inputs)
-        sources, positions = inputs["sources"], LabelledPositions(inputs["labels"], inputs["supervised_indices"])
+        sources, positions = inputs["sources"], SupervisedTokens(inputs["labels"], inputs["supervised_indices"])
         fields = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         plain_model = self.accelerator.unwrap_model(model)
         recorder = RoutingRecorder(plain_model)
