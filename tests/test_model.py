@@ -341,7 +341,7 @@ def test_an_adapter_of_another_width_leaves_the_model_as_it_was(tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_model_with_an_adapter_is_not_wrapped_again(inside):
     model = filled_model(target_modules=["up_proj"])
-    with pytest.raises(ValueError, match="has an adapter already: put another one beside it"):
+    with pytest.raises(ValueError, match="has an adapter already: add another one"):
         get_peft_model(model.get_base_model() if inside else model, LoraConfig(target_modules=["gate_proj"]))
 
 
