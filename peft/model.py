@@ -87,7 +87,7 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A context in which the model is the base model, bit for bit; a `set_adapter` inside takes effect afterwards."""
+        """A context in which the model is the base model, bit for bit; `set_adapter` inside takes effect after it."""
         before, self._disabled = self._disabled, True
         self.base_model.activate(None, None)
         try:

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data import InputError
+from data.atomic import atomic_file
 
 BASE = "base"
 MIXTURE = "loramoe"
@@ -136,7 +137,7 @@ def write_table(results: Path, records: Iterable[dict]) -> Path:
     rows = [_row(record) for record in records]
     names = dict.fromkeys([*IDENTITY, *sorted({name for row in rows for name in row})])
     file = results / TABLE
-    with file.open("w", newline="") as stream:
+    with atomic_file(file) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
