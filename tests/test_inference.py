@@ -90,10 +90,10 @@ def test_sampling_that_the_base_models_folder_proposes_is_not_taken_over(adapter
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kbits", "bound"), [(4, 0.8), (8, 0.1)])
 def test_a_quantised_base_under_the_adapter(adapter_dir, kbits, bound, dtype):
-    quantised, whole = load(adapter_dir, load_in_kbits=kbits, dtype=dtype), load(adapter_dir)
+    quantised, full = load(adapter_dir, load_in_kbits=kbits, dtype=dtype), load(adapter_dir)
     with torch.no_grad():
-        difference = (quantised.model(INPUT).logits - whole.model(INPUT).logits).norm()
-        assert 0 < difference < bound * whole.model(INPUT).logits.norm()
+        difference = (quantised.model(INPUT).logits - full.model(INPUT).logits).norm()
+        assert 0 < difference < bound * full.model(INPUT).logits.norm()
 
 
 def test_bfloat16_is_taken_at_its_word(adapter_dir):
@@ -203,10 +203,10 @@ def test_a_base_model_whose_json_files_are_damaged(adapter_dir, model_dir, tmp_p
         for name, changes, message in DAMAGE:
             if (adapter, name) == (adapter_dir, "tokenizer_config.json"):
                 continue
-            whole = (base / name).read_text()
-            (base / name).write_text(json.dumps(json.loads(whole) | changes))
+            content = (base / name).read_text()
+            (base / name).write_text(json.dumps(json.loads(content) | changes))
             assert re.search(rf"config.json .*cannot be used \(.*{message}", refusal(adapter, base_model=str(base)))
-            (base / name).write_text(whole)
+            (base / name).write_text(content)
 
 
 def test_adapter_weights_that_are_damaged_or_missing(adapter_dir):
