@@ -4,9 +4,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from inference.pictures import save, styled
 from loading.provenance import ROOT, provenance_line
 from training.markdown import table
-from training.pictures import save, styled
 
 PICTURES = ROOT / "docs" / "pictures"
 MIB = 2**20

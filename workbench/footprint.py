@@ -1,7 +1,7 @@
 """What one training step needs, counted on tensors without data: the real model with the real adapter runs forward and
 backward under `FakeTensorMode`, watched by the instruments of the benchmark.
 
-Shape suffixes: B samples, T tokens, N labelled positions, H hidden size, V vocabulary.
+Shape suffixes: B samples, T tokens, N supervised tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
