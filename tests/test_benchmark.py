@@ -12,8 +12,9 @@ from data import InputError
 from workbench import benchmark_data
 from workbench.benchmark import Times, main, read_results
 from workbench.benchmark_report import draw
+from workbench.instruments import step
 from workbench.peers import PYTHON, Peer
-from workbench.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch, step
+from workbench.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch
 
 NUMBERS = {
     "dropout", "step_ratio", "step_ratio_low", "step_ratio_high", "step_seconds", "rounds", "saved_bytes_ratio",

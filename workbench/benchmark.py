@@ -25,11 +25,12 @@ from transformers import GenerationConfig, set_seed
 from data import InputError
 from loading.arguments import parse_arguments
 from loading.base_model import load_tokenizer
+from loading.command_line import run_verb
 from loading.provenance import provenance
 from train import build_trainer, load_rows
 from training.stopping import StopSignals
 from workbench.benchmark_report import draw, markdown
-from workbench.instruments import SavedBytes, count_flops, trim_heap
+from workbench.instruments import step, step_counts, trim_heap
 from workbench.peers import PYTHON, Peer, PeerError
 from workbench.peers import resident_memory as peer_resident_memory
 from workbench.processes import run_alone
@@ -41,7 +42,6 @@ from workbench.variants import (
     load_base,
     random_batch,
     resident_memory,
-    step,
 )
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
@@ -212,8 +212,7 @@ class Benchmark:
         """What one step takes besides time. Resident memory is measured in a process that runs nothing else."""
         model = variant.model(self.base)
         trim_heap()
-        level, peak = run_alone(resident_memory, self.folder, variant, batch)
-        return {**_counts(model, batch), "resident_before_step": level, "peak_resident": peak}
+        return step_counts(model, batch) | run_alone(resident_memory, self.folder, variant, batch)
 
     def _row(self, variant: Variant, frozen: Variant, times: Times, measured: dict, dropout: float) -> dict:
         mine, limit = measured[variant], measured[frozen]
@@ -234,7 +233,7 @@ class Benchmark:
             batch = self._batch(*shape)
             models = {variant: variant.model(self.base) for variant in (frozen, *variants)}
             times = Times({v: partial(step, model, batch) for v, model in models.items()}, self.fewer_rounds)
-            measured = {variant: _counts(model, batch) for variant, model in models.items()}
+            measured = {variant: step_counts(model, batch) for variant, model in models.items()}
             for variant in models:
                 size = {"experts": variant.experts, "rank": variant.rank, "batch": shape[0], "length": shape[1]}
                 to_first = times.ratio(variant, variants[0])
@@ -293,12 +292,6 @@ def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tupl
             trainer.model.get_base_model().__class__ = PlainLlama
         speed = trainer.train().metrics["train_samples_per_second"]
         return speed, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def _counts(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
-    with SavedBytes(model) as saved:
-        model(**batch)
-    return {"saved_bytes": saved.total, "flops": count_flops(lambda: step(model, batch))}
 
 
 def say(message: str) -> None:
@@ -391,7 +384,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_verb(main)

@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from loading.provenance import ROOT, provenance_line
 from workbench.markdown import table
@@ -110,16 +107,14 @@ def draw(results: dict, folder: Path = PICTURES) -> list[Path]:
     """Draw the figures whose sections were measured. Returns their files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, section, figure in (("experts", "experts", _draw_experts), ("step_losses", "step_losses", _draw_losses)):
-        if section in results:
+    for name, figure in (("experts", _draw_experts), ("step_losses", _draw_losses)):
+        if name in results:
             files.append(folder / f"{name}.png")
-            figure(results)
-            plt.savefig(files[-1], dpi=110)
-            plt.close()
+            figure(results).savefig(files[-1], dpi=110)
     return files
 
 
-def _draw_experts(results: dict) -> None:
+def _draw_experts(results: dict) -> Figure:
     """Time of a step against the number of experts, ours and the loop, at the one batch shape where both ran."""
     shape = next((row["batch"], row["length"]) for row in results["experts"] if row["variant"] == "loop")
     rows = [row for row in results["experts"] if (row["batch"], row["length"]) == shape]
@@ -127,7 +122,8 @@ def _draw_experts(results: dict) -> None:
         "total rank 64": lambda row: row["experts"] * row["rank"] == 64,
         "rank 4 each": lambda row: row["rank"] == 4,
     }
-    _, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, (title, belongs) in zip(axes, panels.items(), strict=True):
         for variant, label, style in (("loop", "experts in a loop", "s--"), ("loramoe", "LoRAMoE, stacked", "o-")):
             points = sorted(
@@ -145,12 +141,14 @@ def _draw_experts(results: dict) -> None:
     axes[0].set_yticks(ticks, map(str, ticks))
     axes[0].set_ylabel(f"step time / frozen, batch {shape[0]} x {shape[1]}")
     axes[0].legend()
+    return figure
 
 
-def _draw_losses(results: dict) -> None:
+def _draw_losses(results: dict) -> Figure:
     curves = results["step_losses"]
     difference = max(abs(a - b) for a, b in zip(curves["loramoe"], curves["plain"], strict=True))
-    _, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    axis = figure.subplots()
     steps = range(1, len(curves["plain"]) + 1)
     axis.plot(steps, curves["plain"], linewidth=5, alpha=0.35, label="plain autograd, all logits")
     axis.plot(steps, curves["loramoe"], color="black", linewidth=1.2, label="as users train")
@@ -158,3 +156,4 @@ def _draw_losses(results: dict) -> None:
     axis.set_xticks([step for step in steps if step % 5 == 0 or step == 1])
     axis.grid(alpha=0.3)
     axis.legend()
+    return figure

@@ -7,6 +7,7 @@ same instruments.
 import ctypes
 import gc
 import re
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,29 @@ def return_freed_memory() -> None:
 def trim_heap() -> None:
     """Give back to the system, once, what the C heap holds free: what one variant needed is there for the next one."""
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def step(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Forward and backward pass; gradients are thrown away. Returns the seconds."""
+    start = time.perf_counter()
+    model(**batch).loss.backward()
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def step_counts(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Bytes kept for the backward pass of a step, and its FLOPs."""
+    with SavedBytes(model) as saved:
+        model(**batch)
+    return {"saved_bytes": saved.total, "flops": count_flops(lambda: step(model, batch))}
+
+
+def step_memory(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Resident bytes before the second step and the most during it, since the first one allocates more."""
+    step(model, batch)
+    level, peak = peak_memory(lambda: step(model, batch))
+    return {"resident_before_step": level, "peak_resident": peak}
 
 
 def peak_memory(run: Callable[[], object]) -> tuple[int, int]:

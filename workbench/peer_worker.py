@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -73,26 +72,6 @@ def build(request: dict) -> nn.Module:
         return peft.get_peft_model(model, config).train()
 
 
-def step(model: nn.Module, batch: dict) -> float:
-    start = time.perf_counter()
-    model(**batch).loss.backward()
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def measure(model: nn.Module, batch: dict) -> dict:
-    with instruments.SavedBytes(model) as saved:
-        model(**batch)
-    return {"saved_bytes": saved.total, "flops": instruments.count_flops(lambda: step(model, batch))}
-
-
-def resident(model: nn.Module, batch: dict) -> dict:
-    step(model, batch)
-    level, peak = instruments.peak_memory(lambda: step(model, batch))
-    return {"resident_before_step": level, "peak_resident": peak}
-
-
 def main() -> None:
     # Only answers go to the pipe; whatever libraries print goes where errors go.
     answers = os.fdopen(os.dup(1), "w")
@@ -106,11 +85,11 @@ def main() -> None:
                 model, is_large = build(request), request["variant"] == "xlora"
                 answer = {"version": peft.__version__, "file": peft.__file__}
             elif request["do"] == "measure":
-                answer = measure(model, batch)
+                answer = instruments.step_counts(model, batch)
             elif request["do"] == "resident":
-                answer = resident(model, batch)
+                answer = instruments.step_memory(model, batch)
             else:
-                answer = {"seconds": step(model, batch)}
+                answer = {"seconds": instruments.step(model, batch)}
         except (RuntimeError, TypeError, ValueError) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         if is_large or request["do"] != "step":

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers import PretrainedConfig
 
 from data import InputError
 from loading.arguments import FLAG_OF_FIELD, DataArguments
-from loading.command_line import listed
+from loading.command_line import listed, refuse, run_verb
 from peft import LoraConfig, TaskType
 from training.throughput import GIB, PEAK_TFLOPS
 from transformers_patch.auto import default_targets
@@ -230,10 +229,11 @@ def check(folder: str) -> tuple[list[list[str]], float, float]:
         tensors = random_batch(base.config.vocab_size, batch, length)
         with SavedBytes(model) as saved:
             model(**tensors)
-        level, most = run_alone(resident_memory, folder, variant, tensors)
+        resident = run_alone(resident_memory, folder, variant, tensors)
+        step_peak = resident["peak_resident"] - resident["resident_before_step"]
         for name, predicted, measured in (
             ("saved", counts.saved, saved.total),
-            ("peak", counts.step_peak, most - level),
+            ("peak", counts.step_peak, step_peak),
         ):
             error = predicted / measured - 1
             errors[name].append(abs(error))
@@ -300,8 +300,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         pattern = r"\b(" + "|".join(FLAG_OF_FIELD) + r")\b"
         problems += re.sub(pattern, lambda match: FLAG_OF_FIELD[match[0]], str(error)).splitlines()
-    if problems:
-        raise InputError(problems[0] if len(problems) == 1 else "\n".join(f"- {problem}" for problem in problems))
+    refuse(problems)
     return flags
 
 
@@ -329,7 +328,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_verb(main)

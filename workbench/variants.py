@@ -4,7 +4,6 @@ Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O inpu
 """
 
 import copy
-import time
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from peft import LoraConfig, LoraLayer, Router, TaskType, get_peft_model
 from transformers_patch import AutoModelForCausalLM, LlamaLoRAMoEForCausalLM
 from transformers_patch.mixin import LoRAMoEOutput
 from transformers_patch.recorder import RoutingRecorder
-from workbench.instruments import peak_memory, return_freed_memory
+from workbench.instruments import return_freed_memory, step_memory
 
 # A Llama so small that --quick spends its time on the benchmark's own code.
 QUICK_MODEL = {
@@ -171,18 +170,7 @@ def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dic
     }
 
 
-def step(model: nn.Module, batch: dict[str, Tensor]) -> float:
-    """Forward and backward pass; gradients are thrown away. Returns the seconds."""
-    start = time.perf_counter()
-    model(**batch).loss.backward()
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def resident_memory(folder: str | None, variant: Variant, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Resident bytes before a step and the most during it, the first step having passed."""
+def resident_memory(folder: str | None, variant: Variant, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Resident memory of a variant's step; see `step_memory`."""
     return_freed_memory()
-    model = variant.model(load_base(folder))
-    step(model, batch)
-    return peak_memory(lambda: step(model, batch))
+    return step_memory(variant.model(load_base(folder)), batch)
