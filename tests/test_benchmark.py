@@ -110,7 +110,7 @@ def test_training_and_experts_are_measured_and_drawn(tmp_path, model_dir):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sections", "steps,speed"], "there is no speed; there are steps, experts"),
+        (["--sections", "steps,speed"], "unknown: speed; choose from steps, experts"),
         (["--rounds", "0"], "--rounds is 0, but has to be at least 1"),
         (["--quick", "--sections", "training"], "name one with --model"),
         (["--model", "no/such/folder"], "no base model could be loaded from no/such/folder"),

@@ -2,6 +2,6 @@
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """Rows under a header; every cell becomes its `str`."""
+    """Format a header and rows; every cell becomes its `str`."""
     lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
