@@ -20,6 +20,7 @@ from data import (
     marked_row,
     task_types,
 )
+from data.atomic import atomic_files, write_json
 from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from loading.base_model import (
     adapter_warnings,
@@ -32,7 +33,7 @@ from loading.base_model import (
 )
 from loading.run_files import RESULTS_NAME, STATE_NAME
 from peft.saving import WEIGHTS_NAME
-from training.checkpoint import filling, find_checkpoint, writers, writing
+from training.checkpoint import find_checkpoint, writers, writing
 from training.ending import run_process
 from training.publish import open_repository, publish
 from training.report import (
@@ -44,7 +45,7 @@ from training.report import (
     write_routing,
 )
 from training.routing import routing_summary
-from training.run_folder import RunFolder, run_config, write_json
+from training.run_folder import RunFolder, run_config
 from training.stopping import StoppedError, StopSignals
 from training.trainer import LoRAMoETrainer
 
@@ -63,9 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         check_attention(skeleton, model_args.attn_implementation)
         model_args.resolve(skeleton)
-        train_data, eval_data = load_rows(tokenizer, model_args, data_args, args)
+        train_data, eval_data, data_sha256 = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
-        config = run_config(model_args, data_args, args)
+        config = run_config(model_args, data_args, args, data_sha256)
     say(args, *adapter_warnings(model_args))
     folder = RunFolder(args.output_dir)
     repository = open_repository(args)
@@ -126,8 +127,9 @@ def run(
 
 def load_rows(
     tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, data_args: DataArguments, args: RunArguments
-) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation rows, encoded. Says what was found, and warns of rows that are in both.
+) -> tuple[Dataset, Dataset | None, dict[str, str]]:
+    """Training and evaluation rows, encoded, and the hashes of their files for `run_config`. Prints what was found, and
+    warns of rows that are in both.
 
     Raises:
         InputError: a file or a row cannot be used, or there are too few rows for a single micro-batch that is kept.
@@ -146,9 +148,10 @@ def load_rows(
             f"{micro_batch} over all processes; leave it out or lower --per_device_train_batch_size"
         )
     messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]
-    eval_data = None
+    eval_data, data_sha256 = None, {"dataset_sha256": train_counts.sha256}
     if data_args.validation_file:
         eval_data, eval_counts = load(data_args.validation_file)
+        data_sha256["validation_sha256"] = eval_counts.sha256
         messages.append(f"evaluation rows  {data_args.validation_file}: {eval_counts.summary(encoding.max_seq_length)}")
         if args.process_index == 0 and (shared := count_shared_rows(train_data, eval_data)):
             messages.append(
@@ -159,7 +162,7 @@ def load_rows(
     messages += ["first training row, what is learnt in [[ ]]:", marked_row(tokenizer, train_data[0])]
     if not args.prepare_only:
         say(args, *messages)
-    return train_data, eval_data
+    return train_data, eval_data, data_sha256
 
 
 def unseen_task_types(train_data: Dataset, eval_data: Dataset, names: Sequence[str]) -> list[str]:
@@ -233,15 +236,15 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
     """Write what is left; `all_results.json` comes last and marks the run as finished."""
     if not trainer.is_world_process_zero():
         return
-    with filling(folder.path) as aside:
-        trainer.state.save_to_json(str(aside / STATE_NAME))
+    with atomic_files(folder.path) as temporary:
+        trainer.state.save_to_json(str(temporary / STATE_NAME))
         if trainer.routing:
             adapter = trainer.accelerator.unwrap_model(trainer.model).active_peft_config
             summary = routing_summary(trainer.routing, adapter)
             summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
-            write_routing(aside, summary)
+            write_routing(temporary, summary)
         data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
-        write_model_card(aside, config, results, {name: rows for name, rows in data.items() if rows is not None})
+        write_model_card(temporary, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)
     trainer.keep_best_checkpoint()
     say(trainer.args, *summary_lines(folder.path, results))

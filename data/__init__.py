@@ -1,13 +1,16 @@
-"""Records in, tensors out: data files (`files.py`), rows (`rows.py`), prompts (`prompt.py`), encoded data sets
-(`dataset.py`), processes that share the work on rows (`workers.py`), which rows go together (`sampler.py`), batches
-(`collate.py`), files of answers (`answers.py`). Knows no model."""
+"""From data files to batches, without any model.
+
+`files.py` reads data files, `rows.py` checks rows, `prompt.py` turns them into tokens, `dataset.py` encodes and caches
+whole files with the processes of `workers.py`, `sampler.py` orders rows, `collate.py` makes batches. `recipes.py` maps
+public data sets to rows, `tasks.py` and `facts.py` make them. `answers.py` is the file of generated answers,
+`atomic.py` how files and folders are written, `errors.py` what the user can fix.
+"""
 
 from data.answers import AnswerFile
 from data.collate import IGNORED_LABEL, Collator, supervised_indices
 from data.dataset import (
     DataStatistics,
     Encoding,
-    content_hash,
     count_shared_rows,
     file_hash,
     load_data,
@@ -43,7 +46,6 @@ __all__ = [
     "EpochDataLoader",
     "GlobalBatchSampler",
     "InputError",
-    "content_hash",
     "count_shared_rows",
     "encode_answer",
     "encode_prompt",

@@ -1,31 +1,31 @@
-"""A file of answers, written batch by batch, that an interrupted program goes on with."""
+"""A file of answers, written batch by batch, that an interrupted program continues."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from data.errors import InputError
+from data.atomic import atomic_file
+from data.errors import InputError, writing
 from data.files import Unreadable
 
 
 class AnswerFile:
     """The answers to a list of rows.
 
-    While it grows, it is `NAME.partial`: JSON Lines, the settings first, then a line for each answer. The file itself
-    appears whole, in the rows' order, when the last answer is there.
+    Until the last answer is there, it is `NAME.partial`: JSON Lines, the settings first, then a line for each answer.
+    The name is fixed, since the next program continues it. Then the complete file appears, in the rows' order.
 
     Args:
-        path: a .json (list) or .jsonl file; one that is there is replaced at the end.
+        path: a .json (list) or .jsonl file; an existing one is replaced at the end.
         rows: the rows that are answered.
         settings: everything else that the answers depend on.
 
     Attributes:
-        answers: the answers that are there, by the row's index.
+        answers: the answers so far, by the row's index.
 
     Raises:
-        InputError: the file cannot be made, or a half-written one belongs to other rows or settings.
+        InputError: the file cannot be written, or an incomplete one belongs to other rows or settings.
     """
 
     def __init__(self, path: str | Path, rows: list[dict], settings: dict):
@@ -37,7 +37,7 @@ class AnswerFile:
         self.answers: dict[int, dict] = {}
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._take_up():
+            if not self._resume():
                 self.partial.write_text(json.dumps(self._head) + "\n")
 
     def append(self, answers: dict[int, dict]) -> None:
@@ -52,7 +52,7 @@ class AnswerFile:
             stream.write("\n".join(lines) + "\n")
 
     def finish(self) -> None:
-        """Put the whole file in its place: each row with its answer's fields.
+        """Write the complete file: each row with its answer's fields.
 
         Raises:
             InputError: it cannot be written.
@@ -62,26 +62,18 @@ class AnswerFile:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
             text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
-        whole = self.path.with_name(f"{self.path.name}.tmp")
         with self._writing():
-            whole.write_text(text, encoding="utf-8")
-            whole.replace(self.path)
+            with atomic_file(self.path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
             self.partial.unlink()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A context in which what cannot be written is one message."""
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"{self.path} cannot be written: {error.strerror}; once it can, the same command goes on"
-            ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"{self.path} cannot be written", "once it can, the same command goes on")
 
-    def _take_up(self) -> bool:
-        """Read what an interrupted program has left; False where there is nothing."""
+    def _resume(self) -> bool:
+        """Read what an interrupted program has left, if anything; returns whether it left something."""
         lines = self.partial.read_bytes().splitlines(keepends=True) if self.partial.is_file() else []
-        if not lines or lines == [lines[0].rstrip(b"\n")]:  # nothing, or settings that were torn while being written
+        if not lines or lines == [lines[0].rstrip(b"\n")]:  # nothing, or incomplete settings
             return False
         head = _parsed(lines[0]) or {}
         differing = [
@@ -92,18 +84,18 @@ class AnswerFile:
         if differing:
             found = "\n".join(differing)
             raise InputError(
-                f"{self.partial} holds half of another command's answers:\n{found}\n"
+                f"{self.partial} holds some of another command's answers:\n{found}\n"
                 "delete it to start over, or choose another --output"
             )
         answers = [answer for line in lines[1:] if (answer := _parsed(line)) and "index" in answer]
         self.answers = {answer.pop("index"): answer for answer in answers}
-        if not lines[-1].endswith(b"\n"):  # Torn while being written.
+        if not lines[-1].endswith(b"\n"):  # incomplete
             self.partial.write_bytes(b"".join(lines[:-1]))
         return True
 
 
 def unwritable_field(row: dict) -> str | None:
-    """What of a row cannot be written into a file of answers, or None."""
+    """The problem with the first field of a row that cannot be written into a file of answers, or None."""
     for name, value in row.items():
         if isinstance(value, Unreadable):
             return f"{name!r} cannot be read: {value.reason}"
@@ -115,7 +107,7 @@ def unwritable_field(row: dict) -> str | None:
 
 
 def _parsed(line: bytes) -> dict | None:
-    """A line's object; None for one that was torn while it was written."""
+    """A line's object, or None if the line is incomplete."""
     try:
         value = json.loads(line)
     except ValueError:

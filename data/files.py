@@ -1,9 +1,10 @@
 """Data files: finding them, and reading their rows block by block.
 
 Files are JSON (a list of rows), JSON Lines or Parquet; the last two are streamed, so their size does not matter. The
-text of the first two may have any of Unicode's encodings: one other than UTF-8 is recognised by its first bytes.
+first two may have any Unicode encoding, which is recognised by the first bytes.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ import pyarrow.parquet
 from data.errors import InputError, reading
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-# Of these, ValueError covers what is not Unicode; RecursionError is what endless nesting gives.
+# ValueError covers what is not Unicode, RecursionError endless nesting.
 NOT_JSON = (ValueError, RecursionError)
-# Raised for values that Python's types do not hold: text that is not UTF-8, years after 9999, unknown time zones.
+# Raised for values that Python's types cannot hold: text that is not UTF-8, years after 9999, unknown time zones.
 NO_PYTHON_VALUE = (ValueError, ArithmeticError, LookupError, pyarrow.ArrowException)
-# About how many characters of JSON Lines make a block, and how many rows of the other kinds.
+# Size of a block: about so many characters of JSON Lines, so many rows of the other kinds.
 CHARACTERS_OF_A_BLOCK = 2**18
 ROWS_OF_A_BLOCK = 1000
 
@@ -31,7 +32,7 @@ class Block(NamedTuple):
     Args:
         file: the data file.
         first: number of the first row (in JSON Lines, of the first line), counting from 1.
-        content: lines of JSON Lines in UTF-8, each but perhaps the last ended by a newline; else the rows.
+        content: for JSON Lines, the lines in UTF-8; else the rows.
     """
 
     file: Path
@@ -51,12 +52,10 @@ class Unreadable:
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """The data files that a path means: the file itself, or every data file in the folder, in name order.
-
-    Hidden files are left out. Every file can be opened.
+    """The data files at a path: the file itself, or every data file in the folder that is not hidden, in name order.
 
     Raises:
-        InputError: nothing is there, nothing of a known kind, nothing that may be read, or what has the name of a
+        InputError: there is nothing, or nothing of a known kind, the folder cannot be read, or what has the name of a
             data file is a folder, a pipe or the like.
     """
     path = Path(path)
@@ -70,13 +69,11 @@ def find_files(path: str | Path) -> list[Path]:
     for file in files:
         if not is_unicode(str(file)):
             raise InputError(f"{str(file)!r}: the path is not valid UTF-8; rename the file or its folder")
-        with reading(file), file.open("rb"):
-            pass
     return files
 
 
-def passed_over(path: str | Path) -> tuple[str, ...]:
-    """The names of what `find_files` does not take from a folder, folders in it among them; of a file none."""
+def skipped_files(path: str | Path) -> tuple[str, ...]:
+    """The names in a folder that `find_files` skips, subfolders among them; none for a file."""
     path = Path(path)
     if not path.is_dir():
         return ()
@@ -86,10 +83,10 @@ def passed_over(path: str | Path) -> tuple[str, ...]:
 
 
 def split_files(files: list[Path]) -> Iterator[Block]:
-    """The rows of the files in blocks, in their order.
+    """The rows of the files in blocks, in order. Each file is opened once.
 
     Raises:
-        InputError: a file is empty, cannot be read, or is not what its name says.
+        InputError: a file is empty, cannot be read, or is not of the kind that its name says.
     """
     splitters = {".json": _split_json, ".jsonl": _split_json_lines, ".parquet": _split_parquet}
     for file in files:
@@ -118,7 +115,7 @@ def read_block(block: Block) -> Iterator[tuple[int, object]]:
 
 
 def is_unicode(text: str) -> bool:
-    """False for text with half of a surrogate pair, which is how Python keeps bytes that are not UTF-8."""
+    """Tell whether text has no half of a surrogate pair, as which Python keeps bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -148,7 +145,7 @@ def _single(file: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is not hidden, in name order. The system hides files of its own beside data, as macOS does `._a.jsonl`."""
+    """What is not hidden, in name order. Systems hide their own files next to data, as macOS does `._a.jsonl`."""
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
@@ -161,11 +158,11 @@ def _split_json(file: Path) -> Iterator[Block]:
 
 
 def _split_json_lines(file: Path) -> Iterator[Block]:
-    with file.open("rb") as stream:
-        encoding = json.detect_encoding(stream.read(4))
     first = 1
-    # Lines end as on any system. Bytes that are not text survive, so that the row they belong to can be named.
-    with file.open(encoding=encoding, errors="surrogateescape") as stream:
+    with file.open("rb") as binary:
+        encoding = json.detect_encoding(binary.peek(4)[:4])
+        # Lines end as on any system. Bytes that are not text survive, so that the row they belong to can be named.
+        stream = io.TextIOWrapper(binary, encoding, errors="surrogateescape")
         try:
             while text := stream.read(CHARACTERS_OF_A_BLOCK) + stream.readline():
                 if first == 1 and text.lstrip().startswith("["):
@@ -177,10 +174,10 @@ def _split_json_lines(file: Path) -> Iterator[Block]:
 
 
 def _parsed(content: bytes, place: str, hint: str = "", encoding: str | None = None) -> object:
-    """The value of some JSON, whose encoding is that of its first bytes where none is given.
+    """The value of some JSON, whose encoding is recognised by its first bytes if none is given.
 
     Raises:
-        InputError: it has none, led by the place; the hint follows where it is not JSON.
+        InputError: it cannot be parsed. The message begins with the place and ends, if it is not JSON, with the hint.
     """
     try:
         text = content.decode(encoding or json.detect_encoding(content), errors="surrogatepass")

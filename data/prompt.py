@@ -1,4 +1,4 @@
-"""Turning rows into the text that the model reads (prompt) and the text that it learns to write (target)."""
+"""Prompts, the text that the model reads, and targets, the text that it learns to write, as token ids."""
 
 from datetime import date
 from functools import lru_cache
@@ -11,23 +11,22 @@ from data.files import is_unicode
 
 TEMPLATES = ("auto", "plain", "chat")
 # Variables of chat templates. Some write an empty block of thought before an answer that has none: with thinking off
-# it is part of the prompt as well, so that the answer alone is learnt and generated. Others ignore the variable.
+# it is part of the prompt as well, so that only the answer is learnt and generated. Others ignore the variable.
 TEMPLATE_VARIABLES = {"enable_thinking": False}
-# What a template raises itself, and what Python raises for an expression in it. ValueError: among several templates
-# none is the default.
-TEMPLATE_FAILS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# Raised by a template itself, and by Python for an expression in it. ValueError: none of several templates is the
+# default.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 PLACEHOLDER = "PLACE-OF-THE-CONTENT"
-# Templates that write today's date would train on one day and answer on another. This is the date that Llama 3 falls
-# back to.
+# Templates that write today's date would train with one date and answer with another. This is Llama 3's default.
 TEMPLATE_DATE = date(2024, 7, 26)
 DATE_CODES = "-d", "-m", *"aAbBdejmuwyYFDxcHIMSpT"
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`plain` or `chat`: what `auto` means for this tokenizer.
+    """Resolve `auto` to `plain` or `chat` for this tokenizer; these two stay.
 
     Raises:
-        InputError: the name is unknown, or `chat` is asked of a tokenizer without a chat template.
+        InputError: the name is unknown, or `chat` is given for a tokenizer without a chat template.
     """
     if name not in TEMPLATES:
         raise InputError(f"prompt template {name!r} is unknown; allowed are {', '.join(TEMPLATES)}")
@@ -39,7 +38,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def with_fixed_date(chat_template: str) -> str:
-    """A chat template whose `strftime_now` gives `TEMPLATE_DATE` on every day, here and wherever it is used."""
+    """A chat template whose `strftime_now` always gives `TEMPLATE_DATE`, here and wherever it is used."""
     codes = "".join(f"|replace('%{code}', '{TEMPLATE_DATE:%{code}}')" for code in DATE_CODES)
     macro = f"{{%- macro strftime_now(format) -%}}{{{{ format{codes} }}}}{{%- endmacro %}}\n"
     needed = "strftime_now" in chat_template and not chat_template.startswith(macro)
@@ -47,12 +46,12 @@ def with_fixed_date(chat_template: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, context: str) -> list[int]:
-    """Token ids of the prompt, up to the place where the answer begins. Training and generation share it.
+    """Token ids of the prompt, up to where the answer begins. Training and generation share it.
 
     plain (the format of the authors' code): instruction, then newline and input if there is one, end-of-sequence token.
-    chat: the tokenizer's own template with the same text as the user's turn.
+    chat: the tokenizer's template with the same text as the user's turn.
 
-    Special tokens come from the template alone: text in a row that spells one (`</s>`) stays text.
+    Only the template writes special tokens: text in a row that spells one (`</s>`) stays text.
 
     Raises:
         InputError: the text cannot be written as UTF-8.
@@ -61,10 +60,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction
 
 
 def encode_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, up to the place where the next answer begins.
+    """Token ids of a conversation, up to where the next answer begins.
 
     Args:
-        turns: each with `role` and `content`. In `plain`, which knows no turns, they are paragraphs of one prompt.
+        turns: each with `role` and `content`. In `plain`, which has no turns, they are paragraphs of one prompt.
 
     Raises:
         InputError: a text cannot be written as UTF-8.
@@ -78,14 +77,14 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[
 
 
 def encoding_problem(name: str, text: str | None) -> str | None:
-    """What is wrong with the bytes of a text that a user has typed, or None; `name` is what the message calls it."""
+    """A message if a text that a user has typed, which it calls `name`, is not UTF-8; else None."""
     if text is None or is_unicode(text):
         return None
     return f"{name} has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8"
 
 
 def show_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]]) -> str:
-    """The text of what `encode_turns` encodes."""
+    """The text that `encode_turns` encodes."""
     if template == "plain":
         return _paragraphs(turns) + tokenizer.eos_token
     return _render(tokenizer, [turns])[0]
@@ -94,7 +93,7 @@ def show_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[di
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]], answer: str
 ) -> list[int]:
-    """Token ids of an answer to a conversation, the token that ends it included.
+    """Token ids of an answer to a conversation, including the token that ends it.
 
     Raises:
         InputError: the chat template does not simply append the answer to the prompt.
@@ -105,7 +104,7 @@ def encode_answer(
 def encode_target(
     tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, context: str, output: str
 ) -> list[int]:
-    """Token ids of the answer, the token that ends it included.
+    """Token ids of the answer, including the token that ends it.
 
     Raises:
         InputError: the chat template does not simply append the answer to the prompt.
@@ -116,7 +115,7 @@ def encode_target(
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, template: str, rows: list[dict]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and targets of many rows: what `encode_prompt` and `encode_target` give, in less time.
+    """Prompts and targets of many rows, as `encode_prompt` and `encode_target` give, in less time.
 
     Raises:
         InputError: the chat template does not simply append the answer to the prompt.
@@ -128,7 +127,7 @@ def encode_rows(
 
 
 def marked_row(tokenizer: PreTrainedTokenizerBase, row: dict, most_characters: int = 400) -> str:
-    """An encoded row as text, what is learnt of it in [[ ]]; long parts are shortened in the middle."""
+    """An encoded row as text, with the supervised part in [[ ]]; long parts are shortened in the middle."""
     ids, length = list(row["input_ids"]), row["prompt_length"]
     prompt, target = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids[:length], ids[length:]))
     return f"{_shortened(prompt, most_characters)}[[{_shortened(target, most_characters)}]]"
@@ -147,8 +146,8 @@ def _encode_exchanges(
     answers = _render_answers(tokenizer, shown, rendered, _shown(tokenizer, outputs))
     targets = _encode_rendered(tokenizer, answers, [[output] for output in outputs])
     if _marks_beginnings(tokenizer):
-        behind = _encode_behind(tokenizer, prompts, rendered, answers, outputs)
-        targets = [ids or apart for ids, apart in zip(behind, targets, strict=True)]
+        in_context = _encode_in_context(tokenizer, prompts, rendered, answers, outputs)
+        targets = [ids or separate for ids, separate in zip(in_context, targets, strict=True)]
     ends = set(_control_tokens(tokenizer).values())
     return prompts, [ids if ids and ids[-1] in ends else [*ids, tokenizer.eos_token_id] for ids in targets]
 
@@ -171,7 +170,7 @@ def _plain_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, contents: list[str]) -> list[str]:
-    """What the chat template is given to write: a placeholder for a content that spells a special token."""
+    """Contents for the chat template: those that spell a special token are replaced by a placeholder."""
     return [PLACEHOLDER if _spells_control(tokenizer, content) else content for content in contents]
 
 
@@ -190,13 +189,13 @@ def _apply_template(
     """Conversations as the chat template writes them.
 
     Raises:
-        InputError: the template is wrong, or it takes no such conversation.
+        InputError: the template is wrong, or does not accept such a conversation.
     """
     try:
         return tokenizer.apply_chat_template(
             conversations, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_VARIABLES
         )
-    except TEMPLATE_FAILS as error:
+    except TEMPLATE_ERRORS as error:
         raise InputError(
             f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)}); fix it, or use "
             "prompt_template plain"
@@ -209,24 +208,24 @@ def _render_answers(
     prompts: list[str],
     outputs: list[str],
 ) -> list[str]:
-    """What the chat template puts behind the prompts for the answers, without the white space between turns."""
+    """The text that the chat template appends to the prompts for the answers, without the white space between turns."""
     turns = [
         [*conversation, {"role": "assistant", "content": output}]
         for conversation, output in zip(conversations, outputs, strict=True)
     ]
-    wholes = _apply_template(tokenizer, turns, add_generation_prompt=False)
-    if not all(map(str.startswith, wholes, prompts)):
+    texts = _apply_template(tokenizer, turns, add_generation_prompt=False)
+    if not all(map(str.startswith, texts, prompts)):
         raise InputError(
             "the tokenizer's chat template does not append the answer to the prompt, so the supervised part cannot "
             "be told apart; use prompt_template plain"
         )
-    return [whole[len(prompt) :].rstrip() for whole, prompt in zip(wholes, prompts, strict=True)]
+    return [text[len(prompt) :].rstrip() for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def _encode_rendered(
     tokenizer: PreTrainedTokenizerBase, rendered: list[str], contents: list[list[str]]
 ) -> list[list[int]]:
-    """Token ids of what the template wrote for contents: special tokens count only where they are the template's."""
+    """Token ids of rendered text. Special tokens in it count only if the template wrote them, not the contents."""
     rows = [_pieces(tokenizer, *both) for both in zip(rendered, contents, strict=True)]
     ids = {
         literal: iter(_tokenize(tokenizer, [text for row in rows for text, kind in row if kind == literal], literal))
@@ -236,7 +235,7 @@ def _encode_rendered(
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, rendered: str, contents: list[str]) -> list[tuple[str, bool]]:
-    """The pieces of a rendered text that are encoded apart, and for each whether its special tokens are text."""
+    """The pieces of a rendered text that are encoded separately, and for each whether its special tokens are text."""
     spelling = [content for content in contents if _spells_control(tokenizer, content)]
     if not spelling:
         return [(rendered, False)]
@@ -250,21 +249,21 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, rendered: str, contents: list[st
     return [(first, False), *(piece for content, part in pairs for piece in ((content, True), (part, False)))]
 
 
-def _encode_behind(
+def _encode_in_context(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     rendered: list[str],
     answers: list[str],
     outputs: list[str],
 ) -> list[list[int]]:
-    """Token ids of answers as they follow their prompts: encoded apart, they would begin with a mark of their own.
+    """Token ids of answers as they follow their prompts: encoded separately, they would begin with a word's mark.
 
-    Empty for an answer that spells a special token, or without which the prompt has other tokens.
+    Empty for an answer that spells a special token, or with which the prompt is tokenized differently.
     """
-    wholes = _tokenize(tokenizer, list(map(str.__add__, rendered, answers)), literal=False)
+    encoded = _tokenize(tokenizer, list(map(str.__add__, rendered, answers)), literal=False)
     return [
         ids[len(prompt) :] if ids[: len(prompt)] == prompt and not _spells_control(tokenizer, output) else []
-        for ids, prompt, output in zip(wholes, prompts, outputs, strict=True)
+        for ids, prompt, output in zip(encoded, prompts, outputs, strict=True)
     ]
 
 
@@ -275,7 +274,7 @@ def _tokenize(
 
     Args:
         literal: special tokens that a text spells are text.
-        add_special_tokens: put those in that the tokenizer itself adds to a text.
+        add_special_tokens: add those that the tokenizer itself adds to a text.
     """
     if not texts:
         return []
@@ -290,7 +289,7 @@ def _tokenize(
 
 @lru_cache(maxsize=8)
 def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts the mark of a word before any text, as SentencePiece does."""
+    """Tell whether the tokenizer puts the mark of a word before any text, as SentencePiece does."""
     return "".join(tokenizer.tokenize("x")) != "x"
 
 
@@ -300,8 +299,8 @@ def _spells_control(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Every token that is not text, by its spelling. Tokenizers do not always list those that their templates use
-    (the end of a turn, say) among their special tokens."""
+    """Every token that is not text, by its spelling. Tokenizers do not always list those that their templates use (the
+    end of a turn, say) as special tokens."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
@@ -311,5 +310,5 @@ def _shortened(text: str, most: int) -> str:
 
 
 def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Some tokenizers append the end token themselves; the template writes it where it belongs."""
+    """Remove the end token that some tokenizers append themselves; the template writes it where it belongs."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

@@ -1,9 +1,9 @@
-"""Rows of instruction data: checking every one, and completing them.
+"""Rows of instruction data: checking and completing them.
 
 A row has the string fields `instruction`, `input` (may be empty or missing) and `output`, an optional `task_type` (a
-number, or a name where the run has names for them), an optional string `task` that names the kind of task, and an
-optional list `aliases` of other answers that are right, which evaluation alone looks at. Other columns are ignored,
-unless their names say that they were meant to be trained on.
+number, or a name if the run has names for them), an optional string `task` that names the task, and an optional list
+`aliases` of other right answers, which only evaluation uses. Other columns are ignored, unless their names say that
+they were meant to be trained on.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from data.files import Block, Unreadable, is_unicode, read_block, shown, split_f
 from data.workers import map_blocks
 
 FIELDS = ("instruction", "input", "output", "task_type", "task", "aliases")
-# Without underscores, the names under which other formats keep what comes before an instruction.
+# Names, without underscores, under which other formats keep what comes before an instruction.
 CONVERSATION = {
     "system", "systemmessage", "systemprompt", "history", "chathistory", "conversationhistory", "messages", "turns",
     "chat", "conversation", "conversations", "dialog", "dialogue",
@@ -35,10 +35,10 @@ MOST_PROBLEMS_SHOWN = 10
 def check_rows(
     files: list[Path], num_task_types: int, task_type_names: Sequence[str] = (), num_proc: int = 1
 ) -> tuple[int, list[str]]:
-    """Read every row once and check it. Returns the number of rows, and the names of columns that are ignored.
+    """Check every row. Returns the number of rows, and the names of columns that are ignored.
 
     Raises:
-        InputError: some row is not as it has to be (the first few are listed with file and row), or there is no row.
+        InputError: rows are invalid (the first few are listed with file and row), or there are none.
     """
     problems: list[str] = []
     count, ignored = 0, set()
@@ -57,14 +57,14 @@ def check_rows(
 
 
 def refuse_rows(problems: list[str], at_least: int = 1) -> None:
-    """Raises InputError with the first of the problems that rows have, if there are so many."""
+    """Raise InputError with the first of the problems that rows have, if there are so many."""
     if len(problems) >= at_least:
         more = ["... and perhaps more; fix these first"] if len(problems) > MOST_PROBLEMS_SHOWN else []
         raise InputError("\n".join([*problems[:MOST_PROBLEMS_SHOWN], *more]))
 
 
 def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str] = ()) -> str | None:
-    """What is wrong with a row, or None."""
+    """The first problem of a row, or None."""
     if not isinstance(row, dict):
         return f"is {shown(row)}, but has to be an object with instruction, input and output"
     if problem := next(filter(None, (_column_problem(row, name) for name in _other_columns(row))), None):
@@ -100,10 +100,9 @@ def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str]
 
 
 def complete_rows(block: Block, task_type_names: Sequence[str] = ()) -> list[dict]:
-    """Checked rows with every field present; a missing task type is -1, a missing `input`, `task` or `aliases` empty,
-    and a name of a task type is its number.
+    """Checked rows with all fields, and `source`, which says where a row comes from.
 
-    `source` says where a row comes from.
+    A missing task type becomes -1, a missing `input`, `task` or `aliases` empty, the name of a task type its number.
     """
     rows = []
     for number, row in read_block(block):
@@ -125,7 +124,7 @@ def complete_rows(block: Block, task_type_names: Sequence[str] = ()) -> list[dic
 
 
 def _check_block(block: Block, num_task_types: int, task_type_names: Sequence[str]) -> tuple[int, list[str], set[str]]:
-    """The number of rows, what is wrong with them, and the names of other columns."""
+    """The number of rows, their problems, and the names of other columns."""
     rows = list(read_block(block))
     problems = [
         f"{block.file}: row {number}: {problem}"
@@ -141,7 +140,7 @@ def _other_columns(row: dict) -> list[str]:
 
 
 def _column_problem(row: dict, name: str) -> str | None:
-    """What is wrong with a column that is not a field, or None where it may be ignored."""
+    """The problem with a column that is not a field, or None if it may be ignored."""
     if _letters(name) in CONVERSATION and _says_something(row[name]):
         return (
             f"has a {name!r}, which is not supported: a row is one instruction and one answer; put its text into "
@@ -172,7 +171,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _says_something(value: object) -> bool:
-    """False for what holds no text, however nested: numbers and the like count turns or name them."""
+    """Tell whether a value holds text, however nested; numbers and the like count turns or name them."""
     values = [value]
     while values:
         value = values.pop()

@@ -1,4 +1,4 @@
-"""Which rows make up which batch: an order that neither the number of processes nor a resumed run can change."""
+"""The order of rows and their batches, the same for any number of processes and in a resumed run."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -9,18 +9,18 @@ from torch.utils.data import DataLoader, Sampler
 Order = Literal["random", "group_by_length", "sequential"]
 ORDERS: tuple[Order, ...] = ("random", "group_by_length", "sequential")
 
-# So many global batches are sorted by length together. More would pad a little less and shuffle less.
+# Global batches that are sorted by length together. More would pad a little less and shuffle less.
 BATCHES_SORTED_TOGETHER = 50
 
 
 def epoch_order(lengths: np.ndarray, order: Order, global_batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Row numbers of one epoch; each `global_batch_size` of them in turn are the rows of one optimizer step.
 
-    A function of its arguments alone: no random state outside has a part in it.
+    Depends on its arguments alone, not on any global random state.
 
     `group_by_length` shuffles the rows, sorts stretches of them by length, cuts these into global batches and shuffles
-    the batches. The batch with the longest row comes first, so that memory that does not suffice is found at once; the
-    one that the rows do not fill stays last.
+    the batches. The batch with the longest row comes first, so that too little memory is noticed at once; the
+    incomplete one stays last.
 
     Args:
         lengths: tokens of each row.
@@ -45,19 +45,19 @@ def epoch_order(lengths: np.ndarray, order: Order, global_batch_size: int, seed:
 class GlobalBatchSampler(Sampler[list[int]]):
     """The micro-batches of one process, as lists of row numbers.
 
-    The rows of an epoch (`epoch_order`) are cut into global micro-batches, and each of these evenly among the
-    processes. So an optimizer step has the same rows however many processes and micro-batches share them. The last
+    The rows of an epoch (`epoch_order`) are cut into global micro-batches, and each of these is divided evenly among
+    the processes. So an optimizer step has the same rows however many processes and micro-batches share them. The last
     global micro-batch of an epoch may be smaller; a process then has fewer rows than others, or none.
 
     Args:
         lengths: tokens of each row.
         order: see `epoch_order`.
-        seed: of the order.
+        seed: seed of the order.
         micro_batch_size: rows per process and micro-batch.
         accumulation_steps: micro-batches per optimizer step.
         num_processes: processes that share the rows.
         rank: this process's number.
-        drop_last: leave the last global micro-batch out where it is smaller.
+        drop_last: leave out the last global micro-batch if it is smaller.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class EpochDataLoader(DataLoader):
-    """A DataLoader that tells its batch sampler which epoch begins, as trainers do by `set_epoch`."""
+    """A DataLoader whose `set_epoch`, which trainers call, sets the epoch of its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from data import TEMPLATES, DataStatistics, Encoding, InputError, content_hash, load_data
+from data import TEMPLATES, DataStatistics, Encoding, InputError, load_data
+from data.atomic import write_json
+from data.errors import writing
 from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from inference.generation import DecodingArguments
 from inference.metrics import PACKAGE_OF
@@ -19,7 +21,6 @@ from inference.trained import InferenceArguments, TrainedModel, load_trained
 from loading.arguments import DataArguments
 from loading.base_model import check_lengths
 from loading.command_line import flag, output_problem, parse_flags, refuse, run_verb
-from training.run_folder import write_json
 
 COMMAND = "python -m scripts.evaluate"
 
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     for path, rows, statistics in load_sets(trained, paths, template, args):
         print(f"{path}: {statistics.summary(max_length(trained, args))}", flush=True)
         report["data"].append(evaluate_set(trained, models, rows, template, args, inference.batch_size))
-        report["data"][-1] |= {"path": path, "sha256": content_hash(path), "rows": len(rows)}
+        report["data"][-1] |= {"path": path, "sha256": statistics.sha256, "rows": len(rows)}
         report["data"][-1] |= {"truncated": statistics.truncated, "dropped": statistics.dropped}
         print(*table_lines(report["data"][-1]["results"]), sep="\n", flush=True)
     if args.lm_eval:
@@ -234,11 +235,9 @@ def harness_lines(results: dict[str, dict]) -> list[str]:
 
 def write_report(path: Path, report: dict) -> None:
     """Raises InputError where the file cannot be written."""
-    try:
+    with writing(f"--output {path} cannot be written", "choose another file, or make this one writable"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
-    except OSError as error:
-        raise InputError(f"--output {path} cannot be written: {error.strerror}") from error
     print(f"everything is in {path}")
 
 

@@ -18,6 +18,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from data import InputError
+from data.atomic import atomic_folder
+from data.errors import writing
 from inference.rows import batches, load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained
 from loading.command_line import flag, output_problem, parse_flags, run_verb
@@ -25,7 +27,6 @@ from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, s
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
 from peft.static import is_plain_product
-from scripts.whole_folder import whole_folder
 from transformers_patch.labels import LabelledPositions
 
 COMMAND = "python -m scripts.export_lora"
@@ -85,7 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     costs = compare(trained.model, batches(trained, rows, inference.batch_size, "measuring"), other)
     name = f"{args.weights}, merged" if args.merge else args.weights
     print(f"{len(rows)} rows of {path}, each answer with its end token", *cost_lines(costs, name), sep="\n")
-    with whole_folder(output) as folder:
+    with (
+        writing(f"{output} cannot be written", "once it can, run the same command again"),
+        atomic_folder(output) as folder,
+    ):
         if args.merge:
             base = trained.model.get_base_model()
             base.generation_config = trained.proposed_generation

@@ -26,12 +26,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data import InputError
+from data.atomic import atomic_folder
+from data.errors import writing
 from loading.arguments import FLAG_OF_FIELD
 from loading.command_line import output_problem
 from peft import LoraConfig, TaskType
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
-from scripts.whole_folder import whole_folder
 
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -104,7 +105,10 @@ def import_checkpoint(
     if problems := tensor_problems(tensors, modules, config):
         raise InputError(f"{checkpoint / PICKLE_NAME} does not fit its {CONFIG_NAME}:\n  " + "\n  ".join(problems))
     config.target_modules = targets_for(config.target_modules, modules)
-    with whole_folder(output) as folder:
+    with (
+        writing(f"{output} cannot be written", "once it can, run the same command again"),
+        atomic_folder(output) as folder,
+    ):
         save_adapter_weights(stack_experts(tensors, modules, config.lora_nums), folder)
         config.save_pretrained(folder)
     return config, modules

@@ -33,6 +33,8 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 from data import InputError, first_line
+from data.atomic import atomic_file
+from data.errors import writing
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import RECIPES, Source, evaluation_parts
 from inference.metrics import normalized
@@ -54,9 +56,7 @@ class PrepareArguments:
     output: str | None = flag(None, "folder to create")
     recipe: str = flag("paper", f"which data sets to mix: {', '.join(RECIPES)}")
     size: str = flag("100K", "total number of training rows; K and M are thousands and millions")
-    knowledge_share: float = flag(
-        0.2, "share of closed-book questions (task type 1, world knowledge); the other tasks share the rest"
-    )
+    knowledge_share: float = flag(0.2, "share of closed-book questions (world knowledge); other tasks share the rest")
     max_words: int = flag(600, "most words in a prompt; training rows with longer ones are left out")
     evaluation_rows: int = flag(1000, "rows kept of each evaluation set; training rows avoid all of its questions")
     without: list[str] = field(
@@ -114,28 +114,18 @@ def main(argv: list[str] | None = None) -> None:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # unreadable() reports errors, once
     folder = Path(args.output)
-    with writing(folder), alone(folder):
-        aside, counts = begin(folder, args, argv)
-        save(aside, counts)
+    with writing(f"{folder} cannot be written", "once that is fixed, run the same command to continue"), alone(folder):
+        partial, counts = begin(folder, args, argv)
+        save(partial, counts)
         parts = evaluation_parts(args.sources)
         every = tqdm([*args.sources, *parts], "finding sets", leave=False)
         opened = {part: open_part(part, args.seed) for part in every}
-        asked = write_evaluation(aside, {part: opened[part] for part in parts}, args, counts)
-        write_training(aside, {source: opened[source] for source in args.sources}, asked, args, counts)
-        write_without_overlap(aside, counts)
-        aside.rename(folder)
+        asked = write_evaluation(partial, {part: opened[part] for part in parts}, args, counts)
+        write_training(partial, {source: opened[source] for source in args.sources}, asked, args, counts)
+        write_without_overlap(partial, counts)
+        partial.rename(folder)
     print(*table_lines(counts), sep="\n")
     print(f"{rows_so_far(counts):,} of {args.rows:,} training rows are in {folder}/train")
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A context that turns failures to write into one message."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"{folder} cannot be written: {error.strerror}"
-        raise InputError(f"{reason}; once that is fixed, run the same command to continue") from error
 
 
 @contextmanager
@@ -166,17 +156,17 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
     """
     if folder.exists():
         raise InputError(f"--output {folder} exists already; choose another folder, or delete it")
-    aside = folder.with_name(f"{folder.name}.incomplete")
-    file = aside / COUNTS_NAME
+    partial = folder.with_name(f"{folder.name}.incomplete")
+    file = partial / COUNTS_NAME
     settings = args.settings()
     if not file.exists():
         made_by = provenance("scripts.prepare_data", argv)
         made_by["versions"]["datasets"] = datasets.__version__
-        return aside, {"settings": settings, **made_by, "train": {}, "evaluation": {}}
+        return partial, {"settings": settings, **made_by, "train": {}, "evaluation": {}}
     try:
         counts = json.loads(file.read_bytes())
     except ValueError:
-        raise InputError(f"{file} is corrupt; delete {aside} to start over") from None
+        raise InputError(f"{file} is corrupt; delete {partial} to start over") from None
     differing = [
         f"  {name}: {counts['settings'].get(name)!r} there, {value!r} now"
         for name, value in settings.items()
@@ -185,12 +175,14 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
     if differing:
         found = "\n".join(differing)
         raise InputError(
-            f"{aside} holds part of another mixture:\n{found}\ndelete it to start over, or choose another --output"
+            f"{partial} holds part of another mixture:\n{found}\ndelete it to start over, or choose another --output"
         )
     # The share of each task depends on those before it, so all tasks after a missing file are made again.
-    kept = takewhile(lambda item: not item[1]["got"] or training_file(aside, item[0]).exists(), counts["train"].items())
+    kept = takewhile(
+        lambda item: not item[1]["got"] or training_file(partial, item[0]).exists(), counts["train"].items()
+    )
     counts["train"] = dict(kept)
-    return aside, counts
+    return partial, counts
 
 
 def open_part(source: Source, seed: int) -> datasets.IterableDataset:
@@ -232,9 +224,9 @@ def unreadable(source: Source, reason: str) -> InputError:
     )
 
 
-def write_evaluation(aside: Path, opened: dict[Source, Iterable], args: PrepareArguments, counts: dict) -> set[int]:
+def write_evaluation(partial: Path, opened: dict[Source, Iterable], args: PrepareArguments, counts: dict) -> set[int]:
     """Write a sample of every evaluation set. Returns the keys of all their questions, sampled or not."""
-    shutil.rmtree(aside / "evaluation", ignore_errors=True)  # it may have sets that are left out now
+    shutil.rmtree(partial / "evaluation", ignore_errors=True)  # it may have sets that are left out now
     counts["evaluation"] = {}
     asked: set[int] = set()
     for source, records in tqdm(opened.items(), "evaluation sets", unit="set"):
@@ -246,16 +238,16 @@ def write_evaluation(aside: Path, opened: dict[Source, Iterable], args: PrepareA
                 kept.setdefault(key, row)
         if not kept:
             raise unreadable(source, "none of its records can be used")
-        write_rows(aside / "evaluation" / f"{file_name(source)}.jsonl", kept.values())
+        write_rows(partial / "evaluation" / f"{file_name(source)}.jsonl", kept.values())
         counts["evaluation"][file_name(source)] = {"rows": len(kept)}
     return asked
 
 
 def write_training(
-    aside: Path, opened: dict[Source, Iterable], asked: set[int], args: PrepareArguments, counts: dict
+    partial: Path, opened: dict[Source, Iterable], asked: set[int], args: PrepareArguments, counts: dict
 ) -> None:
     """Write the tasks that are not finished, one after the other, and count the rows from each set."""
-    for file in (aside / "train").glob("*.jsonl"):
+    for file in (partial / "train").glob("*.jsonl"):
         if file.stem not in counts["train"]:  # incomplete, and possibly from sets that are left out now
             file.unlink()
     tasks = list(dict.fromkeys(source.task for source in opened))
@@ -269,9 +261,9 @@ def write_training(
             found = {source: Counter() for source in opened if source.task == task}
             seen: set[int] = set()
             streams = [new_rows(source, opened[source], asked, seen, args.max_words, found[source]) for source in found]
-            write_rows(training_file(aside, task), counting(bar, islice(in_turn(streams), wanted)))
+            write_rows(training_file(partial, task), counting(bar, islice(in_turn(streams), wanted)))
             counts["train"][task] = task_counts(wanted, found)
-            save(aside, counts)
+            save(partial, counts)
 
 
 def new_rows(
@@ -320,20 +312,20 @@ def task_counts(wanted: int, found: dict[Source, Counter]) -> dict:
     return {"wanted": wanted, "got": sum(counter["got"] for counter in found.values()), "sets": sets}
 
 
-def write_without_overlap(aside: Path, counts: dict) -> None:
+def write_without_overlap(partial: Path, counts: dict) -> None:
     """Write the rows of closed-book evaluation sets that share no correct answer with any training row."""
-    sets = {name: list(read_rows(aside / "evaluation" / f"{name}.jsonl")) for name in counts["evaluation"]}
+    sets = {name: list(read_rows(partial / "evaluation" / f"{name}.jsonl")) for name in counts["evaluation"]}
     sets = {name: rows for name, rows in sets.items() if rows[0]["task"] == CLOSED_BOOK}
-    shutil.rmtree(aside / "evaluation_without_overlap", ignore_errors=True)
+    shutil.rmtree(partial / "evaluation_without_overlap", ignore_errors=True)
     right = {key for rows in sets.values() for row in rows for key in answer_keys(row)}
     taught: set[int] = set()  # only answers of the evaluation sets, so that memory does not grow with the training rows
-    for row in read_rows(training_file(aside, CLOSED_BOOK)):
+    for row in read_rows(training_file(partial, CLOSED_BOOK)):
         taught |= right & answer_keys(row)
     for name, rows in sets.items():
         new = [row for row in rows if taught.isdisjoint(answer_keys(row))]
-        write_rows(aside / "evaluation_without_overlap" / f"{name}.jsonl", new)
+        write_rows(partial / "evaluation_without_overlap" / f"{name}.jsonl", new)
         counts["evaluation"][name]["without_overlap"] = len(new)
-    save(aside, counts)
+    save(partial, counts)
 
 
 def answer_keys(row: dict) -> set[int]:
@@ -349,8 +341,8 @@ def text_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(normalized(text).encode(), digest_size=8).digest())
 
 
-def training_file(aside: Path, task: str) -> Path:
-    return aside / "train" / f"{task}.jsonl"
+def training_file(partial: Path, task: str) -> Path:
+    return partial / "train" / f"{task}.jsonl"
 
 
 def file_name(source: Source) -> str:
@@ -384,11 +376,10 @@ def read_rows(file: Path) -> Iterator[dict]:
             yield from map(json.loads, stream)
 
 
-def save(aside: Path, counts: dict) -> None:
-    aside.mkdir(parents=True, exist_ok=True)
-    whole = aside / f"{COUNTS_NAME}.tmp"
-    whole.write_text(json.dumps(counts, indent=2) + "\n")
-    whole.replace(aside / COUNTS_NAME)
+def save(partial: Path, counts: dict) -> None:
+    partial.mkdir(parents=True, exist_ok=True)
+    with atomic_file(partial / COUNTS_NAME) as temporary:
+        temporary.write_text(json.dumps(counts, indent=2) + "\n")
 
 
 def table_lines(counts: dict) -> list[str]:

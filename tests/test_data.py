@@ -1,6 +1,7 @@
 """Rows, prompts, encoded data sets and batches."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -161,7 +162,7 @@ def test_a_folder_without_data_is_named(tmp_path, tokenizer):
         load(tmp_path, tokenizer, tmp_path)
 
 
-def test_a_folder_is_read_whatever_the_case_of_its_names_and_what_is_passed_over_is_said(tmp_path, tokenizer):
+def test_a_folder_is_read_whatever_the_case_of_its_names_and_what_is_skipped_is_said(tmp_path, tokenizer):
     folder = tmp_path / "folder"
     (folder / "more").mkdir(parents=True)
     (folder / "more" / "d.jsonl").write_text(json.dumps(GOOD))
@@ -173,8 +174,8 @@ def test_a_folder_is_read_whatever_the_case_of_its_names_and_what_is_passed_over
     assert rows["source"][:] == ["B.JSONL row 1", "a.jsonl row 1"]
     assert counts.summary(256).endswith("; skipped (not data files): c.jsonl.gz, more/")
     (folder / "e.txt").write_text("since then")
-    assert load(folder, tokenizer, tmp_path)[1].passed_over == ("c.jsonl.gz", "e.txt", "more/")
-    assert not load(folder / "B.JSONL", tokenizer, tmp_path)[1].passed_over
+    assert load(folder, tokenizer, tmp_path)[1].skipped == ("c.jsonl.gz", "e.txt", "more/")
+    assert not load(folder / "B.JSONL", tokenizer, tmp_path)[1].skipped
 
 
 def test_what_has_the_name_of_a_data_file_and_is_none_is_named(tmp_path, tokenizer):
@@ -483,7 +484,7 @@ def test_truncation_cuts_the_end_and_is_counted(tmp_path, tokenizer):
         "2 rows, 13 tokens, 7 of them supervised; 1 rows cut at 8 tokens; "
         "1 rows dropped, since their prompt alone fills 8 tokens"
     )
-    with pytest.raises(InputError, match="no row has a label left within max_seq_length 3; raise max_seq_length"):
+    with pytest.raises(InputError, match="no row has supervised tokens within max_seq_length 3; raise max_seq_length"):
         load(file, tokenizer, tmp_path, Encoding("plain", 3, 2))
 
 
@@ -540,7 +541,39 @@ def test_an_interrupted_build_is_repeated(tmp_path, tokenizer, data_file, monkey
     monkeypatch.undo()
     assert not list((tmp_path / "cache").glob("*/statistics.json"))
     assert len(load(data_file, tokenizer, tmp_path)[0]) == 12
-    assert not list((tmp_path / "cache").glob("*incomplete*"))
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_what_a_killed_build_was_writing_is_removed_by_the_next_one(tmp_path, tokenizer, data_file):
+    load(data_file, tokenizer, tmp_path)
+    (entry,) = (folder for folder in (tmp_path / "cache").iterdir() if folder.is_dir())
+    for name in (entry.name, "another"):
+        (tmp_path / "cache" / f".{name}.1234abcd.tmp").mkdir()
+    shutil.rmtree(entry)
+    load(data_file, tokenizer, tmp_path)
+    assert [path.name for path in (tmp_path / "cache").glob(".*")] == [".another.1234abcd.tmp"]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_a_file_is_opened_to_be_hashed_checked_and_encoded_and_once_if_it_is_cached(
+    tmp_path, tokenizer, monkeypatch, kind
+):
+    file, opened = tmp_path / f"rows.{kind}", []
+    rows = example_rows()
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    else:
+        file.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+
+    def counted(function):
+        return lambda name, *others, **named: (opened.append(name), function(name, *others, **named))[1]
+
+    monkeypatch.setattr(io, "open", counted(io.open))
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", counted(pyarrow.parquet.ParquetFile))
+    for times in (3, 1):
+        opened.clear()
+        load(file, tokenizer, tmp_path)
+        assert opened.count(file) == times
 
 
 DAMAGE = {
@@ -672,8 +705,8 @@ def test_processes_end_with_a_parent_that_is_killed():
         parent.communicate(timeout=20)  # returns when the last process that could write there has ended
 
 
-def test_a_process_that_is_ended_from_outside_is_one_message():
-    with pytest.raises(InputError, match="was ended from outside, perhaps for lack of memory"):
+def test_a_process_that_is_killed_is_one_message():
+    with pytest.raises(InputError, match="was killed, perhaps for lack of memory"):
         list(map_blocks(os._exit, range(3), 2))
 
 

@@ -35,6 +35,7 @@ from workbench.experiments.cell import guessed, recalls, run_cell, train_flags, 
 from workbench.experiments.mixture import check_rows, mixture, probe_rows, task_rows
 from workbench.experiments.parameters import adapter_size, equal_flags, parameter_change
 from workbench.experiments.plan import Cell, Experiment, read_experiment
+from workbench.experiments.records import cell_file
 from workbench.pretrain_small import SHAPE
 
 CONFIGS = sorted((ROOT / "workbench" / "experiments").glob("*.yaml"))
@@ -61,7 +62,7 @@ def result(experiment: Experiment, cell: Cell, loss: float = 1.0) -> dict:
 
 
 def write(experiment: Experiment, cell: Cell, record: dict) -> Path:
-    file = experiment.results_file(cell)
+    file = cell_file(experiment.work, cell.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record))
     return file
@@ -238,6 +239,12 @@ def test_the_lora_of_equal_size_has_as_many_parameters(tmp_path, shape, experts)
     assert flags["lora_alpha"] / flags["lora_rank"] == 8
 
 
+def test_a_config_that_no_model_can_be_built_from_is_one_message(tmp_path):
+    LlamaConfig(num_hidden_layers=1, vocab_size=100, hidden_act="nope").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"^config\.json of .* cannot be used"):
+        adapter_size(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
 def test_parameter_change_of_an_adapter_is_that_of_the_full_weights(tmp_path):
     peft_model = filled_model()
     tiny_model().save_pretrained(tmp_path)
@@ -306,7 +313,7 @@ def test_an_interrupted_experiment_goes_on_at_its_cell(config, monkeypatch, caps
         return result(experiment, cell)
 
     monkeypatch.setattr(verb, "run_in_process", run_in_process)
-    monkeypatch.setattr(verb, "report", lambda folder: [folder / "table.md"])
+    monkeypatch.setattr(verb, "report", lambda results, work: [results / "table.md"])
     with pytest.raises(KeyboardInterrupt):
         verb.main(["--config", str(config)])
     verb.main(["--config", str(config)])
@@ -335,10 +342,10 @@ def test_a_cell_that_fails_stops_none_of_its_stage(config, monkeypatch):
 
 def test_files_of_another_configuration_are_not_reported(config):
     experiment = read_experiment(config)
-    file = experiment.results_file(experiment.cells()[0]).with_name("loramoe-5-0.2-0.json")
+    file = cell_file(experiment.work, "loramoe-5-0.2-0")
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    with pytest.raises(InputError, match=r"loramoe-5-0.2-0.json: no cell of this configuration"):
+    with pytest.raises(InputError, match=r"loramoe-5-0.2-0.json: not a cell of this configuration"):
         verb.main(["--config", str(config), "--report_only"])
 
 
@@ -349,13 +356,13 @@ def test_cells_go_into_another_folder_where_one_is_named(config, tmp_path, monke
     def run(command, **_):
         called.append(command)
         (args,) = parse_flags(verb.COMMAND, "", verb.KINDS, command[3:])
-        experiment = replace(read_experiment(args.config), results=args.results)
+        experiment = replace(read_experiment(args.config), results=args.results, work=args.results)
         (cell,) = verb.chosen_cells(experiment, args.cells)
         write(experiment, cell, result(experiment, cell))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(verb.subprocess, "run", run)
-    monkeypatch.setattr(verb, "report", lambda folder: [folder])
+    monkeypatch.setattr(verb, "report", lambda results, work: [results])
     own = read_experiment(config)
     write(own, own.cells()[0], result(own, own.cells()[0]) | {"settings": {}})
     verb.main(["--config", str(config), "--results", str(tmp_path / "other")])
@@ -367,7 +374,7 @@ def test_cells_go_into_another_folder_where_one_is_named(config, tmp_path, monke
 def test_no_cell_is_started_after_the_last_hour(config, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(verb, "run_in_process", lambda experiment, args, threads, cell: started.append(cell))
-    monkeypatch.setattr(verb, "report", lambda folder: [])
+    monkeypatch.setattr(verb, "report", lambda results, work: [])
     verb.main(["--config", str(config), "--max_hours", "1e-9"])
     assert not started
     assert "have passed; the same command goes on" in capsys.readouterr().out
@@ -386,7 +393,7 @@ def test_a_killed_experiment_goes_on_at_its_cell(config, model_dir):
     """Killed with all its processes while the first trial is trained."""
     make_tiny(config, model_dir)
     command = [sys.executable, "-m", "workbench.experiment", "--config", str(config)]
-    results, work = config.parent / "results" / "cells", config.parent / "work"
+    results, work = config.parent / "work" / "cells", config.parent / "work"
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
         while not (work / "tuning-full-0.001" / "train.log").is_file():
             assert process.poll() is None
@@ -406,7 +413,7 @@ def test_a_cell_is_trained_and_measured_along_its_checkpoints(config, model_dir,
     for name in ("base", "tuning-lora-0.002", "tuning-loramoe-0.002", "loramoe-96-0.2-0"):
         verb.main(["--config", str(config), "--cells", name])
     experiment = read_experiment(config)
-    folder = Path(experiment.results) / "cells"
+    folder = Path(experiment.work) / "cells"
     trials = [json.loads((folder / f"tuning-{arm}-0.002.json").read_text()) for arm in ("lora", "loramoe")]
     assert trials[0]["trainable_parameters"] == pytest.approx(trials[1]["trainable_parameters"], rel=0.025)
     assert [len(trial["checkpoints"]) for trial in trials] == [1, 1]
@@ -424,7 +431,7 @@ def test_a_cell_is_trained_and_measured_along_its_checkpoints(config, model_dir,
     assert record["routing"]["experts_by_task"].keys() == {*TASKS, "closed_book_qa"}
     assert 0 < record["routing"]["type_distance"] < 1
     assert {"loss", "lm_loss", "balance_loss", "routing_cv"} <= record["log"][0].keys()
-    assert not [path for path in Path(experiment.work).iterdir() if path.is_dir()]
+    assert [path.name for path in Path(experiment.work).iterdir() if path.is_dir()] == ["cells"]
 
 
 def test_each_arm_takes_its_best_rate(config):

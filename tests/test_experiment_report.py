@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from itertools import product
 from pathlib import Path
 
 import pytest
 
 from data import InputError
+from workbench.experiments.records import find_record, read_records
 from workbench.experiments.report import markdown, report
 from workbench.experiments.results import (
     Estimate,
@@ -97,7 +99,7 @@ def ablations() -> list[dict]:
 def write(folder: Path, cells: list[dict]) -> Path:
     (folder / "cells").mkdir()
     for number, each in enumerate(cells):
-        (folder / "cells" / f"{number:03}.json").write_text(json.dumps(each))
+        (folder / "cells" / f"{number:03}.json").write_text(json.dumps(each | {"cell": f"{number:03}"}))
     return folder
 
 
@@ -326,8 +328,9 @@ def test_a_base_model_that_knows_no_fact_is_reported():
 
 
 def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
-    files = report(write(tmp_path, [*grid(), *tuning()]))
+    files = report(tmp_path, write(tmp_path, [*grid(), *tuning()]))
     assert [file.name for file in files] == [
+        "cells.csv",
         "table.md",
         "knowledge.png",
         "tasks.png",
@@ -338,13 +341,13 @@ def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
         "balance.png",
     ]
     assert all(file.parent == tmp_path for file in files)
-    assert all(10_000 < file.stat().st_size < 150_000 for file in files[1:])
+    assert all(10_000 < file.stat().st_size < 150_000 for file in files[2:])
 
 
 def test_what_has_no_cells_yet_is_left_out(tmp_path):
-    files = report(write(tmp_path, [base_cell(), *tuning()]))
-    assert [file.name for file in files] == ["table.md", "rates.png"]
-    headings = [line for line in files[0].read_text().splitlines() if line.startswith("## ")]
+    files = report(tmp_path, write(tmp_path, [base_cell(), *tuning()]))
+    assert [file.name for file in files] == ["cells.csv", "table.md", "rates.png"]
+    headings = [line for line in files[1].read_text().splitlines() if line.startswith("## ")]
     assert headings == ["## World knowledge and task scores", "## Learning rates", "## Origin"]
 
 
@@ -355,34 +358,78 @@ def without(field: str) -> dict:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read"),
-        ("[]", "the file holds a list"),
-        (without("arm"), "the file has no arm"),
+        ("{", "is damaged"),
+        ("[]", r"the file is \[\]: Input should be a valid dictionary"),
+        (without("arm"), "the field arm is missing"),
         (cell("lora", 4000, 0.0, 1, arm="prefix"), "arm is 'prefix', but has to be one of base, full, lora"),
-        (cell("lora", 4000, 0.0, 1, stage="final"), "stage is 'final', but has to be one of grid"),
-        (cell("lora", 4000, 0.0, 1, size="4000"), "size in the file is a str"),
-        (cell("lora", 4000, 0.0, 1, checkpoints=[]), "checkpoints is empty"),
-        (cell("lora", 4000, 0.0, 1, checkpoints=[{"knowledge": 1}]), r"checkpoints\[0\] has no knowledge_known"),
+        (cell("lora", 4000, 0.0, 1, stage="final"), "stage is 'final': Input should be 'grid'"),
+        (cell("lora", 4000, 0.0, 1, size="4000"), "size is '4000': Input should be a valid integer"),
+        (cell("lora", 4000, 0.0, 1, checkpoints=[]), r"checkpoints is \[\]: List should have at least 1 item"),
+        (cell("lora", 4000, 0.0, 1, checkpoints=[{"knowledge": 1}]), "field checkpoints.0.knowledge_known is missing"),
         (cell("lora", 4000, 0.0, 1, checkpoints=[BASE_POINT]), "the start of the training alone"),
-        (cell("lora", 4000, 0.0, 1, lm_eval=[]), "lm_eval in the file is a list"),
-        (cell("lora", 4000, 0.0, 1, lm_eval={"rte": 0.5}), "lm_eval of rte holds a float"),
-        (cell("lora", 4000, 0.0, 1, routing={"group_shares": []}), "routing has no experts_by_task"),
-        (cell("lora", 4000, 0.0, 1, routing={"experts_by_task": {}, "group_shares": [[1.0]]}), "two groups"),
-        (cell("lora", 4000, 0.0, 0), "000.json hold the same cell"),
-        (cell("lora", 4000, 0.0, 1, model="gpt2"), "is of the model gpt2"),
+        (cell("lora", 4000, 0.0, 1, lm_eval=[]), r"lm_eval is \[\]: Input should be a valid dictionary"),
+        (cell("lora", 4000, 0.0, 1, lm_eval={"rte": 0.5}), "lm_eval.rte is 0.5: Input should be a valid dictionary"),
+        (cell("lora", 4000, 0.0, 1, routing={"group_shares": []}), "the field routing.experts_by_task is missing"),
+        (
+            cell("lora", 4000, 0.0, 1, routing={"experts_by_task": {}, "group_shares": [[1.0]]}),
+            r"group_shares.0 is \[1.0\]: List should have at least 2 items",
+        ),
+        (
+            cell("lora", 4000, 0.0, 1, checkpoints=[BASE_POINT, BASE_POINT | {"knowledge": None}]),
+            "only a trial may lack",
+        ),
+        (cell("lora", 4000, 0.0, 1, arm="base"), "relations, guessed or guessed_tasks is missing"),
+        (cell("lora", 4000, 0.0, 1, cell="000"), "holds the cell 000, which would count twice"),
+        (cell("lora", 4000, 0.0, 1, model="gpt2"), "has wrong of the model gpt2, but 000 is of models/small-llama"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_file_that_is_no_cell_is_named(tmp_path, content, message):
     write(tmp_path, [cell("lora", 4000, 0.0, 0)])
     file = tmp_path / "cells" / "wrong.json"
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    renamed = {"cell": "wrong"} if "twice" not in message else {}
+    file.write_text(content if isinstance(content, str) else json.dumps(content | renamed))
     with pytest.raises(InputError, match=message) as caught:
-        report(tmp_path)
+        report(tmp_path, tmp_path)
     assert str(file) in str(caught.value)
     assert not (tmp_path / "table.md").exists()
 
 
 def test_a_folder_without_cells_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no finished cell to report"):
-        report(tmp_path)
+    with pytest.raises(InputError, match="no finished cell"):
+        report(tmp_path, tmp_path)
+
+
+def test_the_table_of_cells_gives_the_same_report_as_their_files(tmp_path):
+    """Also twice, and with a cell that was run again."""
+    lacking = cell("lora", 4000, 0.0, 9, stage="tuning", learning_rate=1.0, checkpoints=[dict(BASE_POINT)])
+    del lacking["checkpoints"][0]["recalled"]
+    diverged = BASE_POINT | {"knowledge": None, "task_score": None, "task_loss": math.inf}
+    measured = [*grid(), lacking, cell("lora", 4000, 0.0, 9, stage="tuning", checkpoints=[diverged]), *ablations()]
+    work = write(tmp_path, measured)
+    files = report(tmp_path, work)
+    contents = [file.read_bytes() for file in files]
+    shutil.rmtree(work / "cells")
+    assert [file.read_bytes() for file in report(tmp_path, work)] == contents
+    found = read_records(tmp_path, work)
+    assert [each | {"log": []} for each in found] == [
+        each | {"cell": f"{number:03}", "log": []} for number, each in enumerate(measured)
+    ]
+    write(work, [base_cell() | {"seconds": 9.0}])
+    assert [each["seconds"] for each in read_records(tmp_path, work)] == [9.0] + [1800.0] * (len(measured) - 1)
+    assert find_record(tmp_path, work, "001") == (tmp_path / "cells.csv", found[1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda line: line[: len(line) // 2], "cell 001 is not a finished cell: the field model is missing"),
+        (lambda line: line.replace("[0.97,", "[,"), "cell 001, is damaged"),
+    ],
+)
+def test_a_damaged_table_of_cells_is_named(tmp_path, damage, message):
+    table, *_ = report(tmp_path, write(tmp_path, grid()))
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines[:2], damage(lines[2])]))
+    with pytest.raises(InputError, match=rf"cells\.csv, {message}"):
+        report(tmp_path, tmp_path / "nothing")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +207,14 @@ def test_unknown_models_are_refused(tmp_path):
         main(["--model", "Llama-4"])
     with pytest.raises(InputError, match="does not contain a model configuration"):
         main(["--model", str(tmp_path)])
+
+
+@pytest.mark.parametrize("change", [{"intermediate_size": -1}, {"hidden_act": "nope"}])
+def test_a_config_that_no_model_can_be_built_from_is_one_message(config_file, change):
+    file = Path(config_file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=r"^config\.json of .* cannot be used"):
+        main(["--model", str(config_file)])
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import pytest
 from test_train import Runner
 
 from data import InputError
-from training.checkpoint import FILES_ASIDE
 
 
 class Hub:
@@ -102,7 +101,7 @@ def test_all_chat_templates_of_a_tokenizer_are_uploaded_and_written_again(run, h
     (run.output / "all_results.json").unlink()
     run(**settings)
     assert (run.output / further).read_bytes() == hub.files[further]
-    assert not (run.output / FILES_ASIDE).exists()
+    assert not list(run.output.glob(".*.tmp"))
 
 
 def test_a_repository_that_cannot_be_opened_is_found_before_any_training(run, hub, monkeypatch):

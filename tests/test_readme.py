@@ -1,5 +1,6 @@
 """What the README tells people to type is accepted by the programs, and its Python runs."""
 
+import argparse
 import importlib
 import re
 import shlex
@@ -7,37 +8,38 @@ import sys
 
 import pytest
 from conftest import ROOT, filled_model
-from test_launch import SHELL_VARIABLES, call
+from test_launch import LAUNCHER_VARIABLES, SHELL_VARIABLES, TRAIN_VARIABLES, call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loading.arguments import DataArguments, ModelArguments, RunArguments
-from loading.command_line import parse_flags
+from loading.command_line import FlagParser, parse_flags
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FLAGS = {name for part in (ModelArguments, DataArguments, RunArguments) for name in part.__dataclass_fields__}
-VERBS = "generate|evaluate|plot_routing|export_lora|prepare_data|experiment|pretrain_small"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "world_facts" / "README.md"]
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"}
+PROGRAM = re.compile(r"(?:python -m |bash )((?:scripts|workbench)[./]\w+)(?:\.sh)?(?: |$)(.*)")
+NO_FLAGS = {"scripts.test", "scripts.run_on_hosts", "workbench.benchmark_peers", "workbench.build_world_facts"}
+TRAINING = re.compile(r"run_loramoe\.sh|train\.sbatch|run_on_hosts\.sh|train\.py")
 
 
 def commands() -> list[str]:
-    """Every shell line of every page, continued lines joined, comments left out."""
+    """Every line of every page's shell blocks, continued lines joined; and the commands with flags within sentences."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        text = page.read_text()
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
             found += [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        found += re.findall(r"`((?:\w+=\S* )*(?:bash|python) [^`]+ --[^`]+)`", prose)
     return found
 
 
-def test_every_command_names_a_program_variables_and_flags_that_exist():
-    assert len(commands()) > 5
+def test_every_command_names_a_program_and_variables_that_exist():
+    assert len(commands()) > 50
     for command in commands():
         words = shlex.split(command, comments=True)
         variables = [word.split("=")[0] for word in words if re.match(r"\w+=", word)]
         assert set(variables) <= {*SHELL_VARIABLES, *ENVIRONMENT}, command
-        flags = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")]
-        if "run_loramoe.sh" in words or "train.py" in words:
-            assert set(flags) <= FLAGS, command
         for word in words:
             if word.startswith(("scripts.", "workbench.")) and "-m" in words:
                 assert (ROOT / f"{word.replace('.', '/')}.py").is_file(), command
@@ -45,14 +47,49 @@ def test_every_command_names_a_program_variables_and_flags_that_exist():
                 assert (ROOT / word).exists(), command
 
 
-@pytest.mark.parametrize(
-    "command",
-    [line for line in commands() if re.search(rf"-m \w+\.({VERBS}) ", line)],
-)
-def test_the_verbs_take_the_flags_that_the_pages_give_them(command):
-    verb, flags = re.search(r"-m (\w+\.\w+) (.*)", command).groups()
-    program = importlib.import_module(verb)
-    parse_flags(program.COMMAND, "", program.KINDS, shlex.split(flags))
+@pytest.mark.parametrize("command", dict.fromkeys(line for line in commands() if TRAINING.search(line)))
+def test_the_flags_of_train_py_parse_the_values_that_the_pages_give(command):
+    words = shlex.split(command, comments=True)
+    flags = [word for word in words[words.index(next(filter(TRAINING.search, words))) + 1 :] if word != "HOSTFILE"]
+    for name, value in (word.split("=", 1) for word in words if re.match(r"\w+=", word)):
+        if name in TRAIN_VARIABLES and value:
+            flags += [TRAIN_VARIABLES[name][0], value]
+        assert name not in LAUNCHER_VARIABLES.keys() & {"num_processes", "nnodes", "node_rank"} or value.isdigit()
+    if flags != ["--help"]:
+        FlagParser((ModelArguments, DataArguments, RunArguments), "python train.py").parse_args(flags)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(line for line in commands() if PROGRAM.search(line)))
+def test_the_programs_parse_the_flags_that_the_pages_give(command, monkeypatch):
+    name, flags = PROGRAM.search(command).groups()
+    name, flags = name.replace("/", "."), shlex.split(flags, comments=True)
+    if name in NO_FLAGS or flags == ["--help"]:
+        return
+    program = importlib.import_module(name)
+    if hasattr(program, "KINDS"):
+        parse_flags(program.COMMAND, "", program.KINDS, flags)
+    elif hasattr(program, "parse"):
+        program.parse(flags)
+    else:
+        only_parse(program, flags, monkeypatch)
+
+
+def only_parse(program, flags: list[str], monkeypatch) -> None:
+    """Run a program up to the point where it has parsed its flags."""
+
+    class ParsedError(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *args):
+        parse(parser, *args)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [program.__name__, *flags])
+    with pytest.raises(ParsedError):
+        program.main()
 
 
 def python_block(page: str = "README.md") -> str:

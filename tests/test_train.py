@@ -154,8 +154,8 @@ def test_what_a_killed_run_was_just_writing_is_cleared_away(run):
     clean = {file.name for file in run.output.iterdir()}
     (run.output / "all_results.json").unlink()
     (run.output / ".all_results.json.1.tmp").write_text("{")
-    for aside in (checkpoint.ASIDE, checkpoint.FILES_ASIDE):
-        (run.output / aside / "checkpoint-6").mkdir(parents=True)
+    for name in (checkpoint.TEMPORARY_NAME, ".files.1234abcd.tmp"):
+        (run.output / name / "checkpoint-6").mkdir(parents=True)
     assert run()["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
     assert {file.name for file in run.output.iterdir()} == clean
 
@@ -608,7 +608,7 @@ BAD_FLAGS = {
     "bits": ({"load_in_kbits": 3}, r"--load_in_kbits is 3; allowed are 4, 8 and 16"),
     "template": ({"prompt_template": "alpaca"}, r"--prompt_template is 'alpaca'; allowed are auto, plain, chat"),
     "length": ({"max_seq_length": 1}, r"--max_seq_length is 1, but has to be at least 2"),
-    "no label left": ({"max_seq_length": 5}, r"train.json: no row has a label left within max_seq_length 5"),
+    "no label left": ({"max_seq_length": 5}, r"train.json: no row has supervised tokens within max_seq_length 5"),
     "fp16 on a CPU": ({"fp16": True}, r"--fp16 does nothing on a CPU"),
     "FSDP": ({"fsdp": True}, r"--fsdp is not supported"),
     "no evaluation rows": (

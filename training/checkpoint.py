@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or not there: recognising a torn one, finding the last whole one."""
+"""Checkpoints: recognising an incomplete or corrupt one, finding the last complete one, writing them atomically."""
 
 import errno
 import json
-import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -12,13 +11,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from data import InputError, first_line
-from data.errors import UNWRITABLE
+from data.errors import cannot_write, error_number
 from loading.run_files import CHECKPOINT_NAME, STATE_NAME
 
-# Where a checkpoint lies, inside the run's folder, while it is being written. Hidden, and not named like a checkpoint.
-ASIDE = ".checkpoint-being-written"
-# Where the files of a finished run lie in the same way.
-FILES_ASIDE = ".files-being-written"
+# The folder, inside the run's, in which a checkpoint is written. Hidden, and not named like a checkpoint; fixed, since
+# all processes write into it.
+TEMPORARY_NAME = ".checkpoint.tmp"
 # Files of weights, and the file without which each cannot be read.
 WEIGHTS = {
     "adapter_model.safetensors": "adapter_config.json",
@@ -37,7 +35,6 @@ REMEDIES = {
     errno.EIO: "see whether the disk is broken",
     errno.ENOSPC: "make room",
 }
-TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container.*unexpected pos|basic_ios::clear")
 
 
 def checkpoint_problem(folder: Path, finished: bool = False) -> str | None:
@@ -63,17 +60,17 @@ def checkpoint_problem(folder: Path, finished: bool = False) -> str | None:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The last whole checkpoint in a run's folder, if there is one, and a sentence on each later one that is torn."""
+    """The last complete checkpoint in a run's folder, if any, and a sentence on each later one that is not."""
     numbered = [
         (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := CHECKPOINT_NAME.fullmatch(path.name))
     ]
-    torn = []
+    skipped = []
     for _, path in sorted(numbered, reverse=True):
         problem = checkpoint_problem(path)
         if problem is None:
-            return path, torn
-        torn.append(f"{path} cannot be resumed and is skipped: {problem}")
-    return None, torn
+            return path, skipped
+        skipped.append(f"{path} cannot be resumed and is skipped: {problem}")
+    return None, skipped
 
 
 def writers(folder: Path) -> int:
@@ -81,20 +78,21 @@ def writers(folder: Path) -> int:
     return len(list(folder.glob("rng_state*.pth")))
 
 
-def put_in_place(aside: Path, name: str) -> None:
-    """Move a checkpoint that is written out of the folder `aside`, in one step, and remove that folder.
+def put_in_place(temporary: Path, name: str) -> None:
+    """Move a checkpoint out of the folder `temporary`, in which it was written, in one step, and remove that folder.
 
-    One of the same step that is whole stays, and there is no moment without it. It is the same, but for its state: an
-    epoch's end may have been logged in between.
+    Unlike `data.atomic`, this has one folder for several processes, and a checkpoint of the same step may be there
+    already. One that is complete stays, and there is no moment without it: it is the same, but for its state, since
+    an epoch's end may have been logged in between.
     """
-    place = aside.parent / name
+    place = temporary.parent / name
     if place.exists() and checkpoint_problem(place):
         shutil.rmtree(place)
     if place.exists():
-        (aside / name / STATE_NAME).replace(place / STATE_NAME)
+        (temporary / name / STATE_NAME).replace(place / STATE_NAME)
     else:
-        (aside / name).rename(place)
-    shutil.rmtree(aside)
+        (temporary / name).rename(place)
+    shutil.rmtree(temporary)
 
 
 @contextmanager
@@ -114,49 +112,11 @@ def writing(run_folder: Path, name: str) -> Iterator[None]:
         raise InputError(_unwritten_message(run_folder, name, error)) from error
 
 
-@contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """A hidden folder aside. Its files go into `folder`, those of folders within it into folders of the same names,
-    where the context ends well; otherwise nothing of it stays."""
-    aside = folder / FILES_ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in filter(Path.is_file, list(aside.rglob("*"))):
-            place = folder / file.relative_to(aside)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
-    finally:
-        shutil.rmtree(aside)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed run was just writing into its folder."""
-    for aside in (ASIDE, FILES_ASIDE):
-        shutil.rmtree(folder / aside, ignore_errors=True)
-    for file in folder.glob(".*.tmp"):
-        file.unlink()
-
-
-def cannot_write(error: Exception) -> bool:
-    """Whether an exception says that a file cannot be written. Torch says so in words alone."""
-    return _error_number(error) in UNWRITABLE or bool(TORCH_CANNOT_WRITE.search(str(error)))
-
-
-def _error_number(error: Exception) -> int | None:
-    """The system's number of an error; libraries in Rust have it in their message alone."""
-    if isinstance(error, OSError):
-        return error.errno
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    return int(number[1]) if number else None
-
-
 def _unwritten_message(run_folder: Path, name: str, error: Exception) -> str:
-    shutil.rmtree(run_folder / ASIDE, ignore_errors=True)
+    shutil.rmtree(run_folder / TEMPORARY_NAME, ignore_errors=True)
     last, _ = find_checkpoint(run_folder)
     free = shutil.disk_usage(run_folder.parent).free // 1_000_000
-    remedy = REMEDIES.get(_error_number(error), "make room, or make the folder writable,")
+    remedy = REMEDIES.get(error_number(error), "make room, or make the folder writable,")
     return (
         f"{run_folder / name} could not be written: {first_line(error)} ({free:,} MB are free on this disk). "
         f"The last good checkpoint is {last or 'none'}; {remedy} and run the same command again to go on from it"

@@ -1,7 +1,6 @@
 """What a finished run tells: the summary on the terminal, `routing.json` with its picture, the model card."""
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -11,11 +10,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data import resolve_template, row_lengths
+from data.atomic import write_json
 from inference.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
 from peft import LoraConfig
+from training.markdown import table
 from training.routing import Routing, group_shares, group_spans, span_text
 from training.routing_plot import plot_routing
-from training.run_folder import write_json
 
 CITATION = """@inproceedings{dou2024loramoe,
   title     = {{LoRAMoE}: Alleviating World Knowledge Forgetting in Large Language Models via {MoE}-Style Plugin},
@@ -149,10 +149,9 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
         description,
         "",
         "## Training",
-        *_table(
-            "setting",
-            "value",
-            rows=(
+        table(
+            ["setting", "value"],
+            (
                 (name, _published(config[name]) if name in CARD_PATHS else config[name])
                 for name in settings
                 if config.get(name) is not None
@@ -162,10 +161,10 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
         f"Made with torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
         "## Data",
-        *_data_table(data),
+        _data_table(data),
         "",
         "## Measured",
-        *_table("metric", "value", rows=((name, _shown(results[name])) for name in CARD_METRICS if name in results)),
+        table(["metric", "value"], ((name, _shown(results[name])) for name in CARD_METRICS if name in results)),
     ]
     if (folder / "routing.png").is_file():
         text += ["", "## Routing of the evaluation rows", "![Mean weight of each expert](routing.png)"]
@@ -173,7 +172,7 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
     (folder / "README.md").write_text("\n".join(text) + "\n")
 
 
-def _data_table(data: dict[str, datasets.Dataset]) -> list[str]:
+def _data_table(data: dict[str, datasets.Dataset]) -> str:
     """Numbers of rows, tokens and supervised tokens, and rows by task type and kind of task, for each set of rows."""
     counts: dict[str, dict[str, int]] = {}
     for name, rows in data.items():
@@ -187,7 +186,7 @@ def _data_table(data: dict[str, datasets.Dataset]) -> list[str]:
             **{f"rows of {kind}": count for kind, count in sorted(Counter(filter(None, rows["task"])).items())},
         }
     lines = dict.fromkeys(line for column in counts.values() for line in column)
-    return _table("", *counts, rows=((line, *(column.get(line, 0) for column in counts.values())) for line in lines))
+    return table(["", *counts], ((line, *(column.get(line, 0) for column in counts.values())) for line in lines))
 
 
 def _one_of_each_kind(rows: datasets.Dataset) -> list[dict]:
@@ -211,8 +210,3 @@ def _published(place: str) -> str:
 
 def _shown(value: object) -> object:
     return f"{value:.4f}" if isinstance(value, float) else value
-
-
-def _table(*head: str, rows: Iterable[tuple]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(map(str, line))} |" for line in lines]

@@ -5,17 +5,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+
+from training.pictures import save, styled
 
 WIDTH = 8.3  # inches, an A4 page
-DPI = 120
-COLOURS = "viridis"
 MAX_TOKENS = 48
 MAX_TASKS = 16
 LINE_STYLES = ("-", "--", "-.", ":")
@@ -29,17 +26,13 @@ def plot_routing(path: Path, summary: dict) -> None:
         summary: what `routing.json` holds.
     """
     sections = list(_sections(summary))
-    with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 9, "image.interpolation": "nearest"}):
-        size = WIDTH, sum(height for height, _ in sections)
-        canvas = FigureCanvasAgg(Figure(figsize=size, dpi=DPI, layout="constrained"))
-        parts = canvas.figure.subfigures(
-            len(sections), 1, height_ratios=[height for height, _ in sections], squeeze=False
-        )
+    heights = [height for height, _ in sections]
+    with styled():
+        figure = Figure(figsize=(WIDTH, sum(heights)))
+        parts = figure.subfigures(len(sections), 1, height_ratios=heights, squeeze=False)
         for part, (_, draw) in zip(parts.flat, sections, strict=True):
             draw(part, summary)
-        canvas.draw()
-    # A palette of 256 colours takes a third of the bytes.
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize().save(path, format="PNG", optimize=True)
+        save(figure, path)
 
 
 def _sections(summary: dict) -> Iterator[tuple[float, object]]:
@@ -55,7 +48,7 @@ def _sections(summary: dict) -> Iterator[tuple[float, object]]:
 
 
 def _draw_overview(part: SubFigure, summary: dict) -> None:
-    left, right = part.subfigures(1, 2, width_ratios=[1.15, 1])
+    left, right = part.subfigures(1, 2, width_ratios=[1.4, 1])
     _draw_tasks(left, summary)
     top, bottom = right.subplots(2, 1, sharex=True)
     for axes, field, name in (
@@ -79,7 +72,7 @@ def _draw_tasks(part: SubFigure, summary: dict) -> None:
     counts = [*summary["rows"].values(), *(summary["rows_by_task"][task] for task in tasks)]
     shares = np.array([*types.values(), *tasks.values()]) * 100
     axes = part.subplots()
-    image = axes.imshow(shares, aspect="auto", cmap=COLOURS)
+    image = axes.imshow(shares, aspect="auto")
     axes.axhline(len(types) - 0.5, color="white", linewidth=3)
     names = [f"{name} ({count})" for name, count in zip([*types, *tasks], counts, strict=True)]
     axes.set_yticks(range(len(names)), names)
@@ -102,7 +95,7 @@ def _draw_modules(part: SubFigure, summary: dict) -> None:
     for row, (kind, values_LE) in zip(grid, shares.items(), strict=True):
         for axes, (projection, places) in zip(row, projections.items(), strict=True):
             picked = values_LE[[index for _, index in places]]
-            image = axes.imshow(picked, aspect="auto", cmap=COLOURS, vmin=low, vmax=high, origin="lower")
+            image = axes.imshow(picked, aspect="auto", vmin=low, vmax=high, origin="lower")
             step = math.ceil(len(places) / 8)
             axes.set_yticks(range(0, len(places), step), [layer for layer, _ in places[::step]])
             axes.set_title(f"{projection}, {_type_name(kind)}")
@@ -130,7 +123,7 @@ def _draw_prompt(part: SubFigure, summary: dict) -> None:
     tokens = summary["prompt"]["tokens"]
     weights_ET = np.array(summary["prompt"]["expert_weights"][:MAX_TOKENS]).T * 100
     axes = part.subplots()
-    image = axes.imshow(weights_ET, aspect="auto", cmap=COLOURS, origin="lower")
+    image = axes.imshow(weights_ET, aspect="auto", origin="lower")
     axes.set_xticks(range(weights_ET.shape[1]), [_visible(token) for token in tokens[:MAX_TOKENS]], rotation=90)
     axes.set_yticks(range(summary["num_experts"]))
     axes.set_ylabel("expert")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,12 +10,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from data import InputError, content_hash, file_hash
+from data import InputError, file_hash
+from data.atomic import remove_temporaries, write_json
 from loading.arguments import DataArguments, ModelArguments, RunArguments
 from loading.optimization import EVALUATED
 from loading.run_files import RESULTS_NAME, RUN_CONFIG_NAME
 from peft.saving import WEIGHTS_NAME
-from training.checkpoint import checkpoint_problem, clear_unfinished, writing
+from training.checkpoint import checkpoint_problem, writing
 
 # Flags that decide where and how often something is written, or how fast it runs, but not a bit of what is trained.
 # Those of DDP, for instance, decide in which order the gradients of several processes are added.
@@ -115,7 +115,7 @@ class RunFolder:
         writing."""
         with writing(self.path, RUN_CONFIG_NAME):
             self.path.mkdir(parents=True, exist_ok=True)
-            clear_unfinished(self.path)
+            remove_temporaries(self.path)
             if self.results is None:
                 write_json(self.path / RUN_CONFIG_NAME, config)
 
@@ -145,8 +145,14 @@ _WAY_OUT = (
 )
 
 
-def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict:
-    """Everything that the result of a run depends on, as plain JSON values; files by their content."""
+def run_config(
+    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, data_sha256: dict[str, str]
+) -> dict:
+    """Everything that the result of a run depends on, as plain JSON values; files by their content.
+
+    Args:
+        data_sha256: the contents of the data files, as `dataset_sha256` and `validation_sha256`.
+    """
     values = {**asdict(model_args), **asdict(data_args), **args.to_dict()}
     config = {
         name: value
@@ -154,9 +160,7 @@ def run_config(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_PREFIXES)
     }
     config["device"] = args.device.type
-    config["dataset_sha256"] = content_hash(data_args.dataset_dir)
-    if data_args.validation_file:
-        config["validation_sha256"] = content_hash(data_args.validation_file)
+    config |= data_sha256
     if model_args.peft_path:
         config["peft_sha256"] = file_hash(Path(model_args.peft_path) / WEIGHTS_NAME)
     if args.deepspeed:
@@ -178,13 +182,3 @@ def _deciding(config: dict) -> dict:
         shared = math.prod(values.get(name) or 0 for name in DIVISION)
         values |= dict.fromkeys(DIVISION, shared)
     return values
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file in one step: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

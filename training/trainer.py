@@ -18,10 +18,11 @@ from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints, sort_checkpoints
 
 from data import EpochDataLoader, GlobalBatchSampler, row_lengths
+from data.atomic import atomic_files
 from loading.arguments import parse_steps
 from loading.run_files import STATE_NAME
 from peft import LoraConfig, PeftModel
-from training.checkpoint import ASIDE, filling, put_in_place, writing
+from training.checkpoint import TEMPORARY_NAME, put_in_place, writing
 from training.profiling import StepProfiler
 from training.random_state import kept_random_state
 from training.routing import Routing, RoutingWatch
@@ -60,7 +61,7 @@ class LoRAMoETrainer(Trainer):
         if self.args.profile_steps:
             self.add_callback(StepProfiler(*parse_steps(self.args.profile_steps), self.args.output_dir))
         self.routing: Routing | None = None
-        self._aside: Path | None = None
+        self._temporary: Path | None = None
         self._routed_modules: list[str] = []
         self._losses_since_log = torch.zeros(1, 3, dtype=torch.float64, device=self.args.device)
         self._steps_since_log = 0.0
@@ -263,46 +264,46 @@ class LoRAMoETrainer(Trainer):
             self.model.save_pretrained(output_dir or self.args.output_dir, is_main_process=False)
 
     def _get_output_dir(self, trial) -> str:
-        return str(self._aside or super()._get_output_dir(trial))
+        return str(self._temporary or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Write the checkpoint aside and rename it: a run that is killed meanwhile leaves no torn one.
+        """Write the checkpoint to a temporary folder and rename it: a run that is killed leaves no incomplete one.
 
         Raises:
             InputError: it could not be written (the disk is full, say); earlier checkpoints are as they were.
         """
         run_folder = Path(self.args.output_dir)
-        aside, name = run_folder / ASIDE, f"checkpoint-{self.state.global_step}"
+        temporary, name = run_folder / TEMPORARY_NAME, f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._aside = aside
+        self._temporary = temporary
         try:
             with self.throughput.paused(), writing(run_folder, name):
                 super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == str(aside / name):
+                if self.state.best_model_checkpoint == str(temporary / name):
                     self.state.best_model_checkpoint = str(run_folder / name)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
-                    self.state.save_to_json(str(aside / name / STATE_NAME))
-                    put_in_place(aside, name)
-                    # A later one is torn, and would be kept in place of this one.
+                    self.state.save_to_json(str(temporary / name / STATE_NAME))
+                    put_in_place(temporary, name)
+                    # A later one is incomplete, and would be kept in place of this one.
                     if sort_checkpoints(str(run_folder))[-1] == str(run_folder / name):
                         rotate_checkpoints(
                             str(run_folder), self.args.save_total_limit, self.state.best_model_checkpoint
                         )
         finally:
-            self._aside = None
+            self._temporary = None
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
-        with filling(Path(output_dir or self.args.output_dir)) as aside:
-            super()._save(str(aside), state_dict)
+        with atomic_files(Path(output_dir or self.args.output_dir)) as temporary:
+            super()._save(str(temporary), state_dict)
             # A pickle with this machine's paths; everything in it is in run_config.json.
-            (aside / TRAINING_ARGS_NAME).unlink()
+            (temporary / TRAINING_ARGS_NAME).unlink()
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         likelihood_B2, *shares = prediction.predictions

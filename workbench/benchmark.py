@@ -282,7 +282,7 @@ def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tupl
         }
         model_args, data_args, args = parse_arguments(as_flags(**flags))
         tokenizer = load_tokenizer(folder)
-        rows, _ = load_rows(tokenizer, model_args, data_args, args)
+        rows, _, _ = load_rows(tokenizer, model_args, data_args, args)
         trainer = build_trainer(model_args, args, tokenizer, rows, None, None, StopSignals())
         if is_plain:
             compute_as(trainer.model, PlainLayer, dropout)

@@ -5,7 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from loading.provenance import ROOT, provenance_line
-from workbench.markdown import table
+from training.markdown import table
+from training.pictures import save, styled
 
 PICTURES = ROOT / "docs" / "pictures"
 MIB = 2**20
@@ -107,10 +108,11 @@ def draw(results: dict, folder: Path = PICTURES) -> list[Path]:
     """Draw the figures of the sections that were measured. Returns their files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, figure in (("experts", _draw_experts), ("step_losses", _draw_losses)):
-        if name in results:
-            files.append(folder / f"{name}.png")
-            figure(results).savefig(files[-1], dpi=110)
+    with styled():
+        for name, make in (("experts", _draw_experts), ("step_losses", _draw_losses)):
+            if name in results:
+                files.append(folder / f"{name}.png")
+                save(make(results), files[-1])
     return files
 
 
@@ -122,7 +124,7 @@ def _draw_experts(results: dict) -> Figure:
         "total rank 64": lambda row: row["experts"] * row["rank"] == 64,
         "rank 4 each": lambda row: row["rank"] == 4,
     }
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 3.8))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (title, belongs) in zip(axes, panels.items(), strict=True):
         for variant, label, style in (("loop", "experts in a loop", "s--"), ("loramoe", "LoRAMoE, stacked", "o-")):
@@ -135,7 +137,7 @@ def _draw_experts(results: dict) -> Figure:
         ticks = sorted({row["experts"] for row in rows})
         axis.set_xticks(ticks, map(str, ticks))
         axis.minorticks_off()
-        axis.grid(alpha=0.3)
+        axis.grid()
     high = max(row["step_ratio"] for row in rows)
     ticks = [value for value in (1, 2, 5, 10, 20, 50, 100) if value <= 1.2 * high]
     axes[0].set_yticks(ticks, map(str, ticks))
@@ -147,13 +149,13 @@ def _draw_experts(results: dict) -> Figure:
 def _draw_losses(results: dict) -> Figure:
     curves = results["step_losses"]
     difference = max(abs(a - b) for a, b in zip(curves["loramoe"], curves["plain"], strict=True))
-    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.8))
     axis = figure.subplots()
     steps = range(1, len(curves["plain"]) + 1)
     axis.plot(steps, curves["plain"], linewidth=5, alpha=0.35, label="plain autograd, all logits")
     axis.plot(steps, curves["loramoe"], color="black", linewidth=1.2, label="as users train")
     axis.set(xlabel="step", ylabel="loss", title=f"same seed, no dropout: largest difference {difference:.1e}")
     axis.set_xticks([step for step in steps if step % 5 == 0 or step == 1])
-    axis.grid(alpha=0.3)
+    axis.grid()
     axis.legend()
     return figure

@@ -2,7 +2,8 @@
 
     python -m workbench.experiment --config workbench/experiments/forgetting_small.yaml
 
-A cell that is finished has a file, and is not run again. docs/RESULTS.md shows what came out.
+A finished cell has a JSON file in the working folder and is not run again; the report collects them in `cells.csv`.
+docs/RESULTS.md shows what came out.
 """
 
 import os
@@ -18,11 +19,12 @@ from functools import partial
 from pathlib import Path
 
 from data import InputError
+from data.atomic import write_json
 from loading.command_line import flag, parse_flags, run_verb
-from training.run_folder import write_json
 from workbench.experiments.cell import run_cell
 from workbench.experiments.mixture import check_rows
 from workbench.experiments.plan import Cell, Experiment, read_experiment
+from workbench.experiments.records import cell_file
 from workbench.experiments.report import report
 
 COMMAND = "python -m workbench.experiment"
@@ -33,7 +35,7 @@ class ExperimentArguments:
     """Which experiment, and how much of it."""
 
     config: str = flag(None, "YAML file that says what is compared; see workbench/experiments", required=True)
-    results: str | None = flag(None, "folder of cells, table and figures, in place of the configuration's")
+    results: str | None = flag(None, "folder of cells, tables and figures, in place of the configuration's two")
     cells: list[str] = field(default_factory=list, metadata={"help": "names of cells; by default all"})
     jobs: int = flag(1, "cells at once, each in a process of its own")
     max_hours: float | None = flag(None, "start no cell after so many hours")
@@ -63,12 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     experiment = read_experiment(args.config)
     if args.results:
-        experiment = replace(experiment, results=args.results)
+        experiment = replace(experiment, results=args.results, work=args.results)
     if not args.report_only:
         run(experiment, args, chosen_cells(experiment, args.cells))
     if not args.cells:
         refuse_foreign_files(experiment)
-        print(*report(Path(experiment.results)), sep="\n")
+        print(*report(Path(experiment.results), Path(experiment.work)), sep="\n")
 
 
 def chosen_cells(experiment: Experiment, names: list[str]) -> list[Cell]:
@@ -115,10 +117,10 @@ def refuse_foreign_files(experiment: Experiment) -> None:
     Raises:
         InputError: there is such a file.
     """
-    own = {experiment.results_file(cell) for cell in experiment.cells()}
-    if foreign := sorted(set((Path(experiment.results) / "cells").glob("*.json")) - own):
+    own = {cell_file(experiment.work, cell.name) for cell in experiment.cells()}
+    if foreign := sorted(set((Path(experiment.work) / "cells").glob("*.json")) - own):
         raise InputError(
-            f"{', '.join(map(str, foreign))}: no cell of this configuration; move it away, or name another "
+            f"{', '.join(map(str, foreign))}: not a cell of this configuration; move it away, or name another "
             "folder by --results"
         )
 
@@ -148,7 +150,7 @@ def run_all(start_cell, cells: Iterator[Cell], jobs: int, deadline: float) -> It
 def run_here(experiment: Experiment, args: ExperimentArguments, cell: Cell) -> dict:
     """Run a cell in this process and write its file."""
     record = run_cell(experiment, cell, args.one_cell(cell))
-    file = experiment.results_file(cell)
+    file = cell_file(experiment.work, cell.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
     return record

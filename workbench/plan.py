@@ -20,7 +20,7 @@ from loading.arguments import FLAG_OF_FIELD, DataArguments
 from loading.command_line import listed, refuse, run_verb
 from peft import LoraConfig, TaskType
 from training.throughput import GIB, PEAK_TFLOPS
-from transformers_patch.auto import default_targets
+from transformers_patch.auto import damage_refused, default_targets
 from workbench.architectures import ARCHITECTURES, find_architecture
 from workbench.footprint import Footprint, Shape, count_step
 from workbench.instruments import SavedBytes
@@ -141,7 +141,8 @@ def plan(config: PretrainedConfig, flags: argparse.Namespace) -> dict:
         checkpointing=flags.gradient_checkpointing,
     )
     try:
-        counts = count_step(config, adapter_config(flags), shape)
+        with damage_refused(f"config.json of {flags.model}"):
+            counts = count_step(config, adapter_config(flags), shape)
     except ValueError as error:
         raise InputError(str(error)) from error
     tflops, capacity = GPUS[flags.gpu]

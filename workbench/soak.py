@@ -26,7 +26,7 @@ from pathlib import Path
 
 from loading.command_line import refuse, run_verb
 from peft.saving import WEIGHTS_NAME
-from training.checkpoint import ASIDE, find_checkpoint
+from training.checkpoint import TEMPORARY_NAME, find_checkpoint
 from workbench.launches import Launches
 from workbench.processes import torchrun
 from workbench.tiny_model import make_tiny_model, tiny_run, write_rows
@@ -125,7 +125,7 @@ class Life:
     @property
     def is_saving(self) -> bool:
         """True during a save; after the end of the process, true if it ended during one."""
-        return _identity(self.output / ASIDE) not in (None, self.stale)
+        return _identity(self.output / TEMPORARY_NAME) not in (None, self.stale)
 
     def wait_until(self, saving: bool) -> bool:
         """Wait for a save to begin or to end. Returns False if the process ends first."""
@@ -226,7 +226,7 @@ class Soak:
         Raises:
             HarmError: it failed with an exit code other than 0.
         """
-        stale, log = _identity(output / ASIDE), self.folder / "log"
+        stale, log = _identity(output / TEMPORARY_NAME), self.folder / "log"
         with log.open("w") as stream:
             process = subprocess.Popen(self.command(output), stdout=stream, stderr=subprocess.STDOUT)
             life = Life(process, output, stale, time.monotonic())

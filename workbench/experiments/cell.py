@@ -32,7 +32,8 @@ from training.routing import Routing, group_shares
 from training.run_folder import RunFolder
 from workbench.experiments.mixture import mixture, probe_rows, task_rows
 from workbench.experiments.parameters import equal_flags, num_trainable, parameter_change
-from workbench.experiments.plan import BASE, EQUAL, MIXTURE, Cell, Experiment
+from workbench.experiments.plan import EQUAL, Cell, Experiment
+from workbench.experiments.records import BASE, MIXTURE
 
 LONGEST_ANSWER = 24  # tokens
 ROUTED_FACTS = 300

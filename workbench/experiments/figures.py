@@ -4,16 +4,14 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
-from PIL import Image
 
-from workbench.experiments.plan import BASE
+from training.pictures import BLUE, GREEN, ORANGE, RED, save, styled
+from workbench.experiments.records import BASE
 from workbench.experiments.results import (
     Place,
     by_arm,
@@ -24,15 +22,13 @@ from workbench.experiments.results import (
     matching_targets,
 )
 
-DPI = 110
 PANEL = 3.3, 3.4  # inches
-FONTS = {"font.size": 9, "axes.titlesize": 9}
-# Colours of Okabe and Ito; markers and dashes tell the arms apart without them.
+# Markers and dashes tell the arms apart without the colours.
 STYLES = {
-    "full": {"label": "full fine-tuning", "color": "#D55E00", "marker": "s", "linestyle": ":"},
-    "lora": {"label": "LoRA", "color": "#E69F00", "marker": "^", "linestyle": "-."},
-    "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": "#009E73", "marker": "D", "linestyle": "--"},
-    "loramoe": {"label": "LoRAMoE", "color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "full": {"label": "full fine-tuning", "color": RED, "marker": "s", "linestyle": ":"},
+    "lora": {"label": "LoRA", "color": ORANGE, "marker": "^", "linestyle": "-."},
+    "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": GREEN, "marker": "D", "linestyle": "--"},
+    "loramoe": {"label": "LoRAMoE", "color": BLUE, "marker": "o", "linestyle": "-"},
 }
 # Each arm's labels at a corner of their own, since points of different arms lie close together.
 RATE_LABELS = {
@@ -49,19 +45,12 @@ MAX_NUMBERED_EXPERTS = 8
 def draw(cells: list[dict], folder: Path) -> list[Path]:
     """Draw the figures that the cells suffice for. Returns their files."""
     files = []
-    with matplotlib.rc_context(FONTS):
+    with styled():
         for name, (stage, make) in FIGURES.items():
             if figure := make([cell for cell in cells if cell["stage"] == stage]):
                 files.append(folder / f"{name}.png")
-                _save(figure, files[-1])
+                save(figure, files[-1])
     return files
-
-
-def _save(figure: Figure, file: Path) -> None:
-    """With a palette of 256 colours, which takes a third of the bytes."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize().save(file, format="PNG", optimize=True)
 
 
 def _knowledge(grid: list[dict]) -> Figure | None:
@@ -209,7 +198,7 @@ def _experts(grid: list[dict]) -> Figure | None:
     weights = [list(run["routing"]["experts_by_task"].values()) for run in runs]
     scale = {"vmin": min(map(np.min, weights)), "vmax": max(map(np.max, weights))}
     height = 0.6 + len(places) * (0.7 + 0.27 * len(weights[0]))
-    figure = Figure(dpi=DPI, figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(9, height))
     panels = figure.subplots(len(places), len(ROUTED), squeeze=False, sharex=True, sharey=True)
     for axes, run in zip(panels.flat, runs, strict=True):
         image = _draw_weights(axes, run["routing"]["experts_by_task"], scale)
@@ -224,7 +213,7 @@ def _experts(grid: list[dict]) -> Figure | None:
 def _draw_weights(axes: Axes, by_task: dict[str, list[float]], scale: dict[str, float]) -> AxesImage:
     weights = np.array(list(by_task.values()))
     experts = weights.shape[1]
-    image = axes.imshow(weights, aspect="auto", cmap="viridis", **scale)
+    image = axes.imshow(weights, aspect="auto", **scale)
     axes.axvline(experts / 2 - 0.5, color="white", linewidth=3)  # between the groups
     axes.set_yticks(range(len(by_task)), [task.replace("_", " ") for task in by_task])
     axes.set_xticks(range(experts))
@@ -254,10 +243,10 @@ def _trained(grid: list[dict]) -> list[dict]:
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A row of panels with common axes, and room for a legend below."""
     width, height = PANEL
-    figure = Figure(dpi=DPI, figsize=(max(count, 2) * width, height + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(count, 2) * width, height + 0.6))
     panels = figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
     for axes in panels:
-        axes.grid(alpha=0.3)
+        axes.grid()
     return figure, list(panels)
 
 

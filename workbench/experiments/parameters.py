@@ -6,13 +6,14 @@ from dataclasses import fields
 import torch
 from torch import nn
 
+from data import InputError
 from loading.arguments import ModelArguments
 from loading.base_model import with_adapter
 from peft import PeftModel
 from peft.inject import find_targets
 from peft.static import static_lora
 from transformers_patch import AutoModelForCausalLM
-from transformers_patch.auto import load_config
+from transformers_patch.auto import damage_refused, load_config
 
 
 def equal_flags(model: str, flags: dict, mixture_flags: dict) -> dict:
@@ -32,10 +33,18 @@ def equal_flags(model: str, flags: dict, mixture_flags: dict) -> dict:
 
 
 def adapter_size(arguments: ModelArguments) -> int:
-    """Trainable parameters of a fresh adapter; no weight is read."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(load_config(arguments.model_name_or_path))
-        return num_trainable(with_adapter(skeleton, arguments))
+    """Trainable parameters of a fresh adapter; no weight is read.
+
+    Raises:
+        InputError: a value in the model's config.json cannot be used.
+    """
+    name = arguments.model_name_or_path
+    try:
+        config = load_config(name)
+        with torch.device("meta"), damage_refused(f"config.json of {name}"):
+            return num_trainable(with_adapter(AutoModelForCausalLM.from_config(config), arguments))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def num_trainable(model: nn.Module) -> int:

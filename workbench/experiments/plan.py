@@ -16,10 +16,8 @@ from data import InputError
 from data.dataset import file_hash
 from data.facts import FACTS_FILE
 from scripts.prepare_data import COUNTS_NAME
+from workbench.experiments.records import ARMS, BASE, MIXTURE, find_record, problem
 
-BASE = "base"
-MIXTURE = "loramoe"
-ARMS = (BASE, "full", "lora", "loramoe_beta0", MIXTURE)
 EQUAL = "equal"  # as lora_rank: the rank with as many trainable parameters as the arm MIXTURE
 
 KNOWN_FIELDS_ONLY = ConfigDict(extra="forbid")
@@ -111,8 +109,8 @@ class Experiment:
 
     Args:
         model: base model, a folder or a hub id.
-        results: folder that is committed: cells, table, figures.
-        work: folder for what is not: rows and weights.
+        results: folder that is committed: table of the cells, report, figures.
+        work: folder for what is not: a file of each cell, rows and weights.
         arms: flags of `train.py` by arm; `lora_rank: equal` is the rank whose LoRA has as many trainable parameters
             as the arm `loramoe`, as nearly as can be.
         train: flags of every arm.
@@ -203,22 +201,15 @@ class Experiment:
     def _tuned_arm(self, cell: Cell) -> str:
         return self.ablations.of if cell.stage == "ablation" else cell.arm
 
-    def results_file(self, cell: Cell) -> Path:
-        return Path(self.results) / "cells" / f"{cell.name}.json"
-
     def finished(self, cell: Cell) -> dict | None:
-        """What a cell's file says; None where it has not been run.
+        """The record of a cell; None if it has not been run.
 
         Raises:
-            InputError: the file is damaged, or is that of another configuration.
+            InputError: its file is damaged, or was written under another configuration.
         """
-        file = self.results_file(cell)
-        if not file.is_file():
+        file, record = find_record(self.results, self.work, cell.name)
+        if record is None:
             return None
-        try:
-            record = json.loads(file.read_text())
-        except ValueError as error:
-            raise InputError(f"{file} is damaged ({error}); delete it, and the cell is run again") from None
         wanted, found = self.settings(cell), record.get("settings", {})
         if names := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
             other = ", ".join(f"{name} {found.get(name)} instead of {wanted.get(name)}" for name in names)
@@ -291,7 +282,7 @@ def read_experiment(file: str | Path) -> Experiment:
     try:
         experiment = TypeAdapter(Experiment).validate_python(values)
     except ValidationError as error:
-        raise InputError(f"{file}: {'; '.join(map(_problem, error.errors()))}") from None
+        raise InputError(f"{file}: {'; '.join(map(problem, error.errors()))}") from None
     problems = [
         f"no learning rates for the arm {arm}" for arm in experiment.arms.keys() - experiment.tuning.learning_rates
     ]
@@ -318,13 +309,3 @@ def read_experiment(file: str | Path) -> Experiment:
     if problems:
         raise InputError(f"{file}: {'; '.join(problems)}")
     return experiment
-
-
-def _problem(error: dict) -> str:
-    """One of pydantic's errors in words."""
-    place = ".".join(map(str, error["loc"])) or "the file"
-    if error["type"] == "missing":
-        return f"the field {place} is missing"
-    if error["type"] == "unexpected_keyword_argument":
-        return f"there is no field {place}"
-    return f"{place} is {error['input']!r}: {error['msg']}"

@@ -6,8 +6,10 @@ from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
 
+from training.markdown import table
 from workbench.experiments.figures import draw
-from workbench.experiments.plan import BASE, MIXTURE, best_rate
+from workbench.experiments.plan import best_rate
+from workbench.experiments.records import BASE, MIXTURE, read_records, write_table
 from workbench.experiments.results import (
     MEASURES,
     by_arm,
@@ -20,10 +22,8 @@ from workbench.experiments.results import (
     outcome,
     paired_differences,
     paired_growth,
-    read_cells,
     runs_over_sizes,
 )
-from workbench.markdown import table
 
 PAIRS = (("loramoe", "loramoe_beta0"), ("loramoe", "lora"), ("loramoe", "full"), ("lora", "full"))
 NOTHING = "-"
@@ -82,16 +82,17 @@ Validation loss per answer token at the end of a trial, mean over the tasks. The
 the arm; knowledge has no part in the choice, and shows what it costs."""
 
 
-def report(folder: Path) -> list[Path]:
-    """Write `table.md` and the figures into a results folder. Returns their files.
+def report(results: Path, work: Path) -> list[Path]:
+    """Collect the finished cells in `cells.csv`, and write `table.md` and the figures next to it. Returns the files.
 
     Raises:
-        InputError: see `read_cells`.
+        InputError: see `read_records`.
     """
-    cells = read_cells(folder)
-    file = folder / "table.md"
-    file.write_text(markdown(cells) + "\n")
-    return [file, *draw(cells, folder)]
+    cells = read_records(results, work)
+    results.mkdir(parents=True, exist_ok=True)
+    collected, text = write_table(results, cells), results / "table.md"
+    text.write_text(markdown(cells) + "\n")
+    return [collected, text, *draw(cells, results)]
 
 
 def markdown(cells: list[dict]) -> str:

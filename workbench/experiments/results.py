@@ -1,117 +1,23 @@
-"""The finished cells of an experiment: read, checked, grouped, and summed up over seeds."""
+"""The finished cells of an experiment, grouped and summed up over seeds."""
 
-import json
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, stdev
 
 from scipy.stats import t
 
-from data import InputError
-from workbench.experiments.plan import ARMS, BASE
+from workbench.experiments.records import ARMS, BASE
 
-STAGES = ("grid", "tuning", "ablation")
 CONFIDENCE = 0.95
 HARNESS_METRICS = ("exact_match", "acc_norm", "acc", "f1")  # the first one that a task has stands for it
 
-NUMBER = (int, float)
-NUMBER_OR_NULL = (int, float, type(None))
-CELL_FIELDS = {
-    "stage": str, "arm": str, "size": int, "knowledge_share": NUMBER, "seed": int, "learning_rate": NUMBER_OR_NULL,
-    "model": str, "trainable_parameters": int, "commit": str, "machine": str, "seconds": NUMBER, "checkpoints": list,
-    "parameter_change": NUMBER_OR_NULL, "routing": (dict, type(None)), "log": list,
-}  # fmt: skip
-CHECKPOINT_FIELDS = {
-    "knowledge": NUMBER, "knowledge_known": NUMBER_OR_NULL, "tasks": dict, "task_score": NUMBER, "task_loss": NUMBER,
-}  # fmt: skip
-DIVERGED = {"knowledge": NUMBER_OR_NULL, "task_score": NUMBER_OR_NULL}  # of trials
-BASE_FIELDS = {"relations": list, "guessed": dict, "guessed_tasks": dict}
-ROUTING_FIELDS = {"experts_by_task": dict, "group_shares": list}
 # How well the tasks are done, with what picks the better and the worse of several values.
 MEASURES = (("task_score", max, min), ("task_loss", min, max))
-IDENTITY = ("stage", "arm", "size", "knowledge_share", "seed", "learning_rate")
 
 Place = tuple[float, int]  # share of type 1 rows, instruction rows
-
-
-def read_cells(folder: Path) -> list[dict]:
-    """All cells of a results folder, in the order of their files' names.
-
-    Raises:
-        InputError: there is none, a file is damaged or no cell, two files hold the same cell, or the cells are of
-            several models.
-    """
-    cells: list[dict] = []
-    files: dict[tuple, Path] = {}
-    for file in sorted((folder / "cells").glob("*.json")):
-        cell = _read_cell(file)
-        twin = files.setdefault(tuple(cell[name] for name in IDENTITY), file)
-        if twin != file:
-            raise InputError(f"{file} and {twin} hold the same cell, which would count twice; delete one of them")
-        cells.append(cell)
-        if cell["model"] != cells[0]["model"]:
-            raise InputError(
-                f"{file} is of the model {cell['model']}, but the files before it are of {cells[0]['model']}; a "
-                "results folder holds the cells of one model"
-            )
-    if not cells:
-        raise InputError(f"{folder / 'cells'} holds no JSON file, so there is no finished cell to report")
-    return cells
-
-
-def _read_cell(file: Path) -> dict:
-    try:
-        cell = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}); delete it, and run its cell again") from None
-    try:
-        _check_cell(cell)
-    except InputError as error:
-        raise InputError(f"{file} is no cell of an experiment: {error}") from None
-    return cell
-
-
-def _check_cell(cell: object) -> None:
-    _check_fields(cell, CELL_FIELDS, "the file")
-    _check_choice(cell, "stage", STAGES)
-    if cell["stage"] != "ablation":
-        _check_choice(cell, "arm", ARMS)
-    if not cell["checkpoints"]:
-        raise InputError("checkpoints is empty")
-    for number, checkpoint in enumerate(cell["checkpoints"]):
-        special = {"grid": {"recalled": str}, "tuning": DIVERGED}.get(cell["stage"], {})
-        _check_fields(checkpoint, CHECKPOINT_FIELDS | special, f"checkpoints[{number}]")
-    if cell["arm"] == BASE:
-        _check_fields(cell, BASE_FIELDS, "the file")
-    if cell["stage"] == "grid" and cell["arm"] != BASE and len(cell["checkpoints"]) == 1:
-        raise InputError("checkpoints holds the start of the training alone")
-    if cell["routing"]:
-        _check_fields(cell["routing"], ROUTING_FIELDS, "routing")
-        if [len(shares) for shares in cell["routing"]["group_shares"]] != [2, 2]:
-            raise InputError("group_shares has to hold the shares of two groups on two types of rows")
-    if "lm_eval" in cell:
-        _check_fields(cell, {"lm_eval": dict}, "the file")
-        for task, numbers in cell["lm_eval"].items():
-            _check_fields(numbers, {}, f"lm_eval of {task}")
-
-
-def _check_fields(record: object, fields: dict, name: str) -> None:
-    if not isinstance(record, dict):
-        raise InputError(f"{name} holds a {type(record).__name__}, but has to hold a JSON object")
-    for field, kinds in fields.items():
-        if field not in record:
-            raise InputError(f"{name} has no {field}")
-        if not isinstance(record[field], kinds):
-            raise InputError(f"{field} in {name} is a {type(record[field]).__name__}")
-
-
-def _check_choice(cell: dict, field: str, choices: tuple[str, ...]) -> None:
-    if cell[field] not in choices:
-        raise InputError(f"{field} is {cell[field]!r}, but has to be one of {', '.join(choices)}")
 
 
 def by_place(cells: Iterable[dict]) -> dict[Place, list[dict]]:
@@ -184,7 +90,7 @@ def main_metric(numbers: dict) -> str | None:
     names = [
         name
         for name, value in numbers.items()
-        if isinstance(value, NUMBER) and "_stderr" not in name and name != "sample_len"
+        if isinstance(value, int | float) and "_stderr" not in name and name != "sample_len"
     ]
     ranks = {metric: rank for rank, metric in enumerate(HARNESS_METRICS)}
     return min(names, key=lambda name: ranks.get(name.split(",")[0], len(ranks)), default=None)
