@@ -110,6 +110,15 @@ def parse_flags(command: str, description: str, kinds: tuple[type, ...], argv: l
     return parts
 
 
+def too_small(flags: object, **least: int) -> list[str]:
+    """A problem for each flag whose value is below the given one."""
+    return [
+        f"--{name} is {value}, but has to be at least {limit}"
+        for name, limit in least.items()
+        if (value := getattr(flags, name)) < limit
+    ]
+
+
 def refuse(problems: list[str]) -> None:
     """Raises InputError with all the problems, if there are any."""
     if problems:

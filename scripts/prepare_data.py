@@ -38,7 +38,7 @@ from data.errors import writing
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import RECIPES, Source, evaluation_parts
 from inference.metrics import normalized
-from loading.command_line import flag, parse_flags, run_verb
+from loading.command_line import flag, parse_flags, run_verb, too_small
 from loading.provenance import provenance
 
 COMMAND = "python -m scripts.prepare_data"
@@ -72,11 +72,7 @@ class PrepareArguments:
             problems.append(f"--size is {self.size!r}, but has to be a number such as 20000, 100K or 3M")
         if not 0 <= self.knowledge_share < 1:
             problems.append(f"--knowledge_share is {self.knowledge_share}, but has to be at least 0 and below 1")
-        problems += [
-            f"--{name} is {getattr(self, name)}, but has to be at least 1"
-            for name in ("max_words", "evaluation_rows")
-            if getattr(self, name) < 1
-        ]
+        problems += too_small(self, max_words=1, evaluation_rows=1)
         known = {source.hub_id for source in RECIPES[self.recipe]}
         return problems + [
             f"--without {name}: no such set; choose from {', '.join(sorted(known))}"

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, set_seed
 from data import InputError
 from loading.arguments import parse_arguments
 from loading.base_model import load_tokenizer
-from loading.command_line import run_verb
+from loading.command_line import refuse, run_verb, too_small
 from loading.provenance import provenance
 from train import build_trainer, load_rows
 from training.stopping import StopSignals
@@ -321,8 +321,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, value in defaults.items():
         given = getattr(flags, name)
         setattr(flags, name, value if given is None else given)
-        if getattr(flags, name) < 1:
-            raise InputError(f"--{name} is {given}, but has to be at least 1")
+    refuse(too_small(flags, rounds=1, batch=1, length=1))
     flags.model = flags.model or (None if flags.quick else DEFAULT_MODEL)
     possible = [name for name in SECTIONS if name != "training" or flags.model]
     flags.sections = possible if flags.sections is None else flags.sections.split(",")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import Encoding, load_data
 from loading.base_model import load_tokenizer
-from loading.command_line import refuse, run_verb
+from loading.command_line import refuse, run_verb, too_small
 from loading.provenance import provenance, provenance_line
 
 WORDS = (
@@ -50,13 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
-    refuse(
-        [
-            f"--{name} is {getattr(args, name)}, but has to be at least 1"
-            for name in ("rows", "num_proc")
-            if getattr(args, name) < 1
-        ]
-    )
+    refuse(too_small(args, rows=1, num_proc=1))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(args.tokenizer)

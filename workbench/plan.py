@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from data import InputError
 from loading.arguments import FLAG_OF_FIELD, DataArguments
-from loading.command_line import listed, refuse, run_verb
+from loading.command_line import listed, refuse, run_verb, too_small
 from peft import LoraConfig, TaskType
 from training.throughput import GIB, PEAK_TFLOPS
 from transformers_patch.auto import damage_refused, default_targets
@@ -282,11 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--check", action="store_true", help="compare the counts with real steps of the model on this machine")
     add("--json", type=Path, help="also write the plan to this file")
     flags = parser.parse_args(argv)
-    problems = [
-        f"--{name} is {getattr(flags, name)}, but has to be at least 1"
-        for name in ("batch", "length", "gpus")
-        if getattr(flags, name) < 1
-    ]
+    problems = too_small(flags, batch=1, length=1, gpus=1)
     problems += [
         f"--{name} is {getattr(flags, name)}, but has to be above 0 and at most 1"
         for name in ("labelled", "mfu")

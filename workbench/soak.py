@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loading.command_line import refuse, run_verb
+from loading.command_line import refuse, run_verb, too_small
 from peft.saving import WEIGHTS_NAME
 from training.checkpoint import TEMPORARY_NAME, find_checkpoint
 from workbench.launches import Launches
@@ -87,12 +87,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of the base model (default: a tiny random Llama)")
     parser.add_argument("--folder", type=Path, help="where to put the runs (default: the system's temporary folder)")
     args = parser.parse_args(argv)
-    least = {"kills": 1, "num_processes": 1, "max_steps": 1, "save_steps": 1, "launches": 0}
-    problems = [
-        f"--{name} is {getattr(args, name)}, but has to be at least {limit}"
-        for name, limit in least.items()
-        if getattr(args, name) < limit
-    ]
+    problems = too_small(args, kills=1, num_processes=1, max_steps=1, save_steps=1, launches=0)
     if not 0 <= args.during_save <= args.kills:
         problems.append(f"--during_save is {args.during_save}, but has to be between 0 and the kills, {args.kills}")
     for name in ("model", "folder"):
