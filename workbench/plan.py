@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -108,7 +108,7 @@ def host_memory(counts: Footprint, setup: Setup) -> int:
     if setup.offload == "none":
         return 0
     kept_on_gpu = memory_per_gpu(counts, setup)
-    there = memory_per_gpu(counts, Setup(**{**asdict(setup), "offload": "none"}))
+    there = memory_per_gpu(counts, replace(setup, offload="none"))
     return setup.gpus * sum(there[name] - kept_on_gpu[name] for name in ("weights", "gradients", "optimizer"))
 
 
