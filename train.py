@@ -21,6 +21,8 @@ from data import (
     task_types,
 )
 from data.atomic import atomic_files, write_json
+from inference.routing import routing_lines, routing_summary, training_curves
+from inference.routing_plot import write_routing
 from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from loading.base_model import (
     adapter_warnings,
@@ -37,15 +39,7 @@ from peft.saving import WEIGHTS_NAME
 from training.checkpoint import find_checkpoint, writers, writing
 from training.ending import run_process
 from training.publish import open_repository, publish
-from training.report import (
-    generate_samples,
-    routing_lines,
-    summary_lines,
-    training_curves,
-    write_model_card,
-    write_routing,
-)
-from training.routing import routing_summary
+from training.report import generate_samples, summary_lines, write_model_card
 from training.run_folder import RunFolder, run_config
 from training.stopping import StoppedError, StopSignals
 from training.trainer import LoRAMoETrainer
@@ -55,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     """One run, from flags to results.
 
     Raises:
-        InputError: something about the input is wrong; no weight has been read and nothing overwritten then.
+        InputError: something about the input is wrong; no weights have been read and nothing has been overwritten then.
     """
     model_args, data_args, args = parse_arguments(argv)
     with args.main_process_first(desc="checking the input"):
@@ -104,10 +98,10 @@ def run(
     Raises:
         StoppedError: SIGTERM came; what there was to save is saved.
     """
-    checkpoint, torn = find_checkpoint(folder.path)
-    say(args, *torn)
-    if torn and not checkpoint:
-        say(args, "no checkpoint is left to resume from, so the run starts from its beginning")
+    checkpoint, skipped = find_checkpoint(folder.path)
+    say(args, *skipped)
+    if skipped and not checkpoint:
+        say(args, "no checkpoint is left to resume from, so the run starts from the beginning")
     trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint, stop_signals)
     stop_signals.raise_if_terminated(args.device)
     padding = trainer.train_sampler().padding_share()
@@ -177,9 +171,9 @@ def unseen_task_types(train_data: Dataset, eval_data: Dataset, names: Sequence[s
 
 
 def prepare_folder(folder: RunFolder, config: dict, restart: bool) -> None:
-    """Make the folder this configuration's, or find that it is."""
-    if restart and (aside := folder.set_aside()):
-        print(f"--restart: what was in {folder.path} is now in {aside}")
+    """Claim the folder for this configuration, or check that it is this configuration's."""
+    if restart and (archive := folder.archive()):
+        print(f"--restart: what was in {folder.path} is now in {archive}")
     folder.check(config)
     folder.claim(config)
 
@@ -220,7 +214,7 @@ def build_trainer(
 
 
 def evaluate(trainer: LoRAMoETrainer, template: str) -> dict:
-    """Held-out measurements of the trained model, beside those taken before the first step."""
+    """Held-out measurements of the trained model, next to those taken before the first step."""
     before = next(entry for entry in trainer.state.log_history if "eval_lm_loss" in entry)
     after = trainer.evaluate()
     results = {f"{name}_before": before[name] for name in ("eval_lm_loss", "eval_perplexity")}

@@ -8,7 +8,7 @@ from torch import nn
 
 from data import Collator
 from inference.generation import in_batches
-from transformers_patch.labels import LabelledPositions
+from transformers_patch.labels import SupervisedTokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def score_answers(
     def score(batch_rows: list[dict]) -> list[AnswerScore]:
         batch = collate([{"task_type": -1, "source": "", **row} for row in batch_rows])
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        positions = LabelledPositions(batch["labels"], batch["supervised_indices"])
+        positions = SupervisedTokens(batch["labels"], batch["supervised_indices"])
         with torch.no_grad(), positions.only(model):
             logits_1NV = model(**inputs).logits
         matches_B = positions.matches(logits_1NV).tolist()

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -440,8 +440,9 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
         return [f"--deepspeed {flags.deepspeed}: has to be a JSON object"]
     if not flags.prepare_only and "RANK" not in os.environ:
         return ["--deepspeed needs a launcher, even for one process: use run_loramoe.sh or torchrun"]
-    zero: Any = config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
+    zero = config.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    stage = zero.get("stage")
     if stage not in (1, 2, 3):
         return [f"--deepspeed {flags.deepspeed}: the stage in zero_optimization has to be 1, 2 or 3"]
     if problems := _deepspeed_mismatches(config, flags):

@@ -16,7 +16,7 @@ def sample_shares(weights_BTE: Tensor, mask_BT: Tensor | None = None) -> Tensor:
 
     Args:
         weights_BTE: router weights; of shape (L, B, T, E), they give (L, B, E).
-        mask_BT: 1 for real tokens, 0 for padding; None where nothing is padded.
+        mask_BT: 1 for real tokens, 0 for padding; None if nothing is padded.
     """
     weights_BTE = weights_BTE.float()
     if mask_BT is None:
@@ -26,13 +26,14 @@ def sample_shares(weights_BTE: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     return (weights_BTE * mask_BT1).sum(dim=-2) / mask_BT1.sum(dim=-2).clamp(min=1)
 
 
-def balance_coefficients(group_sizes: Sequence[int], delta: float) -> Tensor:
+def balance_coefficients(group_sizes: Sequence[int], blc_alpha: float) -> Tensor:
     """I[s, n] = 1 / (E * target share of expert n for task type s); the last row, which -1 indexes, is for no type.
 
     The E experts fall into contiguous groups, group s serving task type s. An expert of the matching group has a target
-    share proportional to 1 / (1 - delta), any other one to 1 / (1 + delta). The term is smallest where the shares are
-    the target shares: I * q is then 1 / E for every sample and expert. For equal groups the coefficients are 1 - delta
-    and 1 + delta up to a common factor, which the term ignores. A sample without a task type has I = 1.
+    share proportional to 1 / (1 - blc_alpha), any other one to 1 / (1 + blc_alpha). The term is smallest if the shares
+    are the target shares: I * q is then 1 / E for every sample and expert. For equal groups the coefficients are
+    1 - blc_alpha and 1 + blc_alpha up to a common factor, which the term ignores. A sample without a task type has
+    I = 1. `blc_alpha` is delta of the paper.
 
     Args:
         group_sizes: experts in each of the K groups, summing to E; one group for all is I = 1 throughout.
@@ -40,10 +41,10 @@ def balance_coefficients(group_sizes: Sequence[int], delta: float) -> Tensor:
     Returns:
         Tensor of shape (K + 1, E), float32: `balance_coefficients(...)[task_types_B]` has the samples' rows.
     """
-    task_types_K = torch.tensor([*range(len(group_sizes)), -1])
-    group_of_expert_E = task_types_K[:-1].repeat_interleave(torch.tensor(group_sizes))
+    group_of_expert = [group for group, size in enumerate(group_sizes) for _ in range(size)]
+    task_types_K, group_of_expert_E = torch.tensor([*range(len(group_sizes)), -1]), torch.tensor(group_of_expert)
     matches_KE = task_types_K.unsqueeze(1) == group_of_expert_E
-    pull_KE = torch.where(matches_KE, 1 / (1 - delta), 1 / (1 + delta))
+    pull_KE = torch.where(matches_KE, 1 / (1 - blc_alpha), 1 / (1 + blc_alpha))
     return pull_KE.mean(dim=1, keepdim=True) / pull_KE
 
 
@@ -57,10 +58,10 @@ def localized_balance_term(
     Without any sample it is 0.
 
     It is computed from sums, so that ranks exchange 2 L + 1 numbers, however many samples each has. They are sums of
-    Z - 1 / E, which is small where the term is: in float32, those of Z and Z^2 would cancel to rounding errors there.
+    Z - 1 / E, which is small if the term is: in float32, those of Z and Z^2 would cancel to rounding errors there.
 
     Args:
-        row_weights_B: 1 for a sample, 0 for a row that counts nowhere; None where all are samples.
+        row_weights_B: 1 for a sample, 0 for a padding example; None if all are samples.
         over_ranks: over the samples of all ranks of the default process group, if there is one. A collective.
     """
     L, B, E = shares_LBE.shape

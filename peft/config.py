@@ -1,4 +1,4 @@
-"""Configuration of an adapter, saved beside its weights as `adapter_config.json`."""
+"""Configuration of an adapter, saved next to its weights as `adapter_config.json`."""
 
 import enum
 import json
@@ -24,23 +24,23 @@ FIXED_FIELDS = (
 
 
 class PeftType(enum.StrEnum):
-    """Kind of adapter. Not called LORA, so that no plain-LoRA loader takes one of ours for its own."""
+    """Type of adapter. Not called LORA, so that no plain-LoRA loader mistakes one of ours for a plain LoRA."""
 
     LORAMOE = "LORAMOE"
 
 
 class TaskType(enum.StrEnum):
-    """What the base model does; unrelated to the `task_type` of a data row."""
+    """The task of the base model; unrelated to the `task_type` of a data row."""
 
     CAUSAL_LM = "CAUSAL_LM"
 
 
 @dataclass
 class PeftConfig:
-    """What every adapter has: its kind and its base model.
+    """The fields of every adapter: its type and its base model.
 
     Args:
-        task_type: what the base model does.
+        task_type: the task of the base model.
         base_model_name_or_path: folder or hub id that the adapter was trained on.
         inference_mode: the saved adapter is meant for inference; loading for training overrides it.
     """
@@ -86,7 +86,7 @@ class PeftConfig:
         try:
             values = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ValueError(f"{directory} is no adapter folder: it has no {CONFIG_NAME}") from None
+            raise ValueError(f"{directory} is not an adapter folder: it has no {CONFIG_NAME}") from None
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged, restore it") from None
         if not isinstance(values, dict) or values.get("peft_type") != PeftType.LORAMOE.value:
@@ -116,22 +116,22 @@ class LoraConfig(PeftConfig):
             weigh nothing; None (or 0) for all of them.
         lora_shared_A: one A of rank r for all experts of a Linear, which then differ in B alone (as in HydraLoRA).
         lora_dropout: probability of dropping an input element of the experts, in [0, 1).
-        blc_alpha: delta of the constraint, in [0, 1): how far a group is drawn to its task type. Two equal groups
-            settle at shares of (1 + delta) / 2 and (1 - delta) / 2.
-        blc_weight: beta, the weight of the balance term in the loss; 0 turns it off.
+        blc_alpha: delta of the paper, in [0, 1): how far a group is drawn to its task type. Two equal groups settle at
+            shares of (1 + blc_alpha) / 2 and (1 - blc_alpha) / 2.
+        blc_weight: the weight of the balance term in the loss, beta of the paper; 0 turns it off.
         blc_reference: compute the balance term from the statistic of the authors' code: router weights summed over all
             positions, padding included, and the samples of one process alone.
-        num_task_types: number of task types K; where the balance term counts, K has to divide lora_nums, unless
+        num_task_types: number of task types K; if the balance term counts, K has to divide lora_nums, unless
             `expert_groups` is given.
-        task_type_names: names of the task types, in their order, where they have any.
+        task_type_names: names of the task types, in their order, if they have any.
         expert_groups: number of experts in the group of each task type; None for equal groups.
         target_modules: the Linears to adapt: a list of names, each compared with the end of the modules' dotted names;
-            a regular expression, one that the whole dotted name of a Linear has to match; or `all-linear`, every Linear
+            a regular expression, which the full dotted name of a Linear has to match; or `all-linear`, every Linear
             but the output embedding. A string of letters, digits, underscores and dots alone is a name. None for the
             defaults of the base model's architecture, which are filled in when the adapter is put on a model.
         layers_to_transform: numbers of the layers, from 0, whose Linears are adapted; None for all.
         modules_to_save: names of further modules (`embed_tokens`, `lm_head`), or a single one, of which the adapter
-            holds a copy of its own that is trained in full; compared like the names in `target_modules`.
+            holds a copy that is trained in full; compared like the names in `target_modules`.
 
     Raises:
         ValueError: at least one value is out of range; the message has a line for every problem.
@@ -173,12 +173,12 @@ class LoraConfig(PeftConfig):
 
     @property
     def balances(self) -> bool:
-        """Whether the balance term has a part in the training loss."""
+        """True if the balance term is part of the training loss."""
         return self.blc_weight > 0 and self.lora_nums > 1
 
     @property
     def group_sizes(self) -> list[int]:
-        """Number of experts of each task type's group; one group of all where they cannot be split."""
+        """Number of experts of each task type's group; one group of all if they cannot be split."""
         if self.expert_groups is not None:
             return self.expert_groups
         if self.lora_nums % self.num_task_types:
@@ -190,7 +190,7 @@ class LoraConfig(PeftConfig):
         return [name for name in FIXED_FIELDS if getattr(self, name) != getattr(other, name)]
 
     def problems(self) -> list[str]:
-        """One sentence for each value that cannot be: what was found and what is allowed."""
+        """One sentence for each invalid value: what was found and what is allowed."""
         problems = [
             f"{name} is {value}, but has to be a whole number of at least 1"
             for name, value in (("r", self.r), ("lora_nums", self.lora_nums), ("num_task_types", self.num_task_types))
@@ -223,7 +223,7 @@ class LoraConfig(PeftConfig):
             try:
                 re.compile(self.target_modules)
             except re.error as error:
-                problems.append(f"target_modules {self.target_modules!r} is no regular expression: {error}")
+                problems.append(f"target_modules {self.target_modules!r} is not a regular expression: {error}")
         if self.layers_to_transform is not None and not _are_counts(self.layers_to_transform, least=0):
             problems.append(
                 f"layers_to_transform is {self.layers_to_transform}, but has to be a list of layer numbers, from 0"
@@ -231,7 +231,7 @@ class LoraConfig(PeftConfig):
         return problems
 
     def _expert_problems(self) -> list[str]:
-        """What does not fit together among numbers that are right by themselves."""
+        """Contradictions among values that are valid by themselves."""
         problems, K, groups, names = [], self.num_task_types, self.expert_groups, self.task_type_names
         if groups is not None and not (_are_counts(groups) and len(groups) == K and sum(groups) == self.lora_nums):
             problems.append(

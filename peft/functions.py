@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
-    """Which elements of x stay, as a uint8 tensor of its shape, and the exact probability of staying.
+    """A mask of the elements of x that stay, a uint8 tensor of its shape, and the exact probability of staying.
 
     Random 64-bit words are read as 16-bit lanes, one for each element, and compared with a threshold: several times
     faster on a CPU than drawing one number for each. The probability is thus rounded to a multiple of 1/65536.
@@ -37,7 +37,7 @@ def thin_product(x_TI: Tensor, weight_HI: Tensor, mask_TI: Tensor | None = None)
     kind, dtype = x_TI.device.type, x_TI.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    # A Function costs as much as the product itself where there is one token, and keeps nothing without gradients.
+    # A Function costs as much as the product itself for a single token, and keeps nothing without gradients.
     call = _ThinProduct.apply if torch.is_grad_enabled() else _thin_product
     return call(x_TI, weight_HI, mask_TI, dtype)
 
@@ -112,7 +112,7 @@ def _thin_product(x_TI: Tensor, weight_HI: Tensor, mask_TI: Tensor | None, dtype
 def _gated_sum(output_TO: Tensor, hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor, scale: float) -> Tensor:
     gated, B = _rows(_gated(hidden, weights_TE, lora_B)), lora_B.to(hidden.dtype)
     if output_TO.dtype == hidden.dtype:
-        # Not a view: where a Function returns one, model code cannot change it in place.
+        # Not a view: if a Function returns one, model code cannot change it in place.
         total_TO = output_TO.clone(memory_format=torch.contiguous_format)
         _rows(total_TO).addmm_(gated, B.T, alpha=scale)
         return total_TO
@@ -132,7 +132,7 @@ def _gated(hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor) -> Tensor:
 
 
 def _per_expert(hidden: Tensor, weights_TE: Tensor, lora_B: Tensor) -> Tensor:
-    """hidden as (T, E, R), or (T, 1, R) where the experts share it."""
+    """hidden as (T, E, R), or (T, 1, R) if the experts share it."""
     return hidden.unflatten(-1, (-1, lora_B.shape[1] // weights_TE.shape[-1]))
 
 

@@ -11,7 +11,7 @@ from peft.layer import LoraLayer
 from peft.linear import linear_size
 from peft.trained_copy import TrainedCopy
 
-# The feed-forward Linears of Llama and of most others; the default for a base model that does not name its own.
+# The feed-forward Linears of Llama and of most others; the default for a base model that names none.
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -24,7 +24,7 @@ def find_targets(
     module it wraps.
 
     Raises:
-        ValueError: a name matches nothing (with the nearest names that exist) or matches something that is no Linear;
+        ValueError: a name matches nothing (with the nearest names that exist) or something other than a Linear;
             a regular expression matches no Linear; the layers that are asked for are not there.
     """
     candidates = {name: module for name, module in model.named_modules() if not _is_inside_wrapper(name, model)}
@@ -67,16 +67,16 @@ class LoraModel(nn.Module):
         super().__init__()
         if any(isinstance(module, LoraLayer | TrainedCopy) for module in model.modules()):
             raise ValueError(
-                "the model has an adapter already: put another one beside it with the PeftModel's add_adapter or "
+                "the model has an adapter already: add another one with the PeftModel's add_adapter or "
                 "load_adapter, or load the base model anew"
             )
         self.model = model
         model.requires_grad_(False)
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Create what adapter `name` adds to the model: experts in every target Linear, copies of modules to save.
+        """Create the modules of adapter `name`: experts in every target Linear, copies of modules to save.
 
-        Fills in `config.target_modules` where it is None.
+        Fills in `config.target_modules` if it is None.
 
         Raises:
             ValueError: see `find_targets`; or a module to save cannot be trained in full.
@@ -117,7 +117,7 @@ class LoraModel(nn.Module):
         return module
 
     def remove_adapter(self, name: str) -> None:
-        """Take back what `add_adapter` created; modules that no other adapter uses stand unwrapped again."""
+        """Remove the modules of adapter `name` and the wrappers that no other adapter uses."""
         for module_name, module in list(self.model.named_modules()):
             if isinstance(module, LoraLayer | TrainedCopy) and name in (own := _adapters_of(module)):
                 del own[name]
@@ -139,7 +139,7 @@ class LoraModel(nn.Module):
 
 
 def _adapters_of(layer: LoraLayer | TrainedCopy) -> nn.ModuleDict:
-    """What each adapter has there, by its name."""
+    """The modules of each adapter there, by its name."""
     return layer.experts if isinstance(layer, LoraLayer) else layer.trained
 
 
@@ -148,7 +148,7 @@ def _first_name(layer: LoraLayer | TrainedCopy) -> str:
 
 
 def _default_targets(model: nn.Module) -> list[str]:
-    """Raises ValueError where the model has no Linears of the default names."""
+    """Raises ValueError if the model has no Linears of the default names."""
     names = getattr(model, "default_target_modules", GATED_MLP)
     try:
         find_targets(model, list(names))
@@ -183,8 +183,8 @@ def _in_layers(targets: dict[str, nn.Module], layers: list[int]) -> dict[str, nn
 
 
 def _check_copies(chosen: dict[str, nn.Module], targets: dict[str, nn.Module], model: nn.Module) -> None:
-    """Raises ValueError where a module is adapted as well, has no weight of its own, has quantised ones, or shares one
-    with a module that stays."""
+    """Raises ValueError if a module is adapted as well, has no own weight or quantised weights, or shares its weight
+    with a module that is not saved."""
     owners: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
@@ -201,7 +201,7 @@ def _check_copies(chosen: dict[str, nn.Module], targets: dict[str, nn.Module], m
         if "weight" not in parameters:
             kind = type(frozen).__name__
             raise ValueError(
-                f"{name!r} is in modules_to_save, but it is a {kind}, which has no weight of its own; name embeddings, "
+                f"{name!r} is in modules_to_save, but it is a {kind}, which has no weight itself; name embeddings, "
                 "Linears or normalisations"
             )
         if not all(parameter.is_floating_point() for parameter in parameters.values()):
@@ -215,7 +215,7 @@ def _check_copies(chosen: dict[str, nn.Module], targets: dict[str, nn.Module], m
 
 
 def _is_inside_wrapper(name: str, model: nn.Module) -> bool:
-    """Whether a module is the base layer, router or another part of a LoraLayer or TrainedCopy."""
+    """True if a module is the base layer, router or another part of a LoraLayer or TrainedCopy."""
     parents = name.split(".")[:-1]
     return any(
         isinstance(model.get_submodule(".".join(parents[:end])), LoraLayer | TrainedCopy)

@@ -15,7 +15,7 @@ from peft.router import Router
 
 
 class LoraExperts(nn.Module):
-    """What one adapter adds to one Linear (LoRAMoE, arXiv 2312.09979, section 3):
+    """The experts that one adapter adds to one Linear (LoRAMoE, arXiv 2312.09979, section 3):
 
         delta(x) = (alpha / r) * sum_n w_n B_n A_n dropout(x)        w = softmax(W_g x)
 
@@ -58,7 +58,7 @@ class LoraExperts(nn.Module):
 class LoraLayer(nn.Module):
     """Wraps a Linear and adds the experts of the active adapter to its output: o = W0 x + delta(x).
 
-    It takes and returns plain tensors, so it can stand wherever the Linear stood, quantised Linears included.
+    It takes and returns plain tensors, so it can replace the Linear anywhere, quantised Linears included.
     `base_layer` is called as a module and its weight is never touched: ZeRO-3 gathers a module's own parameters
     when that module is called, and packed weights have no meaningful shape.
 

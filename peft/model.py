@@ -65,7 +65,7 @@ class PeftModel(nn.Module):
         self.peft_config[adapter_name] = peft_config
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Make one adapter the active one; where it is meant for training, only its parameters receive gradients."""
+        """Make one adapter the active one; if it is meant for training, only its parameters receive gradients."""
         if adapter_name not in self.peft_config:
             known = ", ".join(self.peft_config)
             raise ValueError(f"there is no adapter named {adapter_name!r}; this model has {known}")
@@ -87,7 +87,7 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A context in which the model is the base model, bit for bit; `set_adapter` inside it counts behind it."""
+        """A context in which the model is the base model, bit for bit; `set_adapter` inside takes effect after it."""
         before, self._disabled = self._disabled, True
         self.base_model.activate(None, None)
         try:
@@ -114,7 +114,7 @@ class PeftModel(nn.Module):
             self._fill_or_remove(adapter_name, tensors)
 
     def _fill_or_remove(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-        """Copy tensors into an adapter that has just been added; where they do not fit, it is removed again."""
+        """Copy tensors into an adapter that has just been added; if they do not fit, it is removed again."""
         try:
             set_peft_model_state_dict(self, tensors, adapter_name)
         except ValueError:
@@ -135,7 +135,7 @@ class PeftModel(nn.Module):
         Under DeepSpeed every rank has to call this, since the tensors are gathered; only the main process writes.
 
         Args:
-            state_dict: full tensors by the model's parameter names, where the caller has gathered them.
+            state_dict: full tensors by the model's parameter names, if the caller has gathered them.
             is_main_process: whether this process writes the files.
         """
         tensors = get_peft_model_state_dict(self, state_dict, self.active_adapter)
@@ -162,7 +162,7 @@ class PeftModel(nn.Module):
 
         Raises:
             ValueError: the folder is incomplete or damaged, the model has an adapter already, or the tensors do not fit
-                the model, which then stands unwrapped, but frozen.
+                the model, which is then unwrapped again, but stays frozen.
         """
         tensors = load_adapter_weights(directory)
         config = config or LoraConfig.from_pretrained(directory)
@@ -175,7 +175,7 @@ class PeftModel(nn.Module):
         """Nothing: weights were tied before wrapping and stay so, and the base model cannot reach into the wrappers."""
 
     def push_to_hub(self, *args, **kwargs):
-        """Not offered: the base model's would upload the whole base model, under names that nothing loads.
+        """Not offered: the base model's method would upload the base model itself, under names that nothing loads.
 
         Raises:
             NotImplementedError: always.
@@ -204,7 +204,7 @@ class PeftModelForCausalLM(PeftModel):
 
 
 class PeftMixedModel(PeftModel):
-    """Adapters of several kinds at once are not offered; transformers imports the name for its type checks."""
+    """Adapters of several types at once are not supported; transformers imports the name for its type checks."""
 
     def __init__(self, *args, **kwargs):
         raise TypeError("mixed adapters are not supported; use PeftModel")
@@ -214,7 +214,7 @@ def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str 
     """Put a fresh adapter onto a base model; the base is wrapped in place and frozen.
 
     Raises:
-        ValueError: a target module does not exist or is no Linear, or the model has an adapter already.
+        ValueError: a target module does not exist or is not a Linear, or the model has an adapter already.
         TypeError: the balance term has weight, but the base model does not compute it.
     """
     return PeftModelForCausalLM(model, peft_config, adapter_name)
@@ -223,7 +223,7 @@ def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str 
 def prepare_model_for_kbit_training(
     model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict | None = None
 ) -> nn.Module:
-    """Freeze a quantised base model and make it fit to be trained through.
+    """Freeze a quantised base model and prepare it for a backward pass through it.
 
     Normalisation weights keep their dtype: in float32 they would make the residual stream float32, and with it most of
     what is kept for the backward pass. Checkpointing is the non-re-entrant kind.
@@ -239,7 +239,7 @@ def prepare_model_for_kbit_training(
 def _refuse_other_settings(
     found: LoraConfig, directory: str | os.PathLike, config: LoraConfig, adapter_name: str
 ) -> None:
-    """Raises ValueError where weights from a folder would mean something else under an adapter's configuration."""
+    """Raises ValueError if weights from a folder would mean something else under an adapter's configuration."""
     differing = [
         f"{name} is {getattr(found, name)}, the adapter has {getattr(config, name)}"
         for name in found.fixed_differences(config)
@@ -263,7 +263,7 @@ def keep_4bit_packing(model: nn.Module) -> None:
 
 
 def true_size(parameter: nn.Parameter) -> int:
-    """Number of weights: ZeRO-3 keeps it apart from the partition, 4-bit tensors hold two weights in a byte."""
+    """Number of weights: ZeRO-3 keeps it separately from the partition, 4-bit tensors hold two weights in a byte."""
     if hasattr(parameter, "ds_numel"):
         return parameter.ds_numel
     packed = type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point()

@@ -21,7 +21,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
 
 
 def adapter_key(name: str, adapter_name: str) -> str | None:
-    """The key in the file for a parameter's name, None where it is not of this adapter."""
+    """The key in the file for a parameter's name, None if it is not of this adapter."""
     for part in ("experts", "trained"):
         if (marker := f".{part}.{adapter_name}.") in name:
             return name.replace(marker, f".{part}.")
@@ -33,7 +33,7 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """Full tensors of one adapter, by their key in the file.
 
-    Where ZeRO (stages 1 to 3) trains the adapter, these are the float32 weights that its optimizer keeps, not their
+    If ZeRO (stages 1 to 3) trains the adapter, these are the float32 weights that its optimizer keeps, not their
     copies in half precision. They are distributed over the ranks, and every rank has to take part in gathering them.
 
     Args:
@@ -49,7 +49,7 @@ def get_peft_model_state_dict(
         keys = ((adapter_key(name, adapter_name), value) for name, value in state_dict.items())
         given = {key: value for key, value in keys if key in parameters}
         if missing := sorted(parameters.keys() - given.keys()):
-            raise ValueError("these tensors are not the whole adapter, missing: " + ", ".join(missing))
+            raise ValueError("these tensors are not the complete adapter, missing: " + ", ".join(missing))
         return given
     if parameters and all(map(_has_float32_weight, parameters.values())):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -98,7 +98,7 @@ def load_adapter_weights(directory: str | os.PathLike) -> dict[str, Tensor]:
     """Read the tensors of an adapter folder onto the CPU.
 
     Raises:
-        ValueError: the file is missing or is no complete safetensors file.
+        ValueError: the file is missing or is not a complete safetensors file.
     """
     path = Path(directory) / WEIGHTS_NAME
     if not path.is_file():
@@ -110,7 +110,7 @@ def load_adapter_weights(directory: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def gathered(parameters, modify: bool = False):
-    """A context in which parameters that ZeRO-3 has partitioned are whole."""
+    """A context in which parameters that ZeRO-3 has partitioned are gathered."""
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         return nullcontext()
@@ -120,5 +120,5 @@ def gathered(parameters, modify: bool = False):
 
 
 def _has_float32_weight(parameter: nn.Parameter) -> bool:
-    """Whether a DeepSpeed optimizer (stages 1 and 2, stage 3) keeps a float32 weight of this parameter."""
+    """True if a DeepSpeed optimizer (stages 1 and 2, stage 3) keeps a float32 weight of this parameter."""
     return parameter.requires_grad and (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"))

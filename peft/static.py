@@ -1,4 +1,4 @@
-"""Mixtures without their router: plain LoRAs that stand for one adapted Linear.
+"""Mixtures without their router: plain LoRAs that replace one adapted Linear.
 
 A router depends on its input, so no plain LoRA equals a mixture. For fixed weights g, however, the mixture *is* one:
 
@@ -43,7 +43,7 @@ class Calibration:
         experts: the active experts of each adapted Linear, by name.
 
     Attributes:
-        mask_BT: 1 for the tokens that count; to be set ahead of each forward pass.
+        mask_BT: 1 for the tokens that count; to be set before each forward pass.
     """
 
     mask_BT: Tensor
@@ -67,7 +67,7 @@ class Calibration:
         return weights_E / weights_E.sum()
 
     def fitted_lora(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
-        """The LoRA of a given rank that comes nearest to the mixture's output, in the mean square over the tokens.
+        """The LoRA of a given rank that is closest to the mixture's output, in the mean square over the tokens.
 
         With h = A x and h' = repeat(w, R) * h, the mixture is B h' and static maps of the form B C h contain the one
         of any fixed weights. Least squares has C = E[h' h^T] E[h h^T]^-1, whatever B is. The best map of a lower rank
@@ -108,7 +108,7 @@ def merged_linear(layer: LoraLayer, adapter_name: str) -> nn.Linear:
     """A plain Linear that computes what a wrapped one does with a plain LoRA: W0 + (alpha/r) B A, in W0's dtype.
 
     Raises:
-        ValueError: the adapter has a router and is no matrix to add, or see `is_plain_product`.
+        ValueError: the adapter has a router, so that it is not a matrix to add; or see `is_plain_product`.
     """
     experts, base = layer.experts[adapter_name], layer.base_layer
     if experts.router is not None:
@@ -123,7 +123,7 @@ def merged_linear(layer: LoraLayer, adapter_name: str) -> nn.Linear:
 
 
 def is_plain_product(linear: nn.Module) -> bool:
-    """Whether a module is Wx + b: `nn.Linear`, or a subclass such as Falcon's that computes the same.
+    """True if a module is Wx + b: `nn.Linear`, or a subclass such as Falcon's that computes the same.
 
     Quantised Linears are not, nor is a Conv1D, which stores its weight transposed.
     """

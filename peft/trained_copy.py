@@ -1,4 +1,4 @@
-"""Modules that an adapter trains in full, beside the frozen ones (`modules_to_save`)."""
+"""Modules that an adapter trains in full, alongside the frozen ones (`modules_to_save`)."""
 
 import copy
 
@@ -9,7 +9,7 @@ from peft.saving import gathered
 
 
 class TrainedCopy(nn.Module):
-    """Wraps a module, an embedding say, and lets the active adapter's own copy of it take its place.
+    """Wraps a module, an embedding say, and replaces it by the active adapter's copy.
 
     Copies are made in float32, whatever the dtype of the frozen module; the output has the frozen module's dtype.
 
@@ -34,7 +34,7 @@ class TrainedCopy(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the module that counts now: model code asks embeddings for it."""
+        """The weight of the active module: model code asks embeddings for it."""
         return self.active_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, s
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
 from peft.static import is_plain_product
-from transformers_patch.labels import LabelledPositions
+from transformers_patch.labels import SupervisedTokens
 
 COMMAND = "python -m scripts.export_lora"
 STATIC = "static"
@@ -242,7 +242,7 @@ def compare(
         for cost, context in zip(costs, (nullcontext, other), strict=True):
             with torch.no_grad(), context():
                 log_p_NV = model(**batch).logits[0].float().log_softmax(dim=-1)
-            positions = LabelledPositions(batch["labels"].to(log_p_NV.device))
+            positions = SupervisedTokens(batch["labels"].to(log_p_NV.device))
             mixture_NV = log_p_NV if mixture_NV is None else mixture_NV
             wrong_N = log_p_NV.argmax(dim=-1) != positions.targets_N
             cost.nll -= log_p_NV.gather(1, positions.targets_N[:, None]).sum().item()

@@ -13,14 +13,14 @@ from datasets import Dataset
 
 from data import InputError, encode_prompt, encoding_problem
 from data.errors import reading, writing
+from inference.routing import Routing, routing_lines, routing_summary, training_curves
+from inference.routing_plot import write_routing
 from inference.rows import batches, load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained, read_run_config
 from loading.base_model import length_problem
 from loading.command_line import flag, output_problem, parse_flags, refuse, run_verb
 from loading.run_files import RUN_CONFIG_NAME, STATE_NAME
 from peft import PeftModel
-from training.report import routing_lines, training_curves, write_routing
-from training.routing import Routing, routing_summary
 from transformers_patch.recorder import RoutingRecorder
 
 COMMAND = "python -m scripts.plot_routing"

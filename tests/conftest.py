@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random Llama with a tokenizer of its own, and adapters whose weights are not zero."""
+"""Shared fixtures: a tiny random Llama with its own tokenizer, and adapters whose weights are not zero."""
 
 import os
 
@@ -146,7 +146,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def quantisable_dir(tmp_path, tokenizer) -> Path:
-    """A base model whose widths are whole blocks of 64 weights, as quantisation needs them."""
+    """A base model whose widths are multiples of 64, as quantisation needs them."""
     folder = tmp_path / "quantisable"
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(folder)

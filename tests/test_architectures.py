@@ -76,7 +76,7 @@ ARCHITECTURES = {
         transformers.Qwen3MoeConfig, SIZES | EXPERTS | {"head_dim": 8, "moe_intermediate_size": 16}, ATTENTION
     ),
 }  # fmt: skip
-# Decoders that nobody prepared for, by the generic path. The last two put all tokens in one row ahead of their MLP.
+# Decoders that nobody prepared for, by the generic path. The last two put all tokens in one row before their MLP.
 UNPREPARED = {
     "cohere2": Architecture(transformers.Cohere2Config, SIZES | {"logit_scale": 1.0}, GATED),
     "stablelm": Architecture(transformers.StableLmConfig, SIZES, GATED),
@@ -338,7 +338,7 @@ def test_a_base_that_takes_a_mask_for_each_kind_of_layer_is_evaluated_with_them(
     logits, found = model(ids, attention_mask=masks).logits, model(ids, attention_mask=masks, labels=ids)
     torch.testing.assert_close(found.loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
     assert found.balance_loss == 0
-    with pytest.raises(ValueError, match=r"needs an attention_mask of shape .* this one is no tensor"):
+    with pytest.raises(ValueError, match=r"needs an attention_mask of shape .* this one is not a tensor"):
         model.train()(ids, attention_mask=masks, labels=ids)
 
 
@@ -397,7 +397,7 @@ OTHER_FORMS = {
     "an older name": lambda: transformers.GPTNeoXForCausalLM(
         transformers.GPTNeoXConfig(**SIZES | {"intermediate_size": 48})
     ),
-    "images beside text": lambda: transformers.Qwen3_5ForConditionalGeneration(
+    "images and text": lambda: transformers.Qwen3_5ForConditionalGeneration(
         transformers.Qwen3_5Config(text_config=SIZES | HYBRID, vision_config=IMAGES)
     ),
 }

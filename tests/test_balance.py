@@ -15,7 +15,7 @@ def test_value_worked_by_hand():
     mean = 0.495; squared deviations 0.002025, 0.003025, 0.003025, 0.002025, sum 0.0101, variance 0.0101 / 3.
     """
     shares = torch.tensor([[[0.6, 0.4], [0.5, 0.5]]])
-    coefficients = balance_coefficients(group_sizes=[1, 1], delta=0.1)[:2]
+    coefficients = balance_coefficients(group_sizes=[1, 1], blc_alpha=0.1)[:2]
     torch.testing.assert_close(coefficients, torch.tensor([[0.9, 1.1], [1.1, 0.9]]) / 0.99)
     term = localized_balance_term(shares, coefficients)
     torch.testing.assert_close(term, torch.tensor(0.0101 / 3 / 0.495**2))

@@ -29,7 +29,7 @@ class Tokenizer(PreTrainedTokenizerFast):
 def generate(model, **kwargs):
     return model
 """
-# What each file of the folder says, beside the code; for some, transformers has a class of its own.
+# What each file of the folder says, apart from the code; for some, transformers has its own class.
 NEEDED = {
     "tokenizer": (
         "tokenizer_config.json",

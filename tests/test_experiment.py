@@ -22,11 +22,11 @@ from data import InputError
 from data.facts import fact_row, load_facts
 from data.rows import row_problem
 from data.tasks import MOST_ROWS, TASKS, make_rows
+from inference.routing import Routing
 from loading.arguments import ModelArguments, parse_arguments
 from loading.command_line import parse_flags
 from scripts import prepare_data
 from scripts.prepare_data import write_rows
-from training.routing import Routing
 from training.run_folder import RunFolder
 from transformers_patch import AutoModelForCausalLM
 from workbench import experiment as verb

@@ -341,7 +341,7 @@ def test_an_adapter_of_another_width_leaves_the_model_as_it_was(tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_model_with_an_adapter_is_not_wrapped_again(inside):
     model = filled_model(target_modules=["up_proj"])
-    with pytest.raises(ValueError, match="has an adapter already: put another one beside it"):
+    with pytest.raises(ValueError, match="has an adapter already: add another one"):
         get_peft_model(model.get_base_model() if inside else model, LoraConfig(target_modules=["gate_proj"]))
 
 
@@ -360,7 +360,7 @@ def test_several_adapters_on_one_base(tmp_path):
         model.set_adapter("third")
 
 
-@pytest.mark.parametrize("targets", [["up_proj"], ["q_proj"]], ids=["beside the first", "on other Linears"])
+@pytest.mark.parametrize("targets", [["up_proj"], ["q_proj"]], ids=["next to the first", "on other Linears"])
 def test_an_adapter_that_is_loaded_later_drops_nothing_at_inference(tmp_path, targets):
     batch = make_batch()
     second = fill_adapter(filled_model(lora_dropout=0.5, target_modules=targets), seed=2).eval()
@@ -428,7 +428,7 @@ def test_missing_targets_are_named_with_near_misses():
 
 @pytest.mark.parametrize("name", ["proj", "ate_proj", "p.gate_proj", "gate", "layers.0.mlp.gate_pro", "0.mlp"])
 def test_a_target_is_named_by_whole_parts(name):
-    """`0.mlp` is whole, but no Linear: nothing that only looks like a target is adapted."""
+    """`0.mlp` is a complete name, but not of a Linear: nothing that only looks like a target is adapted."""
     with pytest.raises(ValueError, match=r"does not exist in the model|only Linear layers"):
         find_targets(tiny_model(), [name])
 

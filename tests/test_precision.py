@@ -68,7 +68,7 @@ def batch(tmp_path, data_file) -> dict[str, Tensor]:
 @HALF
 @pytest.mark.parametrize("part", ["loss", "balance_loss"])
 def test_the_gradients_of_a_model(batch, dtype, part):
-    """The whole loss, and the balance term alone, which reaches only what lies before a router."""
+    """The complete loss, and the balance term alone, which reaches only what lies before a router."""
     model = filled_model(blc_weight=BETA).train()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if part == "balance_loss":

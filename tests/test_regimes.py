@@ -1,6 +1,6 @@
 """Gradients do not depend on how a global batch is computed.
 
-Each case is a whole `train.py` run of one plain SGD step with a huge learning rate, so that the change of every saved
+Each case is a `train.py` run of one plain SGD step with a huge learning rate, so that the change of every saved
 tensor is its gradient (times the rate) to float32 accuracy, in every regime and through the code that users run. The
 expected gradients come from calling the model directly on one process, without any Trainer.
 """
@@ -55,7 +55,7 @@ WHOLE = [Layout(8, 8 // count, count, checkpointing) for count, checkpointing in
 RAGGED = [
     Layout(3, 4, 1),  # two rows on one process, one on the other
     Layout(1, 4, 1),  # one row, and a process without any
-    Layout(5, 4, 2),  # a whole micro-batch, then one row
+    Layout(5, 4, 2),  # a full micro-batch, then one row
     Layout(7, 4, 4),  # a window of two micro-batches in place of four, the second of three rows
 ]
 REFERENCE = [Layout(8, 8, 1, reference=True), Layout(8, 4, 2, reference=True)]

@@ -14,13 +14,13 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from data import Encoding, encode_prompt, encode_target, load_data
+from inference.routing import Routing, routing_lines, routing_summary
 from peft import LoraConfig, PeftModel
 from training import report
-from training.report import MAX_NEW_TOKENS, routing_lines
-from training.routing import Routing, routing_summary
+from training.report import MAX_NEW_TOKENS
 from training.trainer import LoRAMoETrainer
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
-from transformers_patch.labels import LabelledPositions
+from transformers_patch.labels import SupervisedTokens
 
 TASK_TYPES = (0, 1, 1, None, 0, 1)
 
@@ -108,7 +108,7 @@ def test_evaluation_computes_one_cross_entropy_and_what_a_forward_with_labels_gi
         labelled = {name: value for name, value in inputs.items() if name not in ("lengths", "sources")}
         with torch.no_grad(), RoutingRecorder(model) as recorder:
             output = model(**labelled)
-        expected = [LabelledPositions(inputs["labels"]).likelihood(output.logits)]
+        expected = [SupervisedTokens(inputs["labels"]).likelihood(output.logits)]
         nll, tokens = expected[0].sum(dim=0)
         torch.testing.assert_close(nll / tokens, output.lm_loss)
         if experts > 1:

@@ -16,19 +16,12 @@ from transformers import TrainingArguments
 
 from data import InputError, encode_prompt
 from inference import trained
+from inference.routing import Routing, coefficient_of_variation, relative_entropy, routing_lines, routing_summary
+from inference.routing_plot import plot_routing as draw
 from inference.rows import batches, load_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from scripts import plot_routing
-from training.report import routing_lines
-from training.routing import (
-    COLLAPSE_STEPS,
-    Routing,
-    RoutingWatch,
-    coefficient_of_variation,
-    relative_entropy,
-    routing_summary,
-)
-from training.routing_plot import plot_routing as draw
+from training.routing_watch import COLLAPSE_STEPS, RoutingWatch
 from transformers_patch import AutoModelForCausalLM, RoutingRecorder
 
 SCALARS = {"routing_entropy", "routing_cv", "group_share_type_0", "group_share_type_1"}
@@ -126,8 +119,8 @@ def test_a_step_of_padding_examples_alone_neither_counts_nor_ends_a_collapse(arg
 
 
 def test_a_run_logs_its_routing_and_warns_of_a_collapse(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("training.routing.COLLAPSE_STEPS", 2)
-    monkeypatch.setattr("training.routing.COLLAPSE_SHARE", 0.9)
+    monkeypatch.setattr("training.routing_watch.COLLAPSE_STEPS", 2)
+    monkeypatch.setattr("training.routing_watch.COLLAPSE_SHARE", 0.9)
     run(eval_strategy="no", validation_file=None)
     lines = [line for line in run.log() if "lm_loss" in line]
     assert len(lines) == 6
@@ -157,7 +150,7 @@ def test_a_run_leaves_a_picture_with_its_training(run):
     run(max_steps=3)
     training = json.loads((run.output / "routing.json").read_text())["training"]
     assert training == {
-        "run (beta 0.1)": {
+        "run (blc_weight 0.1)": {
             "step": [1, 2, 3],
             "coefficient_of_variation": [line["routing_cv"] for line in run.log() if "lm_loss" in line],
             "entropy": [line["routing_entropy"] for line in run.log() if "lm_loss" in line],
@@ -266,10 +259,10 @@ def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):
     words = ["--adapter", str(run.output), "--runs", str(run.output), str(tmp_path / "free")]
     plot_routing.main([*words, "--data_cache_dir", str(tmp_path), "--output", str(tmp_path / "both")])
     training = json.loads((tmp_path / "both" / "routing.json").read_text())["training"]
-    assert set(training) == {"run (beta 0.1)", "free (no constraint)"}
+    assert set(training) == {"run (blc_weight 0.1)", "free (no constraint)"}
     namesake = shutil.copytree(run.output, tmp_path / "other" / run.output.name)
     both = plot_routing.read_curves([str(run.output), str(namesake)])
-    assert set(both) == {f"{run.output} (beta 0.1)", f"{namesake} (beta 0.1)"}
+    assert set(both) == {f"{run.output} (blc_weight 0.1)", f"{namesake} (blc_weight 0.1)"}
     with pytest.raises(InputError, match=r"adapter is not a run folder: it does not have trainer_state.json"):
         plot_routing.main(["--adapter", str(run.output), "--runs", str(adapter_dir)])
     with pytest.raises(InputError, match="--prompt is empty"):
@@ -280,7 +273,8 @@ def test_a_checkpoint_is_plotted_like_the_run_that_it_is_of(run, tmp_path):
     run(max_steps=2)
     words = ["--data_cache_dir", str(tmp_path / "cache"), "--output", str(tmp_path / "plot")]
     plot_routing.main(["--adapter", str(run.output / "checkpoint-2"), *words])
-    assert set(json.loads((tmp_path / "plot" / "routing.json").read_text())["training"]) == {"checkpoint-2 (beta 0.1)"}
+    summary = json.loads((tmp_path / "plot" / "routing.json").read_text())
+    assert set(summary["training"]) == {"checkpoint-2 (blc_weight 0.1)"}
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"is a link to .*nowhere, which does not exist"):
         plot_routing.main(["--adapter", str(run.output), "--output", str(tmp_path / "link")])

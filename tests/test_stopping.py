@@ -1,4 +1,4 @@
-"""How a run ends ahead of time: SIGTERM around evaluations, and gradients that are never finite."""
+"""Runs that end early: SIGTERM around evaluations, and gradients that are never finite."""
 
 import json
 import signal
@@ -63,7 +63,7 @@ def kill() -> NoReturn:
 
 @contextmanager
 def sigterm_at(method: str, step: int, event: Callable[[], None] = terminate):
-    """A context in which the first call of a method of the trainer behind so many steps comes with SIGTERM.
+    """A context in which the first call of a method of the trainer after so many steps comes with SIGTERM.
 
     Yields the names of the methods that are called from then on.
     """
@@ -114,9 +114,9 @@ MOMENTS = {
     "in the last step of an epoch": (EPOCHS, "compute_loss", 2, 3),
     "in the evaluation of an epoch, its step saved": (STEPS_AND_EPOCHS, "prediction_step", 3, 3),
     "in the last evaluation of training": (STEPS, "prediction_step", 6, 6),
-    "in the last step of an epoch, whose evaluation comes behind the save": (STEPS_AND_EPOCHS, "compute_loss", 2, 3),
+    "in the last step of an epoch, whose evaluation comes after the save": (STEPS_AND_EPOCHS, "compute_loss", 2, 3),
     "in the last step, within an epoch": (EPOCHS | {"max_steps": 4}, "compute_loss", 3, 4),
-    "in a step behind the best checkpoint, of which one is kept": (ONE, "compute_loss", 3, 4),
+    "in a step after the best checkpoint, of which one is kept": (ONE, "compute_loss", 3, 4),
     "in the evaluation of the best step": (STEPS | {"save_strategy": "best"}, "prediction_step", 4, 4),
 }
 

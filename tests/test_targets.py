@@ -65,7 +65,7 @@ def test_the_flag_means_names_or_an_expression(text, expected):
 
 PROBLEMS = {
     "no match": ({"target_modules": "mlp.*"}, r"no Linear has a name that the regular expression 'mlp\.\*' matches"),
-    "no expression": ({"target_modules": "(q"}, r"target_modules '\(q' is no regular expression"),
+    "no expression": ({"target_modules": "(q"}, r"target_modules '\(q' is not a regular expression"),
     "no such layer": ({"layers_to_transform": [1, 7]}, r"names 7, but there are target modules in layers 0, 1 only"),
     "no layers": ({"layers_to_transform": []}, r"layers_to_transform is \[\], but has to be a list of layer numbers"),
     "no such module": ({"modules_to_save": ["embed"]}, r"'embed' does not exist in the model; did you mean 'embed_tok"),

@@ -165,8 +165,8 @@ def test_restart_keeps_the_old_run_under_another_name(run):
     old = load_file(run.output / "adapter_model.safetensors")
     assert run(lora_rank=2, restart=True, max_steps=1)["train_samples"] == 12
     assert LoraConfig.from_pretrained(run.output).r == 2
-    (aside,) = run.folder.glob("run.before-*")
-    kept = load_file(aside / "adapter_model.safetensors")
+    (archive,) = run.folder.glob("run.before-*")
+    kept = load_file(archive / "adapter_model.safetensors")
     assert all(torch.equal(kept[key], old[key]) for key in old)
 
 
@@ -202,8 +202,8 @@ def test_a_run_that_sigterm_has_stopped_ends_the_same(run, capsys):
 
 STAGES = {
     "while the model is built": ("build_model", None),
-    "in the evaluation ahead of training": ("LoRAMoETrainer.prediction_step", 0),
-    "in the evaluation behind it": ("LoRAMoETrainer.prediction_step", 6),
+    "in the evaluation before training": ("LoRAMoETrainer.prediction_step", 0),
+    "in the evaluation after it": ("LoRAMoETrainer.prediction_step", 6),
 }
 
 
@@ -232,7 +232,7 @@ def test_sigterm_ahead_of_training_and_behind_it_stops_the_run(run, monkeypatch,
 
 @pytest.mark.parametrize("max_steps", [2, 3], ids=["in an epoch", "between epochs"])
 def test_ending_a_run_again_trains_no_further_step(run, max_steps):
-    """Three steps an epoch; a rate that is not 0 behind the last step."""
+    """Three steps an epoch; a rate that is not 0 after the last step."""
     settings = {"max_steps": max_steps, "lr_scheduler_type": "constant"}
     expected = run(**settings)
     (run.output / "all_results.json").unlink()
@@ -243,7 +243,7 @@ def test_ending_a_run_again_trains_no_further_step(run, max_steps):
     assert results["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
 
 
-TORN = {
+DAMAGED = {
     "adapter_model.safetensors": ["truncate", "delete"],
     "trainer_state.json": ["truncate", "delete"],
     "adapter_config.json": ["truncate", "delete"],
@@ -252,13 +252,13 @@ TORN = {
 }
 
 
-@pytest.mark.parametrize(("name", "damage"), [(name, damage) for name, kinds in TORN.items() for damage in kinds])
-def test_a_torn_checkpoint_is_named_and_skipped(run, capsys, name, damage):
+@pytest.mark.parametrize(("name", "damage"), [(name, damage) for name, kinds in DAMAGED.items() for damage in kinds])
+def test_a_damaged_checkpoint_is_named_and_skipped(run, capsys, name, damage):
     expected = run()
     for file in ("all_results.json", "adapter_model.safetensors"):
         (run.output / file).unlink()
-    torn = run.output / "checkpoint-6" / name
-    torn.write_bytes(torn.read_bytes()[:40]) if damage == "truncate" else torn.unlink()
+    damaged = run.output / "checkpoint-6" / name
+    damaged.write_bytes(damaged.read_bytes()[:40]) if damage == "truncate" else damaged.unlink()
     capsys.readouterr()
     results = run()
     shown = capsys.readouterr().out
@@ -275,7 +275,7 @@ def test_without_a_whole_checkpoint_the_run_starts_from_its_beginning(run, capsy
     assert run(save_steps=6)["eval_lm_loss_after"] == expected["eval_lm_loss_after"]
     shown = capsys.readouterr().out
     assert "checkpoint-6 cannot be resumed and is skipped: optimizer.pt is damaged" in shown
-    assert "no checkpoint is left to resume from, so the run starts from its beginning" in shown
+    assert "no checkpoint is left to resume from, so the run starts from the beginning" in shown
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_full_disk_harms_no_earlier_checkpoint(run):
     command = ["bash", "-c", 'ulimit -f 36; exec "$@"', "-", sys.executable, "train.py", *run.arguments()]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 1
-    (said,) = re.findall(r"(?m)^error: .*", outcome.stderr)  # at the beginning of a line, not behind the progress bar
+    (said,) = re.findall(r"(?m)^error: .*", outcome.stderr)  # at the beginning of a line, not after the progress bar
     assert re.match(rf"error: {run.output}/checkpoint-4 could not be written: .*MB are free on this disk", said)
     assert f"The last good checkpoint is {run.output / 'checkpoint-2'}" in said
     assert "Traceback" not in outcome.stderr
@@ -502,7 +502,7 @@ def test_full_tuning_takes_the_same_path(run, capsys):
 
 
 def test_full_tuning_keeps_proposed_settings_that_contradict_each_other(run, tmp_path, model_dir):
-    """Older chat models propose a temperature without do_sample, and a Trainer enters its special tokens beside it."""
+    """Older chat models propose a temperature without do_sample, and a Trainer adds its special tokens to it."""
     base, fields = tmp_path / "base", {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}
     shutil.copytree(model_dir, base)
     (base / "generation_config.json").write_text(json.dumps(fields))

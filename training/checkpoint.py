@@ -23,10 +23,10 @@ WEIGHTS = {
     "model.safetensors": "config.json",
     "model.safetensors.index.json": "config.json",
 }
-# What training goes on with. DeepSpeed keeps both in a folder of its own.
+# What training resumes from. DeepSpeed keeps both in a separate folder.
 OPTIMIZER_STATE = ("optimizer.pt", "scheduler.pt")
 DEEPSPEED_STATE = "global_step*"
-# What helps where a file cannot be written.
+# Advice for errors of writing.
 REMEDIES: dict[int | None, str] = {
     errno.EACCES: "make the folder writable",
     errno.EROFS: "mount the disk so that it can be written",
@@ -38,11 +38,11 @@ REMEDIES: dict[int | None, str] = {
 
 
 def checkpoint_problem(folder: Path, finished: bool = False) -> str | None:
-    """What keeps a checkpoint from being resumed, or None. Reads headers and tables of contents, not the tensors.
+    """The reason why a checkpoint cannot be resumed, or None. Reads headers and tables of contents, not the tensors.
 
     Args:
-        finished: it is a finished run's folder: like a checkpoint, but without the optimizer's state, and with others
-            in it, which do not count.
+        finished: it is a finished run's folder: like a checkpoint, but without the optimizer's state. Checkpoints in it
+            are not looked at.
     """
     weights = [name for name in WEIGHTS if (folder / name).is_file()]
     if not weights:
@@ -82,8 +82,8 @@ def put_in_place(temporary: Path, name: str) -> None:
     """Move a checkpoint out of the folder `temporary`, in which it was written, in one step, and remove that folder.
 
     Unlike `data.atomic`, this has one folder for several processes, and a checkpoint of the same step may be there
-    already. One that is complete stays, and there is no moment without it: it is the same, but for its state, since
-    an epoch's end may have been logged in between.
+    already. If that one is complete it stays, so that the checkpoint is never missing: the two differ in their state
+    alone, since an epoch's end may have been logged in between.
     """
     place = temporary.parent / name
     if place.exists() and checkpoint_problem(place):

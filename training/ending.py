@@ -16,18 +16,18 @@ import torch.distributed as dist
 
 from data import InputError
 
-PATIENCE = timedelta(seconds=2)  # for the first process of this node to say what another one is about to say
+PATIENCE = timedelta(seconds=2)  # for this node's first process to print what another one is about to print
 
 
 def run_process(main: Callable[[], None]) -> None:
     """Run a program's `main` and end this process: with exit code 0, or after a message or a traceback with 1.
 
     The process group is closed on success only. Under NCCL, closing it waits for the other ranks, and after an error on
-    one rank these wait for it in a collective: nobody would see the error. So a rank that fails says why and is gone at
+    one rank these wait for it in a collective: nobody would see the error. So a rank that fails says why and exits at
     once, and the launcher ends the others.
 
     Either way the process ends by `os._exit`, since gloo's threads can outlive the group: DeepSpeed's engine keeps
-    theirs. One that is to free a tensor then needs the interpreter, and where Python's finalisation begins meanwhile,
+    theirs. A thread that frees a tensor then needs the interpreter, and if Python's finalisation has begun by then,
     Python before 3.14 unwinds the thread through C++ frames that forbid it: "terminate called without an active
     exception", after a run that went well.
     """
@@ -75,10 +75,10 @@ def _report(error: BaseException) -> None:
 
 
 def _is_said(message: str) -> bool:
-    """Whether this node's first process says the same; it lets the others know through the store they met at.
+    """True if this node's first process prints the same message; it tells the others through the rendezvous store.
 
-    Once a node, since what is wrong may be wrong on this node alone; and by any process, since it may be wrong there
-    alone.
+    A message is printed once on each node, since the error may be on this node alone; and by any process, since it may
+    be on that one alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False

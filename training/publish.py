@@ -1,4 +1,4 @@
-"""Uploading a finished run to the Hugging Face hub: the model and what describes it, nothing of how it came about."""
+"""Uploading a finished run to the Hugging Face hub: the model and its description, not the course of training."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def open_repository(args: RunArguments) -> str | None:
     Without --push_to_hub, and on all processes but the first, it does nothing and returns None.
 
     Raises:
-        InputError: the hub cannot be reached or refuses, or the name cannot be one.
+        InputError: the hub cannot be reached or refuses, or the name is not a valid one.
     """
     if not args.push_to_hub:
         return None

@@ -1,4 +1,4 @@
-"""What a finished run tells: the summary on the terminal, `routing.json` with its picture, the model card."""
+"""The report of a finished run: the summary on the terminal and the model card."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,12 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data import resolve_template, row_lengths
-from data.atomic import write_json
 from inference.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
-from peft import LoraConfig
 from training.markdown import table
-from training.routing import Routing, group_shares, group_spans, span_text
-from training.routing_plot import plot_routing
 
 CITATION = """@inproceedings{dou2024loramoe,
   title     = {{LoRAMoE}: Alleviating World Knowledge Forgetting in Large Language Models via {MoE}-Style Plugin},
@@ -54,38 +50,10 @@ CARD_METRICS = (
 )  # fmt: skip
 
 
-def write_routing(folder: Path, summary: dict) -> None:
-    """`routing.json` and its picture `routing.png`, from a summary of `routing_summary`."""
-    write_json(folder / "routing.json", summary)
-    plot_routing(folder / "routing.png", summary)
-
-
-def training_curves(name: str, log_history: list[dict], blc_weight: float) -> dict[str, dict]:
-    """Evenness of the routing over the steps of a run, by a label of it; {} where its log has none."""
-    lines = [line for line in log_history if "routing_cv" in line]
-    if not lines:
-        return {}
-    constraint = f"beta {blc_weight:g}" if blc_weight else "no constraint"
-    fields = {"step": "step", "coefficient_of_variation": "routing_cv", "entropy": "routing_entropy"}
-    return {f"{name} ({constraint})": {field: [line[key] for line in lines] for field, key in fields.items()}}
-
-
-def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
-    """A small table: one line for each task type, one column for each expert group."""
-    if len(config.group_sizes) != config.num_task_types:
-        return [f"no groups: {config.lora_nums} experts cannot be split among {config.num_task_types} task types"]
-    lines = [" " * 24 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
-    for kind, shares in group_shares(routing, config.group_sizes).items():
-        names = config.task_type_names or list(map(str, range(config.num_task_types)))
-        name = "unlabelled rows" if kind < 0 else f"rows of task type {names[kind]}"
-        lines.append(f"  {name:22}" + "".join(f"{share:16.1%}" for share in shares))
-    return lines
-
-
 def generate_samples(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, template: str
 ) -> list[tuple[str, str, str]]:
-    """Greedy answers to a few rows of different task kinds: (instruction and input, expected, generated).
+    """Greedy answers to a few rows of different tasks: (instruction and input, expected, generated).
 
     The model loses the generation settings that its base model's folder proposes, so save it before. Under ZeRO-3 this
     is a collective: every rank calls it with the same rows.
@@ -93,7 +61,7 @@ def generate_samples(
     Args:
         template: the prompt template of the rows; `auto` is what it means for the tokenizer.
     """
-    picked = _one_of_each_kind(rows)
+    picked = _one_of_each_task(rows)
     prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
     decoding = DecodingArguments(max_new_tokens=MAX_NEW_TOKENS)
     ends = end_tokens(model, tokenizer, resolve_template(template, tokenizer))
@@ -108,7 +76,7 @@ def generate_samples(
 
 
 def summary_lines(folder: Path, results: dict) -> list[str]:
-    """What the terminal shows at the end of a run, and again where the run is found finished."""
+    """Lines for the terminal at the end of a run, and again if the run is found to be finished."""
     lines = [f"===== LoRAMoE run finished: {folder} ====="]
     if "eval_lm_loss_after" in results:
         lines += [
@@ -129,10 +97,10 @@ def summary_lines(folder: Path, results: dict) -> list[str]:
 def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, datasets.Dataset]) -> None:
     """README.md of the run folder: what the model is, how it was made, what was measured.
 
-    Folders of this machine are named by their last part alone, since cards are published.
+    Local folders are shown by their last part alone, since cards are published.
 
     Args:
-        data: the rows by what they are for.
+        data: the sets of rows by their purpose, `training` and `evaluation`.
     """
     kind = "full" if config["tuning"] == "full" else "lora" if config["lora_nums"] == 1 else "loramoe"
     title, description = CARD_KINDS[kind]
@@ -173,7 +141,7 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
 
 
 def _data_table(data: dict[str, datasets.Dataset]) -> str:
-    """Numbers of rows, tokens and supervised tokens, and rows by task type and kind of task, for each set of rows."""
+    """Numbers of rows, tokens and supervised tokens, and rows by task type and by task, for each set of rows."""
     counts: dict[str, dict[str, int]] = {}
     for name, rows in data.items():
         types = Counter("no task type" if kind < 0 else f"task type {kind}" for kind in rows["task_type"])
@@ -189,12 +157,12 @@ def _data_table(data: dict[str, datasets.Dataset]) -> str:
     return table(["", *counts], ((line, *(column.get(line, 0) for column in counts.values())) for line in lines))
 
 
-def _one_of_each_kind(rows: datasets.Dataset) -> list[dict]:
-    """The first row of each of the first task kinds; where there are too few kinds, further rows from the front."""
-    first_of_kind: dict[str, int] = {}
-    for index, kind in enumerate(rows["task"]):
-        first_of_kind.setdefault(kind, index)
-    picked = [*first_of_kind.values(), *(index for index in range(len(rows)) if index not in first_of_kind.values())]
+def _one_of_each_task(rows: datasets.Dataset) -> list[dict]:
+    """The first row of each of the first tasks; if there are too few tasks, further rows from the front."""
+    first_of_task: dict[str, int] = {}
+    for index, task in enumerate(rows["task"]):
+        first_of_task.setdefault(task, index)
+    picked = [*first_of_task.values(), *(index for index in range(len(rows)) if index not in first_of_task.values())]
     return [rows[index] for index in picked[:NUM_SAMPLES]]
 
 

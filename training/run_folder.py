@@ -1,4 +1,4 @@
-"""The folder of one run: which configuration it belongs to, whether it is finished, where to resume."""
+"""The folder of one run: its configuration, its results, and the lock on it."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from loading.run_files import RESULTS_NAME, RUN_CONFIG_NAME, with_current_names
 from peft.saving import WEIGHTS_NAME
 from training.checkpoint import checkpoint_problem, writing
 
-# Flags that decide where and how often something is written, or how fast it runs, but not a bit of what is trained.
+# Flags that decide where and how often something is written, or how fast it runs, but have no effect on the weights.
 # Those of DDP, for instance, decide in which order the gradients of several processes are added.
 WITHOUT_EFFECT = {
     "data_cache_dir", "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {
     "report_to", "restart", "resume_from_checkpoint", "run_name", "use_cpu",
 }  # fmt: skip
 WITHOUT_EFFECT_PREFIXES = ("do_", "eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_")
-# They decide, where evaluations do.
+# They have an effect if evaluations do.
 OF_EVALUATION = (
     "eval_delay", "eval_steps", "eval_strategy", "per_device_eval_batch_size", "save_steps", "save_strategy",
 )  # fmt: skip
@@ -33,7 +33,7 @@ OF_EVALUATION = (
 # How the rows of a micro-batch are divided among the processes.
 DIVISION = ("num_processes", "per_device_train_batch_size")
 
-# In the configuration for the reader; what counts is the content, which is there as well.
+# In the configuration for the reader; what is compared is the hash of the content, which is there as well.
 DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path"}
 SECONDS_TO_WAIT = 10
 
@@ -50,7 +50,7 @@ class RunFolder:
 
     @property
     def results(self) -> dict | None:
-        """What the finished run measured; None where no run has finished here."""
+        """Results of the finished run; None if no run has finished here."""
         file = self.path / RESULTS_NAME
         return json.loads(file.read_text()) if file.is_file() else None
 
@@ -67,7 +67,7 @@ class RunFolder:
         """Compare the configuration with the one that the folder belongs to, if it belongs to any.
 
         Raises:
-            InputError: they differ, the folder holds something that is no run, or a file of a finished run is damaged.
+            InputError: they differ, the folder holds something other than a run, or a finished run is damaged.
         """
         file = self.path / RUN_CONFIG_NAME
         if not file.is_file():
@@ -77,7 +77,7 @@ class RunFolder:
         if (self.path / RESULTS_NAME).is_file() and (problem := checkpoint_problem(self.path, finished=True)):
             raise InputError(
                 f"{self.path} holds a finished run, but {problem}. Put that file back from a copy; or delete "
-                f"{RESULTS_NAME} there, and the same command ends the run again from its last checkpoint; or start "
+                f"{RESULTS_NAME} there, and the same command finishes the run again from its last checkpoint; or start "
                 "over with --restart"
             )
         try:
@@ -98,15 +98,14 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run with another configuration:\n{found}\n{_WAY_OUT}")
 
     def claim(self, config: dict) -> None:
-        """Make the folder this configuration's, unless its run is finished, and clear away what a killed run was just
-        writing."""
+        """Write the configuration, unless the run is finished, and remove the temporary files of a killed run."""
         with writing(self.path, RUN_CONFIG_NAME):
             self.path.mkdir(parents=True, exist_ok=True)
             remove_temporaries(self.path)
             if self.results is None:
                 write_json(self.path / RUN_CONFIG_NAME, config)
 
-    def set_aside(self) -> Path | None:
+    def archive(self) -> Path | None:
         """Rename the folder, so that a new run can start; nothing is deleted. Returns its new place.
 
         A link to it stays, and leads to an empty folder then.
@@ -117,13 +116,13 @@ class RunFolder:
         if not self.path.exists():
             return None
         folder = self.path.resolve()
-        aside = folder.with_name(f"{folder.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
+        archive = folder.with_name(f"{folder.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
         try:
-            folder.rename(aside)
+            folder.rename(archive)
             folder.mkdir()
         except OSError as error:
             raise InputError(f"{folder} cannot be renamed: {error.strerror}") from error
-        return aside
+        return archive
 
 
 _WAY_OUT = (
@@ -160,9 +159,9 @@ def run_config(
 def _deciding(config: dict) -> dict:
     """The part of a configuration that decides what is trained.
 
-    Where nothing belongs to one process alone, neither a part of the optimizer's state (DeepSpeed) nor a term of the
-    loss (`blc_reference`, a base model's own router loss), only the rows that all processes share count, and a run can
-    go on with another number.
+    If nothing belongs to one process alone, neither a part of the optimizer's state (DeepSpeed) nor a term of the loss
+    (`blc_reference`, a base model's own router loss), only the rows that all processes share count, and a run can
+    resume with another number of processes.
     """
     values = {name: value for name, value in config.items() if name not in DESCRIPTIVE}
     if not any(config.get(name) for name in ("deepspeed", "blc_reference", "output_router_logits")):

@@ -15,9 +15,9 @@ from data import InputError
 from training.checkpoint import find_checkpoint
 
 MOST_ROWS_SHOWN = 10
-# Optimizer steps in a row that may be left out. The search for fp16's loss scale halves it from 2^16 and takes a few.
+# Optimizer steps in a row that may be skipped. The search for fp16's loss scale halves it from 2^16 and takes a few.
 MOST_SKIPPED_STEPS = 20
-# Where a checkpoint's state keeps how many of them came last, and the evaluation that has yet to come behind its step.
+# Keys in a checkpoint's state: how many skipped steps came last, and the evaluation that is still due after its step.
 SKIPPED_STEPS, DUE = "skipped_steps", "due"
 
 
@@ -26,18 +26,18 @@ class StoppedError(Exception):
 
 
 class StopSignals(TrainerCallback):
-    """Asks once per optimizer step and evaluation batch whether any rank has to stop; one small all-reduce.
+    """Stops all ranks if any has to, at an optimizer step or evaluation batch; each costs one small all-reduce.
 
-    SIGTERM, as schedulers send it ahead of the end, makes the run save a checkpoint and end training normally. No
-    evaluation comes in between; the checkpoint says which one was due, and a run that goes on from it makes up for it.
+    SIGTERM, which schedulers send before a job's end, makes the run save a checkpoint and end training normally. No
+    evaluation comes first; the checkpoint says which one was due, and a run that resumes from it makes up for it.
 
     Attributes:
         stopped: whether training ended because of SIGTERM.
-        gradient_norm: that of the step, before clipping and over all ranks; None where it is not known.
+        gradient_norm: that of the step, before clipping and over all ranks; None if it is not known.
 
     Raises:
-        InputError: at the end of a step whose loss or gradient was not finite; nothing is saved then. Where the
-            optimizer left the step out, as DeepSpeed and the loss scaler of fp16 do, only at the end of
+        InputError: at the end of a step whose loss or gradient was not finite; nothing is saved then. If the
+            optimizer skipped the step, as DeepSpeed and the loss scaler of fp16 do, only at the end of
             MOST_SKIPPED_STEPS of them in a row, or of a run of which no step was applied.
         StoppedError: at a batch of an evaluation. Within training, `LoRAMoETrainer` catches it.
     """
@@ -50,7 +50,7 @@ class StopSignals(TrainerCallback):
 
     @contextmanager
     def handled(self) -> Iterator[Self]:
-        """A context in which SIGTERM is remembered until all ranks can stop; then it is its former handler's again."""
+        """A context in which SIGTERM is remembered until all ranks can stop; then its former handler is restored."""
         previous = signal.signal(signal.SIGTERM, self._terminate)
         try:
             yield self
@@ -70,7 +70,7 @@ class StopSignals(TrainerCallback):
     def stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Save after this step and end training."""
         self.stopped = True
-        args.save_only_model = False  # a run goes on from this checkpoint
+        args.save_only_model = False  # a run resumes from this checkpoint
         control.should_evaluate = False
         control.should_save = True
         control.should_training_stop = True
@@ -103,12 +103,12 @@ class StopSignals(TrainerCallback):
         self._losses.clear()
         _note_due(args, state, control)
         if state.global_step >= state.max_steps:
-            args.save_only_model = False  # what comes behind training can be interrupted, too
+            args.save_only_model = False  # what comes after training can be interrupted, too
         if terminated:
             self.stop(args, state, control)
 
     def raise_skipped(self, args: TrainingArguments, step: int, skipped_steps: int) -> NoReturn:
-        """Raises InputError about the last of so many steps in a row that were left out; a collective."""
+        """Raises InputError about the last of `skipped_steps` steps in a row; a collective."""
         rows = _of_all_ranks([source for _, sources in self._losses for source in sources])
         raise InputError(_not_finite_message("gradient", args, step, rows, skipped_steps))
 
@@ -121,7 +121,7 @@ class StopSignals(TrainerCallback):
 
 
 def _note_due(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    """Record the evaluation behind this step, the one at an epoch's end included, and whether a save follows on it.
+    """Record the evaluation due after this step, including that of an epoch's end, and whether a save follows it.
 
     `LoRAMoETrainer` drops the record once the evaluation is made.
     """
@@ -129,7 +129,7 @@ def _note_due(args: TrainingArguments, state: TrainerState, control: TrainerCont
     if state.epoch == int(state.epoch) or state.global_step >= state.max_steps:
         DefaultFlowCallback().on_epoch_end(args, state, at_epoch_end)
     if control.should_evaluate or at_epoch_end.should_evaluate:
-        # Of the step's own save and evaluation, the evaluation comes first; the epoch's comes behind both.
+        # Of the step's own save and evaluation, the evaluation comes first; the epoch's comes after both.
         save = (control.should_evaluate and control.should_save) or at_epoch_end.should_save
         state.stateful_callbacks[DUE] = {"save": save}
 

@@ -33,7 +33,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s that the data sheet promises of a GPU; None for one that is not in the table, or a part of one."""
+    """FLOP/s that the data sheet promises of a GPU; None for one that is not in the table, or for a part of one."""
     if re.search(r"\b(Laptop|MIG|4090 D)\b", device_name):
         return None
     found = (tflops for words, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", device_name))
@@ -44,7 +44,7 @@ class FlopsEstimate:
     """FLOPs that training needs for given tokens, recomputation not counted (PaLM, arXiv 2204.02311, appendix B).
 
     A weight that is trained takes 6 FLOPs for each token: 2 forward, 2 for the gradient of its input, 2 for its own. A
-    frozen one has no gradient of its own and takes 4. Attention over a row of T tokens takes 12 T^2 times its width in
+    frozen one needs no gradient and takes 4. Attention over a row of T tokens takes 12 T^2 times its width in
     each layer. The output layer counts at the supervised tokens alone.
 
     Args:
@@ -83,7 +83,7 @@ class FlopsEstimate:
 
 
 class Throughput:
-    """Counts the tokens of training and the time that it takes, evaluation and saving left out.
+    """Counts the tokens of training and the time that it takes, without evaluation and saving.
 
     Args:
         model: the model that is trained.
@@ -118,7 +118,7 @@ class Throughput:
     def scalars(self, args: TrainingArguments) -> dict[str, float]:
         """The values of a log line since the last one. A collective: every process calls it at the same step.
 
-        `tokens_per_second` counts the tokens of all processes, padding left out; on GPUs `peak_memory_gib` is the most
+        `tokens_per_second` counts the tokens of all processes, without padding; on GPUs `peak_memory_gib` is the most
         that tensors took on any of them since the run began, and `mfu` the share of the devices' peak FLOP/s.
         """
         memory = torch.cuda.max_memory_allocated(args.device) if self._on_gpu else 0

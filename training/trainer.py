@@ -1,4 +1,4 @@
-"""The Trainer: two losses logged apart, the balance term averaged as it should be, evaluation per token.
+"""The Trainer: two losses logged separately, a correctly averaged balance term, evaluation per token.
 
 Shape suffixes: B samples, T tokens, L adapted Linears, E experts.
 """
@@ -19,16 +19,17 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpo
 
 from data import EpochDataLoader, GlobalBatchSampler, row_lengths
 from data.atomic import atomic_files
+from inference.routing import Routing
 from loading.arguments import parse_steps
 from loading.run_files import STATE_NAME
 from peft import LoraConfig, PeftModel
 from training.checkpoint import TEMPORARY_NAME, put_in_place, writing
 from training.profiling import StepProfiler
 from training.random_state import kept_random_state
-from training.routing import Routing, RoutingWatch
+from training.routing_watch import RoutingWatch
 from training.stopping import DUE, SKIPPED_STEPS, StoppedError, StopSignals
 from training.throughput import Throughput
-from transformers_patch.labels import LabelledPositions
+from transformers_patch.labels import SupervisedTokens
 from transformers_patch.recorder import RoutingRecorder
 
 
@@ -36,17 +37,17 @@ class LoRAMoETrainer(Trainer):
     """Hugging Face's Trainer for a model with the mixin.
 
     - Trainer sums the losses of an optimizer step over micro-batches and multiplies them by the number of processes,
-      which is right for the LM loss (normalised by all labelled tokens of the step) and would multiply the balance
-      term. The model is told to scale the term so that it counts as the mean of the micro-batches that there really
-      are; the last step of an epoch may have fewer.
+      which is right for the LM loss (normalised by all supervised tokens of the step) but would multiply the balance
+      term. The model is told to scale the term so that it counts as the mean over the actual micro-batches; the last
+      step of an epoch may have fewer.
     - Which rows share an optimizer step depends on seed, epoch and global batch size alone (`data/sampler.py`), and the
       last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
-    - Each log line holds `lm_loss` and `balance_loss` (unweighted) beside `loss`, `aux_loss` (unweighted) where the own
-      router loss of a base model of several experts is added, with routers `routing_entropy`, `routing_cv` and
-      `group_share_type_K`, and `tokens_per_second`; on GPUs `peak_memory_gib` and `mfu`. A group of experts that dies
-      out is warned of, once.
-    - Evaluation weighs every labelled token alike, whatever the batches and processes, and never contains the balance
-      term. `routing` then holds the shares of the last evaluation; None where nothing is routed.
+    - Each log line holds `lm_loss` and `balance_loss` (unweighted) next to `loss`, `aux_loss` (unweighted) if the base
+      model is a mixture of experts whose own router loss is added, with routers `routing_entropy`, `routing_cv` and
+      `group_share_type_K`, and `tokens_per_second`; on GPUs `peak_memory_gib` and `mfu`. There is one
+      warning if a group of experts dies out.
+    - Evaluation weighs every supervised token equally, whatever the batches and processes, and never contains the
+      balance term. `routing` then holds the shares of the last evaluation; None if nothing is routed.
     """
 
     def __init__(self, *args, stop_signals: StopSignals, **kwargs):
@@ -83,7 +84,7 @@ class LoRAMoETrainer(Trainer):
             raise
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        """As Trainer's; but an evaluation that SIGTERM cuts off gives way to the checkpoint."""
+        """As Trainer's; but an evaluation that SIGTERM interrupts is left, and the checkpoint is written."""
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except StoppedError:
@@ -93,7 +94,7 @@ class LoRAMoETrainer(Trainer):
     def _evaluate(
         self, trial, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        """As Trainer's. Ahead of training, which the learning rate's schedule skips, a run that goes on from a
+        """As Trainer's. Before training, where Trainer asks for no step of the schedule, a run that resumes from a
         checkpoint makes up for the evaluation that was due there, if one was.
 
         The checkpoint stays as it is, with that evaluation due: an evaluation can change the schedule and the learning
@@ -111,12 +112,12 @@ class LoRAMoETrainer(Trainer):
         return metrics
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """As Trainer's, which looks at `max_steps` behind a step only: a resumed run may have made all of them."""
+        """As Trainer's, which checks `max_steps` after a step only: a resumed run may have made all of them."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs) -> TrainOutput:
-        """As Trainer's, but with the last checkpoint kept: a run that is not finished yet goes on from it."""
+        """As Trainer's, but the last checkpoint is kept: a run that is not finished yet resumes from it."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -132,7 +133,7 @@ class LoRAMoETrainer(Trainer):
                     shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _end_progress_bars(self) -> None:
-        """Give what is said after a training that was cut off a line of its own."""
+        """Close the progress bars, so that messages after an interrupted training begin on a new line."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):
                 for bar in (callback.prediction_bar, callback.training_bar):
@@ -164,12 +165,12 @@ class LoRAMoETrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            # Of its own, so that an epoch's beginning does not move the random state that dropout draws from.
+            # A separate one, so that an epoch's beginning does not move the random state that dropout draws from.
             generator=torch.Generator(),
         )
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """As Trainer's, but with the last rows whatever `dataloader_drop_last` says, which is about training."""
+        """As Trainer's, but with the last rows even under `dataloader_drop_last`, which concerns training."""
         drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -177,7 +178,7 @@ class LoRAMoETrainer(Trainer):
             self.args.dataloader_drop_last = drops_last
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As Trainer's, but training goes on as if there had been no evaluation."""
+        """As Trainer's, but training continues as if there had been no evaluation."""
         with self.throughput.paused(), kept_random_state(self.args.device):
             return super().evaluate(*args, **kwargs)
 
@@ -221,12 +222,12 @@ class LoRAMoETrainer(Trainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
-        """Per row: summed negative log-likelihood, number of labelled tokens, and routing shares.
+        """Per row: summed negative log-likelihood, number of supervised tokens, and routing shares.
 
-        The model gets no labels: with them it would compute losses of the batch, of which nothing is reported.
+        The model gets no labels: with them it would compute losses of the batch, which nobody reports.
         """
         inputs = self._prepare_inputs(inputs)
-        sources, positions = inputs["sources"], LabelledPositions(inputs["labels"], inputs["supervised_indices"])
+        sources, positions = inputs["sources"], SupervisedTokens(inputs["labels"], inputs["supervised_indices"])
         fields = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         plain_model = self.accelerator.unwrap_model(model)
         recorder = RoutingRecorder(plain_model)
@@ -241,12 +242,12 @@ class LoRAMoETrainer(Trainer):
 
     @cached_property
     def _task_names(self) -> list[str]:
-        """The kinds of task of the evaluation rows."""
+        """The tasks of the evaluation rows."""
         return sorted({task for task in self.eval_dataset["task"] if task})
 
     @cached_property
     def _task_numbers(self) -> dict[str, int]:
-        """By an evaluation row's source, the number of its kind of task.
+        """The number of an evaluation row's task, by the row's source.
 
         Processes exchange tensors, not text, and the order of the evaluated rows depends on the sampler.
         """
@@ -255,7 +256,7 @@ class LoRAMoETrainer(Trainer):
         return {source: number[task] for source, task in rows if task}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's, but of an adapted model only the adapter is gathered, never the base model."""
+        """As Trainer's, but of an adapted model only the adapter is gathered, not the base model."""
         if not isinstance(self.model, PeftModel):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
@@ -309,7 +310,7 @@ class LoRAMoETrainer(Trainer):
         likelihood_B2, *shares = prediction.predictions
         if shares:
             task_types_B, tasks_B = prediction.label_ids.T
-            names = np.array([*self._task_names, ""])  # -1, no kind of task, is the last
+            names = np.array([*self._task_names, ""])  # -1, no task, is the last
             self.routing = Routing(self._routed_modules, shares[0], task_types_B, names[tasks_B])
         nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
         lm_loss = nll / tokens

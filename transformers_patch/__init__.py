@@ -1,8 +1,7 @@
 """Everything that knows the internals of transformers.
 
-`mixin.py` adds task types and the balance term to a stock model class, `recorder.py` is how routing leaves the
-layers, `labels.py` holds logits and loss to the labelled positions, `modeling_*.py` name the patched classes, and
-`training/` is the Trainer with what surrounds it.
+`mixin.py` adds task types and the balance term to a stock model class, `recorder.py` takes the routing out of the
+layers, `labels.py` restricts logits and loss to the supervised tokens, and `modeling_*.py` name the patched classes.
 """
 
 from transformers_patch.version import check_environment

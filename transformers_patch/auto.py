@@ -1,4 +1,4 @@
-"""Picking, and making, the patched class for a base model."""
+"""Choosing, and making, the patched class for a base model."""
 
 import inspect
 import os
@@ -21,8 +21,8 @@ FUSED_MLP = ("gate_up_proj", "down_proj")
 PLAIN_MLP = ("c_fc", "c_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-# The architectures that are tested, with the Linears that are adapted where none are named. In a base model that is a
-# mixture of experts itself these are the attention projections: its own experts are no Linears, but stacked tensors.
+# The architectures that are tested, with the Linears that are adapted if none are named. In a base model that is a
+# mixture of experts itself these are the attention projections: its own experts are stacked tensors, not Linears.
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "llama": GATED_MLP,
     "mistral": GATED_MLP,
@@ -35,7 +35,7 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "granite": GATED_MLP,
     "smollm3": GATED_MLP,
     "starcoder2": PLAIN_MLP,
-    # Whole ends of names, since the attention block of GPT-2 has a c_proj as well.
+    # Longer ends of names, since the attention block of GPT-2 has a c_proj as well.
     "gpt2": ("mlp.c_fc", "mlp.c_proj"),
     "mixtral": ATTENTION,
     "qwen3_moe": ATTENTION,
@@ -44,12 +44,12 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 # The names that transformers gives to a table of positions.
 POSITION_TABLES = {"wpe", "embed_positions", "position_embeddings"}
 
-# What transformers raises, besides ValueError, for values in the JSON files of a model that it cannot use.
+# Errors that transformers raises, besides ValueError, for values in the JSON files of a model that it cannot use.
 UNUSABLE = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError,
 )  # fmt: skip
 
-# Which version of a model is meant and how it is fetched: the same for configuration and weights.
+# The version of a model and how it is fetched: the same for configuration and weights.
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -61,10 +61,10 @@ class AutoModelForCausalLM:
         """Load a base model from a local folder or a hub id; keyword arguments as in transformers.
 
         Raises:
-            ValueError: the architecture cannot be patched, or needs code of its own, which is never run.
+            ValueError: the architecture cannot be patched, or needs custom code, which is never run.
         """
         if kwargs.pop("trust_remote_code", False):
-            raise ValueError("trust_remote_code: code of a model's folder is never run; leave it out")
+            raise ValueError("trust_remote_code: code in a model's folder is never run; leave it out")
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         config = _text_config(kwargs.pop("config", None) or load_config(name_or_path, **where))
         stock = patched_class(config)
@@ -81,8 +81,7 @@ def load_config(name_or_path: str | os.PathLike, **where) -> PretrainedConfig:
     """The configuration of a base model; `where` are those of `HUB_ARGUMENTS`.
 
     Raises:
-        OSError, ValueError: there is none, a value of it cannot be used, or it needs code of its own, which is never
-            run.
+        OSError, ValueError: there is none, a value in it cannot be used, or it needs custom code, which is never run.
     """
     with code_refused(), damage_refused(f"config.json of {name_or_path}"):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **where)
@@ -112,7 +111,7 @@ def code_refused() -> Iterator[None]:
     """A context for loading with `trust_remote_code=False`: transformers' advice to allow the code is replaced.
 
     Raises:
-        ValueError: what is loaded needs code of its own.
+        ValueError: the model or tokenizer needs custom code.
     """
     try:
         yield
@@ -126,7 +125,7 @@ def code_refused() -> Iterator[None]:
 
 
 def _refuse_kernels(config: PretrainedConfig) -> None:
-    """Raises ValueError where a configuration names an attention kernel of the hub, which would be fetched and run."""
+    """Raises ValueError if a configuration names an attention kernel of the hub, which would be fetched and run."""
     if "/" in str(kernel := config._attn_implementation):
         raise ValueError(
             f"it needs custom Python code (attn_implementation in its config.json is {kernel!r}), which is never "
@@ -138,7 +137,7 @@ def _refuse_kernels(config: PretrainedConfig) -> None:
 
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """What the stock class builds the language model from: where a model reads images as well, the part about text."""
+    """The configuration of the language model: in one that reads images as well, the part about text."""
     part = config.sub_configs.get("text_config")
     stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if part is None or getattr(stock, "config_class", None) is not part:
@@ -150,10 +149,10 @@ def _text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def patched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The patched class for a model configuration: transformers' own class for it behind the mixin.
+    """The patched class for a model configuration: the mixin in front of transformers' own class.
 
     Raises:
-        ValueError: it is no decoder-only language model whose forward the mixin fits around; the message says why and
+        ValueError: it is not a decoder-only language model whose forward the mixin can wrap; the message says why and
             names the architectures that are tested.
     """
     stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -166,12 +165,12 @@ def patched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def default_targets(model_type: str) -> tuple[str, ...]:
-    """Names of the Linears that are adapted in an architecture where none are named."""
+    """Names of the Linears that are adapted in an architecture if none are named."""
     return DEFAULT_TARGETS.get(model_type, GATED_MLP)
 
 
 def most_positions(model: nn.Module) -> int | None:
-    """The length in tokens at which a model's table of positions ends; None where positions are computed."""
+    """The length in tokens at which a model's table of positions ends; None if positions are computed."""
     has_table = any(
         isinstance(module, nn.Embedding) and not POSITION_TABLES.isdisjoint(name.split("."))
         for name, module in model.named_modules()
@@ -180,7 +179,7 @@ def most_positions(model: nn.Module) -> int | None:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The longest text in tokens that a model is made for; None where its configuration does not say."""
+    """The longest text in tokens that a model is made for; None if its configuration does not say."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
@@ -194,7 +193,7 @@ def _patch(stock: type[PreTrainedModel], model_type: str) -> type[PreTrainedMode
     # transformers finds the loss by the end of the name.
     name = stock.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "LoRAMoEForCausalLM"
     members = {
-        "__doc__": f"`{stock.__name__}` whose forward takes `task_types` and returns the losses apart.",
+        "__doc__": f"`{stock.__name__}` whose forward takes `task_types` and returns the losses separately.",
         "__module__": __name__,
         "default_target_modules": default_targets(model_type),
         # transformers would read the tensors of custom code as they are named; these checkpoints are the stock class's.

@@ -1,6 +1,6 @@
-"""Logits and loss only where there is something to predict: at the positions whose next token carries a label.
+"""Logits and loss at the supervised tokens only: at the positions whose next token carries a label.
 
-Shape suffixes: B samples, T tokens, N labelled positions of the batch, H hidden size, V vocabulary.
+Shape suffixes: B samples, T tokens, N supervised tokens of the batch, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from data import supervised_indices
 from peft import Router
 
 
-class LabelledPositions:
-    """The positions of a batch that predict a label, in the order of the rows.
+class SupervisedTokens:
+    """The positions of a batch that predict a supervised token, in the order of the rows.
 
     Args:
-        labels_BT: labels in the manner of transformers: the label of a token is predicted one position earlier.
-        indices_N: the positions in the flattened batch, as the `Collator` gives them; None finds them, which waits for
-            the device.
+        labels_BT: labels as in transformers: the label of a token is predicted one position earlier.
+        indices_N: the positions in the flattened batch, as the `Collator` gives them; None finds them, which
+            synchronises with the device.
 
     Attributes:
         targets_N: the label that each position predicts.
@@ -38,8 +38,8 @@ class LabelledPositions:
     def only(self, model: PreTrainedModel) -> Iterator[None]:
         """While open, the model's logits have shape (1, N, V): its output layer sees these positions alone.
 
-        What the stock forward does to the logits afterwards (scaling, soft-capping) is done to these. An output layer
-        with a router of its own needs whole rows for its routing shares; there the choice is made behind it.
+        What the stock forward does to the logits afterwards (scaling, soft-capping) is done to these. An adapted
+        output layer needs complete rows for its routing shares; its positions are selected afterwards.
         """
         head = model.get_output_embeddings()
         if any(isinstance(module, Router) for module in head.modules()):
@@ -65,7 +65,7 @@ class LabelledPositions:
         return self._sum_by_row(torch.stack([nll_N, torch.ones_like(nll_N)], dim=1))
 
     def matches(self, logits_1NV: Tensor) -> Tensor:
-        """Whether all labels of a row are the likeliest tokens at their places, shape (B,), bool."""
+        """True for a row whose labels are all the likeliest tokens at their places, shape (B,), bool."""
         wrong_N = (logits_1NV[0].argmax(dim=-1) != self.targets_N.to(logits_1NV.device)).int()
         return self._sum_by_row(wrong_N) == 0
 

@@ -1,4 +1,4 @@
-"""What turns any causal language model of transformers into one that knows task types and the balance term."""
+"""The mixin by which any causal language model of transformers knows task types and the balance term."""
 
 import copy
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from peft import LoraConfig, LoraLayer, TrainedCopy, balance_coefficients, localized_balance_term
 from peft.inject import GATED_MLP
-from transformers_patch.labels import LabelledPositions
+from transformers_patch.labels import SupervisedTokens
 from transformers_patch.recorder import RoutingRecorder
 
 
@@ -20,18 +20,18 @@ class LoRAMoEOutput(CausalLMOutputWithPast):
     """Output of a model with the mixin.
 
     Args:
-        loss: what is minimised: LM loss plus weighted balance term (plus the base model's own router loss, weighted as
-            its configuration says) while training, the LM loss alone in eval mode.
-        lm_loss: next-token cross-entropy over the labelled positions.
-        balance_loss: the unweighted balance term; 0 with one expert or `blc_weight` 0, where it is not computed, and in
+        loss: what training minimises: LM loss plus weighted balance term (plus the base model's own router loss,
+            weighted as its configuration says) while training, the LM loss alone in eval mode.
+        lm_loss: next-token cross-entropy over the supervised tokens.
+        balance_loss: the unweighted balance term; 0 with one expert or `blc_weight` 0, when it is not computed, and in
             eval mode with a mask that is not of shape (B, T).
-        logits: of every position, (B, T, V), where no labels are given; with labels, of the N positions alone whose
-            next token carries a label, (1, N, V), in the order of the rows.
-        aux_loss: the unweighted router loss of a base model that is a mixture of experts itself, where its
-            configuration asks for it (`output_router_logits`); has nothing to do with the routers of the adapter.
+        logits: of every position, (B, T, V), if no labels are given; with labels, only of the N positions whose next
+            token is supervised, (1, N, V), in the order of the rows.
+        aux_loss: the unweighted router loss of a base model that is a mixture of experts itself, if its
+            configuration asks for it (`output_router_logits`); unrelated to the routers of the adapter.
         router_logits: of such a base model's own routers.
         routing_shares: while training, mean weight of each expert on this process's rows, (L, B, E), detached; None
-            where nothing is routed.
+            if nothing is routed.
     """
 
     lm_loss: Tensor | None = None
@@ -47,16 +47,16 @@ _OUTPUT_FIELDS = {field.name for field in fields(LoRAMoEOutput)}
 class LoRAMoEMixin:
     """Put before a `...ForCausalLM` class of transformers: `class X(LoRAMoEMixin, LlamaForCausalLM)`.
 
-    The stock forward runs unchanged; only where labels are given is routing recorded around it and the output layer
-    held to the labelled positions, so generation and plain inference cost nothing extra and need no task types.
+    The stock forward runs unchanged; only if labels are given is routing recorded around it and the output layer
+    restricted to the supervised tokens, so generation and plain inference cost nothing extra and need no task types.
     """
 
-    # The Linears that are adapted where a LoraConfig names none; `auto.py` knows those of other architectures.
+    # The Linears that are adapted if a LoraConfig names none; `auto.py` knows those of other architectures.
     default_target_modules: tuple[str, ...] = GATED_MLP
     _balance_config: LoraConfig | None = None
 
     def configure_balance(self, config: LoraConfig | None) -> None:
-        """Called by `peft` when an adapter becomes active; None where there is no adapter or it is disabled."""
+        """Called by `peft` when an adapter becomes active; None if there is no adapter or it is disabled."""
         self._balance_config = config
         if config is not None:
             self._coefficients_KE = balance_coefficients(config.group_sizes, config.blc_alpha)
@@ -79,24 +79,24 @@ class LoRAMoEMixin:
         return_logits: bool = True,
         **kwargs,
     ) -> LoRAMoEOutput:
-        """The stock forward without labels; with them, LM loss and balance term, and logits of labelled positions only.
+        """The stock forward without labels; with them, LM loss and balance term, and logits of supervised tokens only.
 
         Args:
-            task_types: LongTensor of shape (B,): the samples' task types, -1 where there is none. None is -1 for all.
+            task_types: LongTensor of shape (B,): the samples' task types, -1 for none. None is -1 for all.
             row_weights: of shape (B,), from the `Collator`: 1 for an example, 0 for a padding example, which the term
                 leaves out. None is 0 for rows whose mask is all 0; `task_types` are then checked, which synchronises
                 with the device.
             supervised_indices: of shape (N,), from the `Collator`: positions in the flattened batch whose next token
-                carries a label. None finds them, which synchronises with the device.
+                is supervised. None finds them, which synchronises with the device.
             balance_scale: factor on the balance term (and on the base model's own router loss) in `loss`, by which a
-                trainer makes the micro-batches of one optimizer step count as their mean. They are reported without it.
+                trainer makes the micro-batches of one optimizer step count as their mean. The reported terms lack it.
             return_logits: with labels, whether the output has the logits; they are large, and training needs none.
 
         The other arguments are those of the stock class.
 
         Raises:
             ValueError: the shape of `labels` or `task_types` does not fit the batch, a task type is out of range, the
-                mask cannot tell padding from text, or `logits_to_keep` is given beside labels, which choose the
+                mask cannot tell padding from text, or `logits_to_keep` is given with labels, which choose the
                 positions themselves.
             RuntimeError: the adapter is frozen, or re-entrant checkpointing cut the routing off from its gradient.
         """
@@ -118,8 +118,8 @@ class LoRAMoEMixin:
         if labels is None:
             return LoRAMoEOutput(**_known(stock_forward()))
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            raise ValueError("logits_to_keep cannot be given with labels: logits are then those of labelled positions")
-        positions = LabelledPositions(labels, supervised_indices)
+            raise ValueError("logits_to_keep cannot be given with labels: logits are then those of supervised tokens")
+        positions = SupervisedTokens(labels, supervised_indices)
         with RoutingRecorder(self) as recorder, positions.only(self):
             outputs = stock_forward()
         loss = positions.loss(self, outputs.logits, **kwargs)
@@ -151,7 +151,7 @@ class LoRAMoEMixin:
             return
         if not isinstance(mask_BT, Tensor) or mask_BT.ndim != 2:
             if self.training and config.balances:
-                found = tuple(mask_BT.shape) if isinstance(mask_BT, Tensor) else "no tensor"
+                found = tuple(mask_BT.shape) if isinstance(mask_BT, Tensor) else "not a tensor"
                 raise ValueError(
                     "training with the balance term needs an attention_mask of shape (batch, length), which tells "
                     f"padding from text; this one is {found}"
@@ -204,7 +204,7 @@ class LoRAMoEMixin:
         """As the stock class.
 
         Raises:
-            ValueError: the adapter is on the embeddings or on the output layer, whose size it has.
+            ValueError: the adapter is on the embeddings or on the output layer and has their size.
         """
         ends = self.get_input_embeddings(), self.get_output_embeddings()
         if new_num_tokens is not None and any(isinstance(end, LoraLayer | TrainedCopy) for end in ends):
@@ -222,8 +222,8 @@ class LoRAMoEMixin:
         """
         if any(isinstance(module, LoraLayer | TrainedCopy) for module in self.modules()):
             raise ValueError("this base model has an adapter on it: save the PeftModel, which writes the adapter alone")
-        # transformers saves settings that contradict each other (temperature without do_sample, as older chat models
-        # have) only as they were loaded, and a Trainer enters its special tokens.
+        # transformers saves settings that contradict each other (temperature without do_sample, in older chat
+        # models) only as they were loaded, and a Trainer enters its special tokens.
         settings = self.generation_config
         settings._original_object_hash = hash(settings)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -241,7 +241,7 @@ def _known(outputs: ModelOutput) -> dict:
 
 @torch.compiler.disable  # it depends on values, which a compiler would take for constants
 def _check_task_types(task_types_B: Tensor, num_task_types: int) -> None:
-    """Raises ValueError where a task type is out of range. Waits for the device."""
+    """Raises ValueError if a task type is out of range. Synchronises with the device."""
     for row, task_type in enumerate(task_types_B.tolist()):
         if not -1 <= task_type < num_task_types:
             raise ValueError(
@@ -250,8 +250,8 @@ def _check_task_types(task_types_B: Tensor, num_task_types: int) -> None:
 
 
 def _refuse_detached(recorder: RoutingRecorder) -> None:
-    """Routers that are frozen, or that re-entrant checkpointing runs without gradients, would silently stay as they
-    are."""
+    """Routers that are frozen, or that re-entrant checkpointing runs without gradients, would silently stay
+    unchanged."""
     if not torch.is_grad_enabled():
         return
     detached = [name for name, weights in recorder.weights.items() if not weights.requires_grad]

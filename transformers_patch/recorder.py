@@ -1,4 +1,4 @@
-"""How routing leaves the layers: forward hooks on the routers, alive for one forward pass."""
+"""The recording of routing: forward hooks on the routers, alive for one forward pass."""
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ class RoutingRecorder:
     tensors with and without them, and the recorded weights carry their gradient (with non-re-entrant checkpointing).
 
     Attributes:
-        weights: router weights (B, T, E) by the router's dotted name, in the order of the calls; (B*T, E) where the
-            base model puts all tokens in one row ahead of the Linear. Routers of inactive adapters do not appear.
+        weights: router weights (B, T, E) by the router's dotted name, in the order of the calls; (B*T, E) if the
+            base model flattens the tokens before the Linear. Routers of inactive adapters do not appear.
     """
 
     def __init__(self, model: nn.Module):
@@ -37,7 +37,7 @@ class RoutingRecorder:
         self._hooks.clear()
 
     def is_frozen(self, name: str) -> bool:
-        """Whether the router of this dotted name is not to be trained."""
+        """True if the router of this dotted name is not trained."""
         return not self._routers[name].weight.requires_grad
 
     def sample_shares(self, mask_BT: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which transformers this code was written against, and which `peft` it needs."""
+"""The transformers that this code was written against, and the `peft` that it needs."""
 
 from pathlib import Path
 

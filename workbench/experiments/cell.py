@@ -21,6 +21,7 @@ from data import InputError
 from inference.evaluation import Plan, run_model
 from inference.generation import DecodingArguments
 from inference.metrics import normalized
+from inference.routing import Routing, group_shares
 from inference.rows import load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained
 from loading.provenance import ROOT, provenance
@@ -28,7 +29,6 @@ from loading.run_files import RESULTS_NAME, STATE_NAME
 from peft import PeftModel
 from scripts.plot_routing import route
 from scripts.prepare_data import write_rows
-from training.routing import Routing, group_shares
 from training.run_folder import RunFolder
 from workbench.experiments.mixture import mixture, probe_rows, task_rows
 from workbench.experiments.parameters import equal_flags, num_trainable, parameter_change

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
 
-from training.pictures import BLUE, GREEN, ORANGE, RED, save, styled
+from inference.pictures import BLUE, GREEN, ORANGE, RED, save, styled
 from workbench.experiments.records import BASE
 from workbench.experiments.results import (
     Place,

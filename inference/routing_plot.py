@@ -10,12 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from training.pictures import save, styled
+from data.atomic import write_json
+from inference.pictures import save, styled
 
 WIDTH = 8.3  # inches, an A4 page
 MAX_TOKENS = 48
 MAX_TASKS = 16
 LINE_STYLES = ("-", "--", "-.", ":")
+
+
+def write_routing(folder: Path, summary: dict) -> None:
+    """`routing.json` and its picture `routing.png`, from a summary of `routing_summary`."""
+    write_json(folder / "routing.json", summary)
+    plot_routing(folder / "routing.png", summary)
 
 
 def plot_routing(path: Path, summary: dict) -> None:
