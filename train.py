@@ -33,6 +33,7 @@ from loading.base_model import (
     load_tokenizer,
     with_adapter,
 )
+from loading.command_line import listed
 from loading.run_files import RESULTS_NAME, STATE_NAME
 from peft.saving import WEIGHTS_NAME
 from training.checkpoint import find_checkpoint, writers, writing
@@ -128,8 +129,8 @@ def load_rows(
     Raises:
         InputError: a file or a row cannot be used, or there are too few rows for a single micro-batch that is kept.
     """
-    names = model_args.task_type_names or ()
-    encoding = Encoding(data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types, tuple(names))
+    names = tuple(listed(model_args.task_type_names) or ())
+    encoding = Encoding(data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types, names)
 
     def load(path: str) -> tuple[Dataset, DataStatistics]:
         return load_data(path, tokenizer, encoding, data_args.data_cache_dir, data_args.preprocessing_num_workers)

@@ -1,6 +1,7 @@
 """Batches: padding, mask and labels."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor | list]:
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
         """The batch of some encoded rows.
 
         Without any, it is one padding example, which counts nowhere: a process that has no row left at the end of an

@@ -221,7 +221,7 @@ def _build(
     workers = worker_count(files, num_proc)
     total, ignored = check_rows(files, encoding.num_task_types, encoding.task_type_names, workers)
     encode = partial(_encode_block, tokenizer=tokenizer, encoding=encoding)
-    counts = Counter()
+    counts: Counter[str] = Counter()
     remove_temporaries(folder.parent, f"{folder.name}.*")
     with atomic_folder(folder) as temporary:
         with (

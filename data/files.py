@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -37,7 +37,7 @@ class Block(NamedTuple):
 
     file: Path
     first: int
-    content: bytes | list[object]
+    content: bytes | list
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def split_files(files: list[Path]) -> Iterator[Block]:
             yield from splitters[file.suffix.lower()](file)
 
 
-def read_block(block: Block) -> Iterator[tuple[int, object]]:
+def read_block(block: Block) -> Iterator[tuple[int, Any]]:
     """Raw rows of a block with their numbers, counting from 1 in the file; in JSON Lines the number is the line's.
 
     Values that Python cannot hold are `Unreadable`.

@@ -111,4 +111,4 @@ class EpochDataLoader(DataLoader):
     """A DataLoader whose `set_epoch`, which trainers call, sets the epoch of its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

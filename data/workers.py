@@ -10,10 +10,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data.errors import InputError
 
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 def worker_count(files: list[Path], most: int | None) -> int:
     """Number of processes for these files: as many as pay, at most `most` (None: one for each core, up to 8)."""
     size = sum(file.stat().st_size for file in files)
-    return min(most or min(os.cpu_count(), MOST_WORKERS), 1 + size // BYTES_WORTH_A_WORKER)
+    return min(most or min(os.cpu_count() or 1, MOST_WORKERS), 1 + size // BYTES_WORTH_A_WORKER)
 
 
 def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num_proc: int) -> Iterator[Result]:
@@ -46,7 +46,7 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
         yield from map(function, blocks)
         return
     pool = ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(function,))
-    pending = deque()
+    pending: deque[Future] = deque()
     try:
         for block in blocks:
             # What cannot be pickled would fail in a thread of the pool, which can then wait for ever.
@@ -68,6 +68,9 @@ def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block], num
         pool.shutdown(cancel_futures=True)
 
 
+_function: Callable  # of a worker
+
+
 def _start_worker(function: Callable) -> None:
     global _function
     _function = function
@@ -81,9 +84,9 @@ def _start_worker(function: Callable) -> None:
 
 def _end_with_parent() -> None:
     """Exit when the parent is killed, instead of waiting for blocks for ever."""
-    multiprocessing.parent_process().join()
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
 
 
-def _work(block: bytes) -> Result:
+def _work(block: bytes) -> Any:
     return _function(pickle.loads(block))

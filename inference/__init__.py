@@ -1,1 +1,1 @@
-"""A trained model at work: loading it, generating answers, scoring and evaluating them."""
+"""Using a trained model: loading it, generating answers, scoring and evaluating them."""

@@ -1,4 +1,4 @@
-"""The evaluation of a model on one data set: every metric, for all rows, by task kind and by task type."""
+"""The evaluation of a model on one data set: every metric, for all rows, by task and by task type."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -32,15 +32,15 @@ MOST_LABELS = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how.
+    """The settings of an evaluation.
 
     Args:
-        metrics: names out of `METRICS`.
+        metrics: names from `METRICS`.
         template: prompt template, `plain` or `chat`.
-        decoding: settings of the greedy answers.
+        decoding: generation settings of the greedy answers.
         label_tasks: the labels of each task whose accuracy is measured.
-        batch_size: rows at once.
-        seed: of the bootstrap.
+        batch_size: rows per batch.
+        seed: seed of the bootstrap.
     """
 
     metrics: tuple[str, ...]
@@ -53,11 +53,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class RowResults:
-    """What one model did with the rows; None where no metric asks for it.
+    """The outputs of one model for the rows; None if no metric needs them.
 
     Args:
-        scores: how it rates the expected answers.
-        right_labels: whether the expected label is its likeliest, by row; only rows of label tasks.
+        scores: its scores of the expected answers.
+        right_labels: by row, if the expected label is the most likely one; only rows of label tasks.
         answers: its greedy answers.
     """
 
@@ -67,7 +67,7 @@ class RowResults:
 
 
 def label_tasks(rows: Dataset) -> dict[str, list[str]]:
-    """Tasks that choose among few labels: at most 10 different outputs, fewer than there are rows."""
+    """The labels of each task that has few: at most 10 different outputs, and fewer than rows."""
     outputs = defaultdict(list)
     for task, output in zip(rows["task"], rows["output"], strict=True):
         outputs[task].append(output)
@@ -76,13 +76,13 @@ def label_tasks(rows: Dataset) -> dict[str, list[str]]:
 
 
 def run_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, plan: Plan, name: str) -> RowResults:
-    """Let a model rate, choose and answer, as far as the plan's metrics need it.
+    """Let a model score, choose and answer, as far as the plan's metrics need it.
 
     Args:
         name: the model's name on the progress bars.
 
     Raises:
-        InputError: a prompt with a label is longer than the model's table of positions; nothing is measured then.
+        InputError: a prompt with a label is longer than the model's table of positions. Nothing has been measured.
     """
 
     def bar(verb: str) -> Callable[[Iterable], Iterable]:
@@ -103,8 +103,8 @@ def run_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Datase
 
 
 def measure(rows: Dataset, results: RowResults, plan: Plan) -> dict:
-    """The metrics of all rows, by task kind and by task type; JSON values."""
-    groups = {"task": defaultdict(list), "task_type": defaultdict(list)}
+    """The metrics of all rows, of each task and of each task type, as JSON values."""
+    groups: dict[str, defaultdict[str, list[int]]] = {"task": defaultdict(list), "task_type": defaultdict(list)}
     for column, members in groups.items():
         for index, name in enumerate(rows[column]):
             members[str(name)].append(index)
@@ -124,7 +124,7 @@ def measure(rows: Dataset, results: RowResults, plan: Plan) -> dict:
 def _encode_options(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, plan: Plan
 ) -> dict[int, list[list[int]]]:
-    """Token ids of the labels behind each row of a label task, by row."""
+    """By row of a label task, the token ids of each label as an answer to its prompt."""
     options = {
         index: [
             encode_target(tokenizer, plan.template, row["instruction"], row["input"], label)
@@ -137,8 +137,8 @@ def _encode_options(
     longest = max((prompts[index] + max(map(len, each)) for index, each in options.items()), default=0)
     if problem := length_problem(model, longest):
         raise InputError(
-            f"accuracy measures every label behind every prompt of its task, which makes {problem}; name other "
-            "--label_tasks, or leave accuracy out of --metrics"
+            f"accuracy measures every label after every prompt of its task, which makes {problem}; choose other "
+            "--label_tasks, or remove accuracy from --metrics"
         )
     return options
 
@@ -151,7 +151,7 @@ def _right_labels(
     options: dict[int, list[list[int]]],
     progress: Callable,
 ) -> dict[int, bool]:
-    """By row, whether the expected label is the likeliest of its task's labels, whose token ids are the options."""
+    """By row, True if the expected label is the most likely one of its task. The options are the labels' token ids."""
     chosen = rows.select(list(options))
     prompts = [row["input_ids"][: row["prompt_length"]] for row in chosen]
     choices = list(options.values())
@@ -163,7 +163,7 @@ def _right_labels(
 
 
 def _estimates(members: list[int], references: list[list[str]], results: RowResults, plan: Plan) -> dict[str, Estimate]:
-    """Each metric of the plan over some rows; accuracy only where some of them are of a label task."""
+    """Each metric of the plan for some rows; accuracy only if some of them belong to a label task."""
     estimates = {}
     if results.scores:
         scores = [results.scores[index] for index in members]

@@ -1,4 +1,4 @@
-"""Answers of a model: batches of prompts in, tokens out."""
+"""Answers of a model: from batches of prompts to tokens."""
 
 import copy
 from collections import defaultdict
@@ -11,33 +11,31 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from data import encode_target
-from loading.command_line import flag
+from loading.command_line import a_seed, at_least, flag, range_problems
 from transformers_patch.auto import base_of, most_positions
 
 
 @dataclass
 class DecodingArguments:
-    """Flags that decide how an answer is drawn."""
+    """Flags of decoding."""
 
-    max_new_tokens: int = flag(256, "longest answer in tokens")
-    temperature: float = flag(0.0, "0 takes the likeliest token each time; above 0 tokens are drawn")
-    top_p: float = flag(1.0, "draw among the likeliest tokens that together have this probability; 1 is all")
-    top_k: int = flag(0, "draw among this many likeliest tokens; 0 is all")
-    seed: int = flag(0, "seed of what is drawn; the same seed and batch size give the same answers")
+    max_new_tokens: int = flag(256, "maximum length of an answer in tokens")
+    temperature: float = flag(0.0, "0 decodes greedily; above 0 tokens are sampled")
+    top_p: float = flag(1.0, "sample from the most likely tokens that together have this probability; 1 is all")
+    top_k: int = flag(0, "sample from this many of the most likely tokens; 0 is all")
+    seed: int = flag(0, "seed of sampling; the same seed and batch size give the same answers")
 
     def problems(self) -> list[str]:
-        limits = (
-            ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
-            ("temperature", "a number of at least 0", 0 <= self.temperature < float("inf")),
-            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
-            ("top_k", "at least 0", self.top_k >= 0),
-            ("seed", "from 0 to 4294967295", 0 <= self.seed < 2**32),
+        ranges = (
+            at_least(1, "max_new_tokens"),
+            ("a number of at least 0", lambda value: 0 <= value < float("inf"), ("temperature",)),
+            ("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
+            at_least(0, "top_k"),
+            a_seed("seed"),
         )
-        problems = [
-            f"--{name} is {getattr(self, name)}, but has to be {needed}" for name, needed, ok in limits if not ok
-        ]
+        problems = range_problems(self, ranges)
         if self.temperature == 0 and (self.top_p, self.top_k) != (1, 0):
-            problems.append("--top_p and --top_k need a --temperature above 0: without one nothing is drawn")
+            problems.append("--top_p and --top_k need a --temperature above 0: greedy decoding does not sample")
         return problems
 
     def settings(self, pad_token_id: int, end_tokens: list[int]) -> GenerationConfig:
@@ -53,16 +51,16 @@ class DecodingArguments:
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """The tokens that end an answer: the template's, and those that the base model was trained with."""
+    """The tokens that end an answer: that of the template, and those of the base model."""
     base = model.generation_config.eos_token_id
     ends = [encode_target(tokenizer, template, "x", "", "x")[-1]]
     return sorted({*ends, *(base if isinstance(base, list) else [base])} - {None})
 
 
 def drop_proposed_settings(model: nn.Module, pad_token_id: int) -> None:
-    """Leave nothing but the special tokens of the generation settings that a base model's folder proposes.
+    """Keep only the special tokens of the generation settings in a base model's folder.
 
-    transformers takes from there what a call leaves open: sampling, penalties, a shortest answer.
+    transformers would take from there what a call does not set: sampling, penalties, a minimum length.
     """
     base = base_of(model)
     base.generation_config = GenerationConfig(
@@ -75,20 +73,20 @@ def drop_proposed_settings(model: nn.Module, pad_token_id: int) -> None:
 def generate_answers(
     model: nn.Module, prompts: list[list[int]], settings: GenerationConfig, streamer: BaseStreamer | None = None
 ) -> list[list[int]]:
-    """Token ids of the answer to each prompt, the token that ended it included.
+    """Token ids of the answer to each prompt, including the end token.
 
-    Prompts are padded on the left, so that each answer goes on directly behind its prompt. An answer stops where the
-    model's table of positions ends. Under ZeRO-3 this is a collective: every rank calls it with the same prompts.
+    Prompts are padded on the left, so that each answer directly follows its prompt. An answer stops at the end of the
+    model's table of positions. Under ZeRO-3 this is a collective: every rank calls it with the same prompts.
 
     Args:
         settings: needs `max_new_tokens`, `pad_token_id` and `eos_token_id`.
-        streamer: shows an answer as it is made; for one prompt alone.
+        streamer: shows an answer while it is generated; only for a single prompt.
     """
     by_room = defaultdict(list)
     positions = most_positions(model) or float("inf")
     for index, prompt in enumerate(prompts):
         by_room[min(settings.max_new_tokens, positions - len(prompt))].append(index)
-    answers = {}
+    answers: dict[int, list[int]] = {}
     for room, members in by_room.items():
         found = _generate_batch(model, [prompts[index] for index in members], settings, room, streamer)
         answers.update(zip(members, found, strict=True))
@@ -107,7 +105,7 @@ def left_padded(prompts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Te
 
 
 def batches_by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar lengths, the longest first: what does not fit into memory shows at once."""
+    """Indices in batches of similar lengths, the longest first, so that a lack of memory shows immediately."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -115,7 +113,7 @@ def batches_by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
 def in_batches(
     compute: Callable[[list], list], items: list, lengths: list[int], batch_size: int, progress: Callable
 ) -> list:
-    """`compute` over all items in batches of similar lengths; the results in the items' order."""
+    """The results of `compute` for all items, in their order, computed in batches of similar lengths."""
     results: dict[int, object] = {}
     for batch in progress(batches_by_length(lengths, batch_size)):
         results.update(zip(batch, compute([items[index] for index in batch]), strict=True))
@@ -141,5 +139,5 @@ def _generate_batch(
 
 
 def _up_to_end(answer: list[int], ends: list[int]) -> list[int]:
-    """What follows the first end token is padding."""
+    """An answer up to its first end token; the rest is padding."""
     return answer[: next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))]

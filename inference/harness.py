@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model of this code. Its `[hf]` extra would bring another `peft`: it is not needed."""
+"""lm-evaluation-harness with a model of this code. Its `[hf]` extra is not needed; it would install another `peft`."""
 
 import difflib
 import logging
@@ -14,24 +14,24 @@ from data import InputError, encode_answer, encode_turns, show_turns
 from inference.generation import left_padded
 from inference.trained import TrainedModel
 
-# It warns of what its own task files leave out, and of a model that is loaded already.
+# It warns about omissions in its own task files, and about models that are already loaded.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 OWN_TASKS = Path(__file__).resolve().parent.parent / "scripts" / "lm_eval_tasks"
 
 
 class TemplateLM(HFLM):
-    """The harness's model, which is asked with the tokens that training would give the same conversation.
+    """The harness's model, prompted with the tokens that training would give the same conversation.
 
     Args:
         trained: the model.
         template: `plain` or `chat`.
-        batch_size: rows at once.
+        batch_size: rows per batch.
     """
 
     def __init__(self, trained: TrainedModel, template: str, batch_size: int):
         super().__init__(pretrained=trained.model, tokenizer=trained.tokenizer, batch_size=batch_size)
         self._template = template
-        # By the text that the harness asks for: the turns, and the beginning of the answer that a task may prescribe.
+        # By the text of the prompt: its turns, and the beginning of the answer, which a task may prescribe.
         self._asked: dict[str, tuple[list[dict[str, str]], str]] = {}
         trained.model.generation_config.eos_token_id = trained.end_tokens(template)
 
@@ -40,7 +40,7 @@ class TemplateLM(HFLM):
         prefix = "" if add_generation_prompt else turns.pop()["content"]
         try:
             text = show_turns(self.tokenizer, self._template, turns)
-        except InputError:  # some templates take no system turn
+        except InputError:  # some templates do not accept a system turn
             turns = [turn for turn in turns if turn["role"] != "system"]
             text = show_turns(self.tokenizer, self._template, turns)
         self._asked[text + prefix] = turns, prefix
@@ -70,7 +70,7 @@ class TemplateLM(HFLM):
         return prompt, self._encode_beginning(turns, prefix + continuation)[len(beginning) :]
 
     def _encode_beginning(self, turns: list[dict[str, str]], text: str) -> list[int]:
-        """A text where an answer begins, without the tokens that end an answer: those that an empty one has as well."""
+        """The tokens of the beginning of an answer, without those that end an answer: the ones of an empty answer."""
         ids, end = (encode_answer(self.tokenizer, self._template, turns, each) for each in (text, ""))
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(ids), reversed(end), strict=False))
         return ids[: len(ids) - len(list(shared))]
@@ -80,7 +80,7 @@ def find_tasks(names: list[str]) -> TaskManager:
     """The harness's tasks, and those in `scripts/lm_eval_tasks`.
 
     Raises:
-        InputError: there is no task of such a name; the message has the nearest ones.
+        InputError: a task does not exist; the message suggests similar names.
     """
     manager = TaskManager(include_path=str(OWN_TASKS))
     problems = []
@@ -97,10 +97,10 @@ def find_tasks(names: list[str]) -> TaskManager:
 def run_tasks(
     lm: TemplateLM, names: list[str], manager: TaskManager, num_fewshot: int | None, limit: int | None, seed: int
 ) -> dict[str, dict]:
-    """The harness's numbers by task, in its own names.
+    """The harness's results by task, under its own names.
 
     Raises:
-        InputError: the data of a task cannot be had.
+        InputError: the data of a task cannot be loaded.
     """
     try:
         found = simple_evaluate(

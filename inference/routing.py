@@ -117,7 +117,7 @@ def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
         return [f"no groups: {config.lora_nums} experts cannot be split among {config.num_task_types} task types"]
     lines = [" " * 24 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
     for kind, shares in group_shares(routing, config.group_sizes).items():
-        names = config.task_type_names or list(range(config.num_task_types))
+        names = config.task_type_names or list(map(str, range(config.num_task_types)))
         name = "unlabelled rows" if kind < 0 else f"rows of task type {names[kind]}"
         lines.append(f"  {name:22}" + "".join(f"{share:16.1%}" for share in shares))
     return lines

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ def plot_routing(path: Path, summary: dict) -> None:
         save(figure, path)
 
 
-def _sections(summary: dict) -> Iterator[tuple[float, object]]:
+def _sections(summary: dict) -> Iterator[tuple[float, Callable[[SubFigure, dict], None]]]:
     """Height in inches and function of each part of the page."""
     rows = len(summary["expert_share_by_task_type"]) + min(len(summary["expert_share_by_task"]), MAX_TASKS)
     layers = len({layer for layer, _ in map(_place, summary["modules"])})

@@ -1,4 +1,4 @@
-"""Encoded rows of a data file and batches of them, as a trained model reads them."""
+"""Encoded rows of a data file, and batches of them, for a trained model."""
 
 from collections.abc import Iterator
 
@@ -12,27 +12,26 @@ from loading.base_model import check_lengths
 
 
 def load_rows(trained: TrainedModel, path: str | None, field: str, cache_dir: str) -> tuple[str, Dataset]:
-    """The rows of a file or folder, encoded as the run encoded its own, and where they come from.
+    """The path of a file or folder, and its rows, encoded as in the run.
 
     Args:
-        path: the file or folder; None is the one that `run_config.json` names.
-        field: its name there.
+        path: the file or folder; None for the one named in `run_config.json`.
+        field: its field there.
 
     Raises:
-        InputError: nothing is named, or what is named cannot be read, or a row is longer than the model's table of
-            positions.
+        InputError: neither names a file, it cannot be read, or a row is longer than the model's table of positions.
     """
     path = path or trained.run_config.get(field)
     if not path:
-        raise InputError(f"name a data file: the adapter's folder has no run_config.json that names a {field}")
+        raise InputError(f"name a data file: the adapter's folder does not have a run_config.json that names a {field}")
     encoding = Encoding(trained.template(), trained.max_seq_length, trained.num_task_types, trained.task_type_names)
     rows, _ = load_data(path, trained.tokenizer, encoding, cache_dir)
-    check_lengths(trained.model, rows, remedy=f"shorten or leave out the longer ones of {path}")
+    check_lengths(trained.model, rows, remedy=f"shorten or remove the longer ones in {path}")
     return path, rows
 
 
 def batches(trained: TrainedModel, rows: Dataset, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
-    """`input_ids`, `attention_mask` and `labels` of the rows in their order, on the model's device; shows progress."""
+    """`input_ids`, `attention_mask` and `labels` on the model's device, in the rows' order, with a progress bar."""
     collate = Collator(trained.tokenizer.pad_token_id)
     for batch_rows in tqdm(rows.iter(batch_size), desc=name, total=-(-len(rows) // batch_size), unit="batch"):
         batch = collate(

@@ -1,4 +1,4 @@
-"""How a model rates given answers: one teacher-forced forward pass, no decoding."""
+"""Scores of given answers under a model: one teacher-forced forward pass, without decoding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from transformers_patch.labels import SupervisedTokens
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How a model rates one expected answer.
+    """The score of one expected answer under a model.
 
     Args:
-        nll: summed negative log-likelihood of its tokens, the end token included.
+        nll: summed negative log-likelihood of its tokens, including the end token.
         tokens: their number.
-        matches: each of them is the likeliest at its place. By induction over the places, that is exactly the case
-            where greedy decoding gives this answer token for token.
+        matches: each of them is the most likely one at its position. By induction over the positions, this holds
+            exactly if greedy decoding gives this answer token for token.
     """
 
     nll: float
@@ -30,10 +30,10 @@ class AnswerScore:
 def score_answers(
     model: nn.Module, rows: list[dict], pad_token_id: int, batch_size: int, progress: Callable
 ) -> list[AnswerScore]:
-    """Rate the answers of encoded rows (`input_ids`, `prompt_length`).
+    """Score the answers of encoded rows (`input_ids`, `prompt_length`).
 
     Args:
-        progress: wraps the iteration over batches, to show how far it is.
+        progress: wraps the iteration over batches, to show its progress.
     """
     collate = Collator(pad_token_id)
 

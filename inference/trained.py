@@ -1,4 +1,4 @@
-"""A trained adapter on its base model, ready for inference; the folder of a fully fine-tuned model likewise."""
+"""Loading a trained adapter on its base model, or a complete fine-tuned model, for inference."""
 
 import json
 import sys
@@ -19,24 +19,24 @@ from data import InputError, first_line, resolve_template
 from data.errors import reading
 from data.files import shown
 from inference.generation import drop_proposed_settings, end_tokens
-from loading.arguments import DataArguments
+from loading.arguments import KBITS, DataArguments
 from loading.base_model import check_base_model, load_tokenizer, other_base_warning, quantization
-from loading.command_line import flag, listed, refuse
-from loading.run_files import CHECKPOINT_NAME, PUBLISHED, RUN_CONFIG_NAME
+from loading.command_line import at_least, flag, listed, one_of, range_problems, refuse
+from loading.run_files import CHECKPOINT_NAME, PUBLISHED, RUN_CONFIG_NAME, with_current_names
 from peft import LoraConfig, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
 
 MODEL_CONFIG_NAME = "config.json"
-# The fields of a run's configuration that are read here, if they are there: what they have to be, and its types.
-TEXT_OR_NULL = ("a text or null", {str, type(None)})
-RUN_FIELDS = {
+# The fields of a run's configuration that are read here, all optional: what they have to be, and the types.
+TEXT_OR_NULL = ("a string or null", {str, type(None)})
+RUN_FIELDS: dict[str, tuple[str, set]] = {
     "blc_weight": ("a number", {int, float}),
     "max_seq_length": ("a whole number", {int}),
     "num_task_types": ("a whole number", {int}),
-    "prompt_template": ("a text", {str}),
-    "task_types": TEXT_OR_NULL,
+    "prompt_template": ("a string", {str}),
+    "task_type_names": TEXT_OR_NULL,
     "dataset_dir": TEXT_OR_NULL,
     "validation_file": TEXT_OR_NULL,
 }
@@ -47,23 +47,19 @@ PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 class InferenceArguments:
     """Flags of every program that runs a trained model."""
 
-    adapter: str = flag(None, "adapter, or a whole model: a folder or a hub id", required=True)
-    base_model: str | None = flag(None, "base model, a folder or a hub id; by default the one that the adapter names")
+    adapter: str = flag(None, "adapter or complete model: a folder or a hub id", required=True)
+    base_model: str | None = flag(None, "base model: a folder or a hub id; by default the one named in the adapter")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "numbers of the base model; auto is bfloat16 on GPUs (float16 where they have none), float32 on a CPU"
+        "auto", "dtype of the base model; auto is bfloat16 on GPUs (float16 if they lack it), float32 on a CPU"
     )
     device_map: str = flag(
-        "auto", "auto spreads the layers over the GPUs that there are, or takes the CPU; or one device: cpu, cuda:1"
+        "auto", "auto spreads the layers over all GPUs, or uses the CPU; or a device, such as cpu or cuda:1"
     )
-    load_in_kbits: int = flag(16, "4 (nf4) or 8 (int8) quantises the base model; 16 leaves it as it is")
-    batch_size: int = flag(8, "rows that the model reads at once; lower it where memory runs out")
+    load_in_kbits: int = flag(16, "4 (nf4) or 8 (int8) quantises the base model; 16 does not quantise it")
+    batch_size: int = flag(8, "rows per batch; lower it if memory runs out")
 
     def problems(self) -> list[str]:
-        problems = []
-        if self.load_in_kbits not in (4, 8, 16):
-            problems.append(f"--load_in_kbits is {self.load_in_kbits}; allowed are 4, 8 and 16 (not quantised)")
-        if self.batch_size < 1:
-            problems.append(f"--batch_size is {self.batch_size}, but has to be at least 1")
+        problems = range_problems(self, [one_of(KBITS, "load_in_kbits"), at_least(1, "batch_size")])
         if self.device_map not in PLACEMENTS and (problem := _device_problem(self.device_map)):
             problems.append(f"--device_map {self.device_map}: {problem}; allowed are {', '.join(PLACEMENTS)}, a device")
         return problems
@@ -79,16 +75,17 @@ class InferenceArguments:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What `load_trained` returns.
+    """A loaded model with its tokenizer and the configuration of its run.
 
     Args:
-        model: in eval mode, on its devices; a PeftModel, or the whole model of a folder without an adapter. Its
+        model: in eval mode, on its devices; a PeftModel, or the complete model of a folder without an adapter. Its
             generation settings are greedy, whatever the base model's folder proposes.
         tokenizer: with a padding token.
         run_config: the run's `run_config.json` (its `prompt_template`, `max_seq_length`, `validation_file` ...);
-            empty where the folder has none.
-        base_model: where the base model comes from.
-        proposed_generation: the generation settings that its folder proposes, for a model that is saved from this one.
+            empty if the folder has none.
+        base_model: folder or hub id of the base model.
+        proposed_generation: the generation settings in the base model's folder, for a model that is saved from this
+            one.
     """
 
     model: nn.Module
@@ -98,7 +95,7 @@ class TrainedModel:
     proposed_generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def template(self, wanted: str | None = None) -> str:
-        """`plain` or `chat`: what was asked for, else what the run was trained with.
+        """The prompt template, `plain` or `chat`: the wanted one, or else that of the run.
 
         Raises:
             InputError: see `data.resolve_template`.
@@ -107,7 +104,7 @@ class TrainedModel:
 
     @property
     def max_seq_length(self) -> int:
-        """Longest row in tokens: the run's, or else the default of a run."""
+        """Maximum length of a row in tokens: that of the run, or else the default of a run."""
         return self.run_config.get("max_seq_length", DataArguments.max_seq_length)
 
     def end_tokens(self, template: str) -> list[int]:
@@ -124,13 +121,13 @@ class TrainedModel:
     def task_type_names(self) -> tuple[str, ...]:
         if isinstance(self.model, PeftModel):
             return tuple(self.model.active_peft_config.task_type_names or ())
-        return tuple(listed(self.run_config.get("task_types")) or ())
+        return tuple(listed(self.run_config.get("task_type_names")) or ())
 
     def as_base(self) -> AbstractContextManager:
         """A context in which the model is the base model.
 
         Raises:
-            InputError: there is no adapter that could be taken away.
+            InputError: the model does not have an adapter.
         """
         if not isinstance(self.model, PeftModel):
             raise InputError(
@@ -141,10 +138,10 @@ class TrainedModel:
 
 
 def read_run_config(folder: Path) -> dict:
-    """The configuration of the run that made a folder, or made the checkpoint that it is; {} where there is none.
+    """The configuration of the run that wrote a folder, which may be a checkpoint; {} if there is none.
 
     Raises:
-        InputError: it is damaged: no JSON object, or a field that is read here is of another type.
+        InputError: it is damaged: not a JSON object, or a field that is read here has another type.
     """
     is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.absolute().name)
     file = (folder.absolute().parent if is_checkpoint else folder) / RUN_CONFIG_NAME
@@ -155,7 +152,8 @@ def read_run_config(folder: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON ({error}): the file is damaged, restore it") from None
     if not isinstance(config, dict):
-        raise InputError(f"{file} holds {shown(config)} in place of an object: the file is damaged, restore it")
+        raise InputError(f"{file} holds {shown(config)} instead of an object: the file is damaged, restore it")
+    config = with_current_names(config)
     refuse(
         [
             f"{file}: {name!r} is {shown(config[name])}, but has to be {kind}: the file is damaged, restore it"
@@ -167,26 +165,26 @@ def read_run_config(folder: Path) -> dict:
 
 
 def load_trained(args: InferenceArguments) -> TrainedModel:
-    """Load the model of an adapter folder (or of a whole model's folder); everything is checked before any weight.
+    """Load an adapter on its base model, or a complete model. Everything is checked before any weights are loaded.
 
-    The tokenizer is the folder's own, or else the base model's.
+    The tokenizer is that of the folder, or else the base model's.
 
     Raises:
-        InputError: there is neither such a folder nor such a hub id, it is no adapter, its base model is missing or
-            does not fit (the message names the layers), or a file is damaged.
+        InputError: the folder or hub id does not exist or is not an adapter, its base model is missing or does not fit
+            (the message names the layers), or a file is damaged.
     """
     folder = _local_folder(args.adapter)
     config = _adapter_config(folder)
     base = (args.base_model or config.base_model_name_or_path) if config else str(folder)
     if not base:
-        raise InputError(f"{folder}: its {ADAPTER_CONFIG_NAME} names no base model; give one with --base_model")
+        raise InputError(f"{folder}: its {ADAPTER_CONFIG_NAME} does not name a base model; give one with --base_model")
     if _is_missing_folder(base):
         named = "--base_model" if args.base_model else f"the base model that {folder} names"
-        raise InputError(f"{base}: no such folder ({named}); give the base model's place with --base_model")
+        raise InputError(f"{base}: no such folder ({named}); give the base model's folder or hub id with --base_model")
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
     if config and (warning := other_base_warning(config.base_model_name_or_path, base)):
         print(warning, file=sys.stderr)
-    put_adapter = partial(PeftModel.from_pretrained, directory=folder) if config else nn.Module.eval
+    put_adapter = partial(PeftModel.from_pretrained, directory=folder, config=config) if config else nn.Module.eval
     check_base_model(base, tokenizer, put_adapter)
     run_config = read_run_config(folder)
     model = _load_weights(base, args)
@@ -196,7 +194,7 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
 
 
 def _local_folder(name: str) -> Path:
-    """The folder of that name, or else a copy of what the hub has under it."""
+    """The folder of this name, or else a download of the hub repository."""
     if _is_missing_folder(name):
         raise InputError(f"--adapter {name}: no such folder")
     if Path(name).is_dir():
@@ -210,7 +208,7 @@ def _local_folder(name: str) -> Path:
 
 
 def _adapter_config(folder: Path) -> LoraConfig | None:
-    """The adapter's configuration; None for the folder of a whole model."""
+    """The adapter's configuration; None for the folder of a complete model."""
     with reading(folder):
         is_adapter, is_model = ((folder / name).is_file() for name in (ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME))
         if not is_adapter and is_model:
@@ -238,10 +236,10 @@ def _load_weights(base: str, args: InferenceArguments) -> nn.Module:
 
 
 def _is_missing_folder(base: str) -> bool:
-    """Whether a name can only mean a local folder (a hub id has one slash at most) and there is none.
+    """True if a name can only be a local folder (a hub id has at most one slash), but does not exist.
 
     Raises:
-        InputError: the system does not let it be looked for.
+        InputError: the system does not allow the check.
     """
     with reading(Path(base)):
         is_folder, has_parent = Path(base).is_dir(), Path(base).parent.is_dir()
@@ -256,4 +254,4 @@ def _device_problem(device: str) -> str | None:
         return "no such device"
     if kind == "cpu":
         return None
-    return None if kind == "cuda" and torch.cuda.is_available() else "there is no such device on this machine"
+    return None if kind == "cuda" and torch.cuda.is_available() else "this machine does not have such a device"

@@ -1,1 +1,1 @@
-"""What comes before the first step: flags, tokenizer, base model and adapter, and every check of them."""
+"""Everything before the first step: flags, tokenizer, base model and adapter, with their checks."""

@@ -1,4 +1,4 @@
-"""The flags of `train.py`: what they mean, and every contradiction among them found before anything is loaded."""
+"""The flags of `train.py`. Contradictions between them are found before anything is loaded."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +19,11 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_tf32_available
 
 from data import ORDERS, TEMPLATES, InputError
-from loading.command_line import FlagParser, flag, listed, obstacle, refuse
+from loading.command_line import FlagParser, a_seed, at_least, flag, listed, obstacle, one_of, range_problems, refuse
 from loading.optimization import optimizer_problems, schedule_problems
 from peft import LoraConfig, TaskType
 
-# LoraConfig's field names, as the command line spells them.
+# The flag for each field of LoraConfig.
 FLAG_OF_FIELD = {
     "r": "--lora_rank",
     "lora_alpha": "--lora_alpha",
@@ -32,7 +33,7 @@ FLAG_OF_FIELD = {
     "blc_weight": "--blc_weight",
     "blc_reference": "--blc_reference",
     "num_task_types": "--num_task_types",
-    "task_type_names": "--task_types",
+    "task_type_names": "--task_type_names",
     "expert_groups": "--expert_groups",
     "lora_top_k": "--lora_top_k",
     "lora_shared_A": "--lora_shared_A",
@@ -44,61 +45,63 @@ FLAG_OF_FIELD = {
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 
-# What an evaluation measures; each is better the lower it is.
+# The measurements of an evaluation; lower is better for all of them.
 MEASURES = ("loss", "lm_loss", "perplexity")
 
-# The setting of DeepSpeed without which weights that ZeRO-3 has partitioned are not saved as a model.
+# Bits of the base model's weights; 16 stands for weights that are not quantised.
+KBITS = (4, 8, 16)
+
+# Without this DeepSpeed setting, weights that ZeRO-3 has partitioned are not saved as a model.
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 
-# Flag, what it may be, and why it may be nothing else.
+# Flag, allowed values, and the reason why others are not allowed.
 UNSUPPORTED = (
     ("label_smoothing_factor", (0,), "--label_smoothing_factor bypasses the model's own loss and its balance term"),
     ("average_tokens_across_devices", (True,), "--average_tokens_across_devices false ties the loss to the processes"),
     ("fsdp", (None, False, ""), "--fsdp is not supported; shard with --deepspeed scripts/deepspeed/zero3.json"),
-    ("remove_unused_columns", (False,), "--remove_unused_columns would take away what the collator needs"),
+    ("remove_unused_columns", (False,), "--remove_unused_columns would remove columns that the collator needs"),
     ("eval_use_gather_object", (False,), "--eval_use_gather_object is not supported"),
     ("eval_do_concat_batches", (True,), "--eval_do_concat_batches false is not supported"),
     ("batch_eval_metrics", (False,), "--batch_eval_metrics is not supported"),
     ("use_liger_kernel", (False,), "--use_liger_kernel replaces the model's forward, which computes the balance term"),
     ("train_sampling_strategy", ORDERS, f"--train_sampling_strategy has to be one of {', '.join(ORDERS)}"),
-    ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes by itself from its last checkpoint"),
-    ("hub_strategy", ("end",), "--hub_strategy: --push_to_hub uploads a run once, at its end"),
+    ("resume_from_checkpoint", (None,), "--resume_from_checkpoint: a run resumes from its last checkpoint by itself"),
+    ("hub_strategy", ("end",), "--hub_strategy: --push_to_hub uploads a run once, after it has finished"),
     ("attn_implementation", ATTENTION, f"--attn_implementation has to be one of {', '.join(ATTENTION)}"),
     ("auto_find_batch_size", (False,), "--auto_find_batch_size would make the result depend on free memory"),
     ("torch_compile", (False,), "--torch_compile is not supported"),
     ("torch_compile_backend", (None,), "--torch_compile_backend: --torch_compile is not supported"),
     ("torch_compile_mode", (None,), "--torch_compile_mode: --torch_compile is not supported"),
-    ("bf16_full_eval", (False,), "--bf16_full_eval would round the weights for the last evaluation alone; use --bf16"),
-    ("fp16_full_eval", (False,), "--fp16_full_eval would round the weights for the last evaluation alone; use --fp16"),
-    ("do_predict", (False,), "--do_predict: python -m scripts.generate answers prompts with a trained adapter"),
-    ("save_on_each_node", (False,), "--save_on_each_node: all nodes share the run's folder"),
-    ("enable_jit_checkpoint", (False,), "--enable_jit_checkpoint: on SIGTERM a run saves a checkpoint by itself"),
-    ("ignore_data_skip", (False,), "--ignore_data_skip would make a resumed run repeat rows and leave others out"),
+    ("bf16_full_eval", (False,), "--bf16_full_eval would round the weights only for the last evaluation; use --bf16"),
+    ("fp16_full_eval", (False,), "--fp16_full_eval would round the weights only for the last evaluation; use --fp16"),
+    ("do_predict", (False,), "--do_predict: use python -m scripts.generate to answer prompts with a trained adapter"),
+    ("save_on_each_node", (False,), "--save_on_each_node: all nodes share the run folder"),
+    ("enable_jit_checkpoint", (False,), "--enable_jit_checkpoint: a run saves a checkpoint on SIGTERM by itself"),
+    ("ignore_data_skip", (False,), "--ignore_data_skip would make a resumed run repeat some rows and skip others"),
     ("restore_callback_states_from_checkpoint", (False,),
-     "--restore_callback_states_from_checkpoint: a run that resumes restores all of its state by itself"),
-    ("accelerator_config", (None,), "--accelerator_config is not supported: this project makes its batches itself"),
+     "--restore_callback_states_from_checkpoint: a resumed run restores all of its state by itself"),
+    ("accelerator_config", (None,), "--accelerator_config is not supported: this project forms its own batches"),
     ("parallelism_config", (None,), "--parallelism_config is not supported; shard with --deepspeed"),
     ("fsdp_config", (None,), "--fsdp_config: FSDP is not supported; shard with --deepspeed"),
     ("liger_kernel_config", (None,), "--liger_kernel_config: --use_liger_kernel is not supported"),
-    ("optim_target_modules", (None,), "--optim_target_modules: no supported --optim reads it"),
-    ("dataloader_in_order", (True,), "--dataloader_in_order false would leave the order of the rows to chance"),
-    ("length_column_name", ("length",), "--length_column_name: rows have no other lengths than their tokens"),
-    ("greater_is_better", (None, False), "--greater_is_better: every measure here is better the lower it is"),
+    ("optim_target_modules", (None,), "--optim_target_modules is not used by any supported --optim"),
+    ("dataloader_in_order", (True,), "--dataloader_in_order false would make the order of the rows random"),
+    ("length_column_name", ("length",), "--length_column_name: the length of a row is its number of tokens"),
+    ("greater_is_better", (None, False), "--greater_is_better: lower is better for every measurement here"),
     ("metric_for_best_model", (None, *MEASURES, *(f"eval_{name}" for name in MEASURES)),
      f"--metric_for_best_model has to be one of {', '.join(MEASURES)}"),
-    ("debug", (None, "", ["underflow_overflow"]), "--debug: the only supported value is underflow_overflow"),
+    ("debug", (None, "", ["underflow_overflow"]), "--debug supports only underflow_overflow"),
 )  # fmt: skip
 
-# What a number has to be, a test of it, and the flags that it holds for. None, where it is the default, is allowed.
 RANGES = (
-    ("at least 1", lambda value: value >= 1, (
-        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_processes",
+    at_least(
+        1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_processes",
         "preprocessing_num_workers", "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout",
         "ddp_bucket_cap_mb", "torch_empty_cache_steps",
-    )),
-    ("at least 0", lambda value: value >= 0, ("dataloader_num_workers", "save_total_limit")),
+    ),
+    at_least(0, "dataloader_num_workers", "save_total_limit"),
     ("-1 or at least 1", lambda value: value == -1 or value >= 1, ("max_steps",)),
-    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),
+    a_seed("seed", "data_seed"),
     ("in [0, 1)", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
     ("above 0", lambda value: math.isfinite(value) and value > 0, ("num_train_epochs", "adam_epsilon")),
     ("a number of at least 0", lambda value: math.isfinite(value) and value >= 0, (
@@ -112,46 +115,50 @@ RANGES = (
 class ModelArguments:
     """The base model and the adapter on it."""
 
-    model_name_or_path: str | None = flag(None, "base model: a local folder or a hub id")
-    tokenizer_name_or_path: str | None = flag(None, "tokenizer, where it is not the base model's")
+    model_name_or_path: str = flag(None, "base model: a local folder or a hub id")
+    tokenizer_name_or_path: str | None = flag(None, "tokenizer; by default the base model's")
     tuning: Literal["loramoe", "full"] = flag("loramoe", "loramoe trains experts and routers; full trains all weights")
-    peft_path: str | None = flag(None, "adapter folder to continue from, instead of a fresh adapter")
+    peft_path: str | None = flag(None, "adapter folder to continue training from; by default a new adapter")
     lora_rank: int = flag(4, "rank of each expert")
     lora_alpha: float = flag(32, "the experts' output is scaled by lora_alpha / lora_rank")
     lora_nums: int = flag(6, "experts per adapted Linear; 1 is plain LoRA")
-    lora_top_k: int | None = flag(None, "experts that take part for a token, at least 2; all where not given or 0")
-    lora_shared_A: bool | None = flag(None, "one A for all experts of a Linear, which then differ in B alone")
+    lora_top_k: int | None = flag(None, "experts used for each token, at least 2; by default or with 0 all of them")
+    lora_shared_A: bool | None = flag(None, "one A shared by all experts of a Linear, which then differ only in B")
     lora_dropout: float = flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
     trainable: str = flag(
         "auto",
-        "Linears to adapt: names separated by commas; all-linear (every one but the output embedding); a regular "
-        "expression that whole dotted names have to match; or auto, the architecture's feed-forward Linears",
+        "Linears to adapt: names separated by commas; all-linear (all except the output embedding); a regular "
+        "expression that has to match complete dotted names; or auto, the architecture's feed-forward Linears",
     )
-    layers_to_transform: str | None = flag(None, "numbers of the layers to adapt, from 0, separated by commas")
+    layers_to_transform: str | None = flag(
+        None, "layers to adapt, counting from 0, separated by commas; by default all"
+    )
     modules_to_save: str | None = flag(
         None,
-        "names of modules to train in full and to save with the adapter, separated by commas: embed_tokens,lm_head",
+        "modules to train in full and save with the adapter, separated by commas, such as embed_tokens,lm_head",
     )
-    blc_alpha: float = flag(0.1, "delta of the balance term, in [0, 1): how far a group is drawn to its task type")
-    blc_weight: float = flag(0.1, "beta, the weight of the balance term in the loss; 0 turns it off")
+    blc_alpha: float = flag(0.1, "pull of a group of experts towards its task type, in [0, 1); the paper's delta")
+    blc_weight: float = flag(0.1, "weight of the balance term in the loss, the paper's beta; 0 turns it off")
     blc_reference: bool = flag(
-        False, "the statistic of the authors' code in the balance term: padding counts, each process for itself"
+        False, "compute the balance term as the authors' code does: padding counts, and each process is separate"
     )
-    num_task_types: int | None = flag(None, "number of task types K; by default that of --task_types, or else 2")
-    task_types: str | None = flag(
-        None, "names of the task types, separated by commas, which rows may use in place of the numbers 0, 1, ..."
+    num_task_types: int = flag(None, "number of task types; by default the number of --task_type_names, or 2")
+    task_type_names: str | None = flag(
+        None,
+        "names of the task types, separated by commas, which rows may use instead of the numbers 0, 1, ...",
+        aliases=["--task_types", "--task-types"],
     )
     expert_groups: str | None = flag(
-        None, "numbers of experts of the task types' groups, separated by commas; equal groups where not given"
+        None, "sizes of the task types' groups of experts, separated by commas; by default equal"
     )
     output_router_logits: bool | None = flag(
-        None, "add the router loss of a base model that is a mixture of experts itself, and log it as aux_loss"
+        None, "for a base model that is itself a mixture of experts: add its router loss, and log it as aux_loss"
     )
-    load_in_kbits: int = flag(16, "4 (nf4) or 8 (int8) quantises the frozen base model; 16 leaves it as it is")
-    attn_implementation: str = flag("auto", "attention kernel; auto takes FlashAttention 2 where it can run, else sdpa")
+    load_in_kbits: int = flag(16, "4 (nf4) or 8 (int8) quantises the frozen base model; 16 does not quantise it")
+    attn_implementation: str = flag("auto", "attention kernel; auto is FlashAttention 2 if it can run, else sdpa")
 
     def lora_config(self) -> LoraConfig:
-        """Raises ValueError where a value is out of range."""
+        """The adapter's configuration. Raises ValueError if a value is out of range."""
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             base_model_name_or_path=self.model_name_or_path,
@@ -163,7 +170,7 @@ class ModelArguments:
             blc_weight=self.blc_weight,
             blc_reference=self.blc_reference,
             num_task_types=self.num_task_types,
-            task_type_names=self.task_type_names,
+            task_type_names=listed(self.task_type_names),
             expert_groups=_numbers("expert_groups", self.expert_groups),
             lora_top_k=self.lora_top_k,
             lora_shared_A=bool(self.lora_shared_A),
@@ -172,13 +179,14 @@ class ModelArguments:
             modules_to_save=listed(self.modules_to_save),
         )
 
-    @property
-    def task_type_names(self) -> list[str] | None:
-        return listed(self.task_types)
+    @cached_property
+    def continued_config(self) -> LoraConfig | None:
+        """The configuration of the adapter at `peft_path`. Raises ValueError if it cannot be used."""
+        return LoraConfig.from_pretrained(self.peft_path) if self.peft_path else None
 
     def resolve(self, base: nn.Module) -> None:
-        """Put what the base model decides in place of flags that leave it open, so that the run's configuration tells
-        what was trained."""
+        """Replace flags that leave a choice to the base model by its choice, so that the run's configuration says what
+        was trained."""
         if self.trainable == "auto" and not self.peft_path:
             self.trainable = ",".join(base.default_target_modules)
         if hasattr(base, "router_aux_loss_coef") and self.output_router_logits is None:
@@ -186,18 +194,18 @@ class ModelArguments:
 
     def __post_init__(self):
         if self.num_task_types is None:
-            self.num_task_types = len(self.task_type_names or (0, 1))
+            self.num_task_types = len(listed(self.task_type_names) or (0, 1))
 
 
 def _numbers(field_name: str, text: str | None) -> list[int] | None:
     numbers = listed(text)
     if numbers is not None and not all(number.isdecimal() for number in numbers):
         raise ValueError(f"{field_name} is {text!r}, but has to be whole numbers separated by commas")
-    return numbers and [int(number) for number in numbers]
+    return None if numbers is None else [int(number) for number in numbers]
 
 
 def _targets(text: str) -> list[str] | str | None:
-    """What `LoraConfig.target_modules` is for `--trainable`: a text of more than names and commas is a pattern."""
+    """`LoraConfig.target_modules` for `--trainable`: anything but names and commas is a regular expression."""
     if text == "auto":
         return None
     return listed(text) if re.fullmatch(r"[\w.,\s]*", text) else text
@@ -205,47 +213,45 @@ def _targets(text: str) -> list[str] | str | None:
 
 @dataclass
 class DataArguments:
-    """The rows and how they become tokens."""
+    """The data and its encoding as tokens."""
 
-    dataset_dir: str | None = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
-    validation_file: str | None = flag(None, "evaluation rows, file or folder; without it nothing is evaluated")
-    max_seq_length: int = flag(1024, "longest row in tokens; longer ones are cut at the end")
-    prompt_template: str = flag("auto", "plain, chat (the tokenizer's own template), or auto (chat where there is one)")
-    data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
+    dataset_dir: str = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
+    validation_file: str | None = flag(None, "evaluation rows, file or folder; by default nothing is evaluated")
+    max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
+    prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
+    data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
     preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
 
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """Hugging Face's TrainingArguments with this project's defaults, plus what concerns the run folder."""
+    """Hugging Face's TrainingArguments with this project's defaults, plus flags of the run folder."""
 
     learning_rate: float = flag(2e-4, "peak learning rate")
     lr_scheduler_type: str = flag("cosine", "shape of the learning rate over the run")
-    warmup_steps: float = flag(0.03, "steps of warm-up, or below 1 the share of all steps")
+    warmup_steps: float = flag(0.03, "warm-up steps; a number below 1 is a share of all steps")
     num_train_epochs: float = flag(1.0, "passes over the training rows")
     logging_steps: float = flag(5, "optimizer steps between two log lines")
-    logging_first_step: bool = flag(True, "log the first step, too")
+    logging_first_step: bool = flag(True, "also log the first step")
     save_total_limit: int | None = flag(2, "checkpoints to keep; older ones are deleted; 0 keeps all")
-    report_to: str = flag("tensorboard", "where the logs go besides the terminal")
+    report_to: str = flag("tensorboard", "destination of the logs in addition to the terminal")
     train_sampling_strategy: str = flag(
-        "group_by_length", f"order of the rows ({', '.join(ORDERS)}); grouping by length saves padding"
+        "group_by_length", f"order of the rows ({', '.join(ORDERS)}); grouping by length reduces padding"
     )
-    activation_checkpointing: bool | None = flag(None, "recompute activations: less memory, about 1.5 times the time")
-    push_to_hub: bool = flag(False, "upload the finished run once, at its end")
-    hub_strategy: str = flag("end", "when --push_to_hub uploads; the end is all there is")
-    # Every adapter parameter takes part in every step, so DDP need not look for unused ones.
-    ddp_find_unused_parameters: bool | None = flag(False, "let DDP look for parameters without a gradient")
-    # The collator picks the fields of a row itself.
-    remove_unused_columns: bool = flag(False, "drop data columns that the model does not take")
-    num_processes: int | None = flag(None, "processes of the run over all nodes; the launcher's where not given")
-    profile_steps: str | None = flag(
-        None, "optimizer steps, counting from 1, to write a torch profiler trace of: 5 or 5-7"
-    )
-    restart: bool = flag(False, "set aside what the output folder holds and start over")
-    prepare_only: bool = flag(False, "check everything, encode the data and stop before any weight is read")
+    activation_checkpointing: bool | None = flag(None, "recompute activations: less memory, about 1.5 times as slow")
+    push_to_hub: bool = flag(False, "upload the run after it has finished")
+    hub_strategy: str = flag("end", "time at which --push_to_hub uploads; only end is supported")
+    # Every adapter parameter is used in every step, so DDP need not search for unused ones.
+    ddp_find_unused_parameters: bool | None = flag(False, "let DDP search for parameters without a gradient")
+    # The collator selects the fields of a row itself.
+    remove_unused_columns: bool = flag(False, "drop data columns that the model does not use")
+    num_processes: int | None = flag(None, "processes of the run on all nodes; by default the launcher's")
+    profile_steps: str | None = flag(None, "optimizer steps, from 1, to record with the torch profiler: 5 or 5-7")
+    restart: bool = flag(False, "rename an existing output folder and start over")
+    prepare_only: bool = flag(False, "check everything, encode the data and stop before any weights are loaded")
 
     def __post_init__(self):
-        if self.save_strategy == "best" and self.metric_for_best_model is None:
+        if self.save_strategy == "best" and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None:
             self.greater_is_better = False
@@ -253,7 +259,7 @@ class RunArguments(TrainingArguments):
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
-    """First and last step of `--profile_steps`, counting from 1: `5` or `5-7`. None where it is neither."""
+    """First and last step of `--profile_steps`, from 1: `5` or `5-7`. None if it is neither."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     if match is None:
         return None
@@ -265,14 +271,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     """Parse the command line.
 
     Raises:
-        InputError: unknown flags, values of the wrong kind, or settings that contradict each other, all at once.
+        InputError: unknown flags, values of the wrong type, or contradicting settings, all reported at once.
     """
     parser = FlagParser((ModelArguments, DataArguments, RunArguments), "python train.py")
     values = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     refuse(_contradictions(argparse.Namespace(**values)))
     given = {name: values[name] for name in ("deepspeed", "ddp_backend")}
     if "RANK" not in os.environ:
-        # One process alone, which may prepare what a launcher starts: DeepSpeed and the backend would want the others.
+        # A single process, perhaps one that prepares a launch: DeepSpeed and the backend would wait for the others.
         values |= dict.fromkeys(given)
     try:
         model_args, data_args, args = parser.parse_dict(values)
@@ -290,10 +296,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
 
 
 def _launch_problem(args: RunArguments) -> str | None:
-    """What is wrong with the processes that there are."""
+    """A mismatch between the flags and the running processes, or None."""
     if args.n_gpu > 1:
         return (
-            "several GPUs need one process each: use run_loramoe.sh or torchrun, or let CUDA_VISIBLE_DEVICES name one"
+            "several GPUs need one process each: use run_loramoe.sh or torchrun, or select one with "
+            "CUDA_VISIBLE_DEVICES"
         )
     if args.num_processes != args.world_size:
         return f"--num_processes is {args.num_processes}, but the launcher started {args.world_size}"
@@ -301,10 +308,10 @@ def _launch_problem(args: RunArguments) -> str | None:
 
 
 def _open_deepspeed_on_cpu() -> None:
-    """Hand the gloo process group to DeepSpeed, which on a CPU nobody else does before the model is built.
+    """Give DeepSpeed the gloo process group, which on a CPU nothing else does before the model is built.
 
-    Its shared-memory collectives are kept from being compiled: they are an option beside gloo, yet the build needs a
-    compiler, takes up to two minutes, and leaves a lock that stops every later run where it is interrupted.
+    Its shared-memory collectives are not compiled: they are optional with gloo, but the build needs a compiler, takes
+    up to two minutes, and leaves a lock that blocks every later run if it is interrupted.
     """
     import deepspeed.ops
 
@@ -313,7 +320,7 @@ def _open_deepspeed_on_cpu() -> None:
 
 
 def _contradictions(flags: argparse.Namespace) -> list[str]:
-    """One sentence for each flag, or pair of flags, that cannot be."""
+    """One sentence for each invalid flag or combination of flags."""
     finders = (_missing, _adapter_problems, _data_problems, _evaluation_problems, _training_problems, _device_problems)
     return [problem for find in finders for problem in find(flags)]
 
@@ -331,12 +338,10 @@ def _missing(flags: argparse.Namespace) -> list[str]:
 
 
 def _adapter_problems(flags: argparse.Namespace) -> list[str]:
-    problems = []
-    if flags.load_in_kbits not in (4, 8, 16):
-        problems.append(f"--load_in_kbits is {flags.load_in_kbits}; allowed are 4, 8 and 16 (not quantised)")
+    problems = range_problems(flags, [one_of(KBITS, "load_in_kbits")])
     if flags.tuning == "full":
         if flags.peft_path:
-            problems.append("--tuning full trains no adapter, so it cannot continue from --peft_path")
+            problems.append("--tuning full does not train an adapter, so it cannot continue from --peft_path")
         if flags.load_in_kbits in (4, 8):
             problems.append(f"--tuning full cannot train weights that --load_in_kbits {flags.load_in_kbits} quantises")
         return problems
@@ -346,17 +351,12 @@ def _adapter_problems(flags: argparse.Namespace) -> list[str]:
         pattern = r"\b(" + "|".join(FLAG_OF_FIELD) + r")\b"
         problems += re.sub(pattern, lambda match: FLAG_OF_FIELD[match[0]], str(error)).splitlines()
     if flags.peft_path and not (Path(flags.peft_path) / "adapter_config.json").is_file():
-        problems.append(f"--peft_path {flags.peft_path} is no adapter folder: it has no adapter_config.json")
+        problems.append(f"--peft_path {flags.peft_path} is not an adapter folder: it has no adapter_config.json")
     return problems
 
 
 def _data_problems(flags: argparse.Namespace) -> list[str]:
-    problems = []
-    if flags.max_seq_length < 2:
-        problems.append(f"--max_seq_length is {flags.max_seq_length}, but has to be at least 2")
-    if flags.prompt_template not in TEMPLATES:
-        problems.append(f"--prompt_template is {flags.prompt_template!r}; allowed are {', '.join(TEMPLATES)}")
-    return problems
+    return range_problems(flags, [at_least(2, "max_seq_length"), one_of(TEMPLATES, "prompt_template")])
 
 
 def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
@@ -373,7 +373,7 @@ def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
 
 
 def _training_problems(flags: argparse.Namespace) -> list[str]:
-    # What `accelerate launch` sets for FSDP. On a CPU, Trainer would silently fall back to plain data parallelism.
+    # `accelerate launch` sets this for FSDP. On a CPU, Trainer would silently fall back to plain data parallelism.
     problems = []
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         problems.append(
@@ -383,19 +383,18 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
     if flags.deepspeed:
         problems += _deepspeed_problems(flags)
     problems += [reason for name, allowed, reason in UNSUPPORTED if getattr(flags, name) not in allowed]
-    out_of_range = [
-        f"--{name} is {value}, but has to be {needed}"
-        for needed, holds, names in RANGES
-        for name in names
-        if (value := getattr(flags, name)) is not None and not holds(value)
-    ]
+    out_of_range = range_problems(flags, RANGES)
     if flags.profile_steps and parse_steps(flags.profile_steps) is None:
-        problems.append(f"--profile_steps is {flags.profile_steps!r}, but has to be one step or a range, as 5 or 5-7")
-    # The libraries, which are asked for the rest, would name the same numbers once more.
+        problems.append(
+            f"--profile_steps is {flags.profile_steps!r}, but has to be a step or a range, such as 5 or 5-7"
+        )
+    # The libraries check the rest; they would report the same numbers again.
     problems += out_of_range or [*optimizer_problems(flags), *schedule_problems(flags)]
     known = {"none", "all", *get_available_reporting_integrations()}
     if flags.report_to not in known:
-        problems.append(f"--report_to {flags.report_to} is not installed here; there are {', '.join(sorted(known))}")
+        problems.append(
+            f"--report_to {flags.report_to} is not installed here; available are {', '.join(sorted(known))}"
+        )
     if not flags.dataloader_num_workers:
         problems += [
             f"--{name} needs --dataloader_num_workers of at least 1"
@@ -408,7 +407,7 @@ def _training_problems(flags: argparse.Namespace) -> list[str]:
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if re.sub(r"\s", "", getattr(flags, name) or "{}").lower() not in ("{}", '{"use_reentrant":false}'):
             problems.append(
-                f'--{name} may be {{"use_reentrant": false}} alone: re-entrant checkpointing cuts the balance term off'
+                f'--{name} can only be {{"use_reentrant": false}}: re-entrant checkpointing detaches the balance term'
             )
     return problems
 
@@ -417,7 +416,7 @@ def _device_problems(flags: argparse.Namespace) -> list[str]:
     problems = []
     on_cpu = flags.use_cpu or not torch.cuda.is_available()
     if flags.fp16 and on_cpu:
-        problems.append("--fp16 does nothing on a CPU (training would silently stay in fp32); use --bf16 or neither")
+        problems.append("--fp16 has no effect on a CPU (training would silently stay in fp32); use --bf16 or neither")
     if flags.tf32 and not is_torch_tf32_available():
         problems.append("--tf32 needs a GPU of compute capability 8.0 or more")
     kernel = flags.attn_implementation
@@ -434,32 +433,33 @@ def _deepspeed_problems(flags: argparse.Namespace) -> list[str]:
     try:
         config = json.loads(Path(flags.deepspeed).read_text())
     except OSError:
-        return [f"--deepspeed {flags.deepspeed}: no such file; ready-made ones are in scripts/deepspeed"]
+        return [f"--deepspeed {flags.deepspeed}: no such file; ready-made files are in scripts/deepspeed"]
     except ValueError as error:
-        return [f"--deepspeed {flags.deepspeed}: not JSON ({error})"]
+        return [f"--deepspeed {flags.deepspeed}: not valid JSON ({error})"]
     if not isinstance(config, dict):
         return [f"--deepspeed {flags.deepspeed}: has to be a JSON object"]
     if not flags.prepare_only and "RANK" not in os.environ:
-        return ["--deepspeed needs a launcher, for one process too: use run_loramoe.sh or torchrun"]
+        return ["--deepspeed needs a launcher, even for one process: use run_loramoe.sh or torchrun"]
     zero = config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
+    zero = zero if isinstance(zero, dict) else {}
+    stage = zero.get("stage")
     if stage not in (1, 2, 3):
         return [f"--deepspeed {flags.deepspeed}: the stage in zero_optimization has to be 1, 2 or 3"]
     if problems := _deepspeed_mismatches(config, flags):
         return problems
     if stage == 3 and flags.tuning == "full" and not zero.get(GATHER):
         return [
-            f"--tuning full would leave no weights: set {GATHER} to true, in zero_optimization of {flags.deepspeed}"
+            f"--tuning full would not save any weights: set {GATHER} to true in zero_optimization of {flags.deepspeed}"
         ]
     if flags.save_only_model and flags.load_best_model_at_end:
-        return ["--save_only_model with --load_best_model_at_end fails under --deepspeed; leave one of them out"]
+        return ["--save_only_model with --load_best_model_at_end fails under --deepspeed; remove one of them"]
     if stage == 3 and flags.load_in_kbits in (4, 8):
         return [f"--load_in_kbits {flags.load_in_kbits} cannot be sharded by ZeRO-3; use scripts/deepspeed/zero2.json"]
     return []
 
 
 def _deepspeed_mismatches(config: dict, flags: argparse.Namespace) -> list[str]:
-    """Settings of a DeepSpeed file that would overrule flags."""
+    """Settings of a DeepSpeed file that would override flags."""
     wanted = {
         "train_micro_batch_size_per_gpu": flags.per_device_train_batch_size,
         "gradient_accumulation_steps": flags.gradient_accumulation_steps,
@@ -477,12 +477,12 @@ def _deepspeed_mismatches(config: dict, flags: argparse.Namespace) -> list[str]:
         wanted[f"{half}.enabled"] = getattr(flags, half)
     problems = [
         f"--deepspeed {flags.deepspeed}: {name} is {'missing' if value is None else json.dumps(value)}, but has to be "
-        f"auto, or {json.dumps(wanted[name])} as the flags have it"
+        f"auto, or {json.dumps(wanted[name])} as in the flags"
         for name, value in found.items()
         if value not in ("auto", wanted[name])
     ]
     problems += [
-        f"--deepspeed {flags.deepspeed}: leave {name} out; the flags choose it"
+        f"--deepspeed {flags.deepspeed}: remove {name}; the flags choose it"
         for name in ("optimizer", "scheduler")
         if name in config
     ]

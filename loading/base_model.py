@@ -28,16 +28,16 @@ MOST_LINES_SHOWN = 12
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the end-of-sequence token for padding where it has no padding token.
+    """The tokenizer. Without a padding token it pads with the end-of-sequence token.
 
-    Its chat template writes the same date on every day.
+    Its chat template writes the same date every day.
 
     Raises:
-        InputError: there is none at that place, its files are damaged, it needs code of its own, it has no fast
-            backend, or it has no end-of-sequence token.
+        InputError: it does not exist, its files are damaged, it needs custom code, it has no fast backend, or it has no
+            end-of-sequence token.
     """
     try:
-        # For the kind of the tokenizer, transformers reads the model's configuration as well.
+        # transformers also reads the model's configuration, for the class of the tokenizer.
         with code_refused(), damage_refused("config.json or a file of the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             _fix_dates(tokenizer)
@@ -46,10 +46,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise InputError(
             f"the tokenizer of {name} is a {type(tokenizer).__name__}, which has no fast backend; only fast tokenizers "
-            "(those with a tokenizer.json) can be used"
+            "(those with a tokenizer.json) are supported"
         )
     if tokenizer.eos_token is None:
-        raise InputError(f"the tokenizer of {name} has no end-of-sequence token, so no answer could ever end")
+        raise InputError(f"the tokenizer of {name} has no end-of-sequence token, so answers could never end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -58,19 +58,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def check_base_model(
     name: str, tokenizer: PreTrainedTokenizerBase, put_adapter: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """Find out, without reading any weight of it, whether a base model exists and fits tokenizer and adapter.
+    """Check, without loading any weights, that a base model exists and fits the tokenizer and the adapter.
 
     Args:
         name: the base model, a local folder or a hub id.
-        put_adapter: puts the adapter on the model that it is given, here one on the meta device.
+        put_adapter: puts the adapter on a model; here it is called with one on the meta device.
 
     Returns:
-        That model, without weights.
+        The model with its adapter, without weights.
 
     Raises:
-        InputError: no such model, a configuration that cannot be used, weights that another method has quantised, an
-            architecture without a patched class, target modules that do not exist, an adapter that does not fit, or a
-            tokenizer with more tokens than the model.
+        InputError: the model does not exist, its configuration cannot be used, another method has quantised its
+            weights, its architecture has no patched class, target modules do not exist, the adapter does not fit, or
+            the tokenizer has more tokens than the model.
     """
     try:
         config = load_config(name)
@@ -101,28 +101,27 @@ def _fix_dates(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _refuse_other_quantisation(name: str, config: PretrainedConfig) -> None:
-    """Raises InputError where the weights of a base model are quantised already, by anything but bitsandbytes."""
+    """Raises InputError if the weights of a base model are already quantised, and not by bitsandbytes."""
     found = _quantisation(config)
     method = found.get("quant_method")
     if found and method != "bitsandbytes":
         raise InputError(
-            f"the weights of {name} are quantised by {method or 'an unknown method'} already, which is not supported; "
+            f"the weights of {name} are already quantised by {method or 'an unknown method'}, which is not supported; "
             "use the unquantised model, with --load_in_kbits 4 or 8 if needed"
         )
 
 
 def _quantisation(config: PretrainedConfig) -> dict:
-    """How the weights of a model are quantised; {} where they are not."""
+    """The quantisation settings of a model's weights; {} if they are not quantised."""
     found = getattr(config, "quantization_config", None) or {}
     return found if isinstance(found, dict) else found.to_dict()
 
 
 def check_attention(model: nn.Module, name: str) -> None:
-    """Raises InputError where an architecture cannot use an attention kernel.
+    """Set the attention kernel of a model without weights. Raises InputError if its architecture cannot use the kernel.
 
     Args:
-        model: without weights; it has the kernel then.
-        name: of the kernel; `auto` fits every architecture.
+        name: name of the kernel; `auto` fits every architecture.
     """
     if name == "auto":
         return
@@ -133,10 +132,10 @@ def check_attention(model: nn.Module, name: str) -> None:
 
 
 def check_lengths(model: nn.Module, *sets: Dataset, remedy: str | None = None) -> None:
-    """Raises InputError where a row is longer than the model's table of positions.
+    """Raises InputError if a row is longer than the model's table of positions.
 
     Args:
-        remedy: what the message advises; by default to cut the rows.
+        remedy: the advice in the message; by default to truncate the rows.
     """
     longest = max(row_lengths(rows).max() for rows in sets)
     if problem := length_problem(model, longest):
@@ -144,7 +143,7 @@ def check_lengths(model: nn.Module, *sets: Dataset, remedy: str | None = None) -
 
 
 def length_problem(model: nn.Module, length: int) -> str | None:
-    """What is wrong with a text of so many tokens: it is longer than the model's table of positions; else None."""
+    """The reason why a text of this many tokens does not fit the model's table of positions, or None."""
     positions = most_positions(model)
     if positions is None or length <= positions:
         return None
@@ -152,7 +151,7 @@ def length_problem(model: nn.Module, length: int) -> str | None:
 
 
 def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
-    """Load the base model and put the adapter on it, a fresh one or the one at `peft_path`, in their dtypes.
+    """Load the base model and put the adapter on it, a new one or the one at `peft_path`, in their dtypes.
 
     Raises:
         InputError: the weights are missing or damaged.
@@ -168,7 +167,7 @@ def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
         place = model_args.model_name_or_path
         raise InputError(f"the weights of {place} could not be read: {first_line(error)}") from error
     if model_args.load_in_kbits in (4, 8):
-        # The Trainer turns checkpointing on itself where it is asked for.
+        # The Trainer itself turns checkpointing on if it is asked for.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = with_adapter(model, model_args)
     for parameter in model.parameters():
@@ -178,17 +177,17 @@ def build_model(model_args: ModelArguments, args: RunArguments) -> nn.Module:
 
 
 def with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
-    """Put the adapter on a model, which may be on the meta device: then this only checks that everything fits."""
+    """Put the adapter on a model. With a model on the meta device, this only checks that everything fits."""
     found = _quantisation(model.config)
     bits = 4 if found.get("load_in_4bit") else 8
     if found and model_args.load_in_kbits != bits:
         raise ValueError(
             f"--load_in_kbits is {model_args.load_in_kbits}, but the weights of {model_args.model_name_or_path} are "
-            f"quantised to {bits} bits already: set it to {bits}"
+            f"already quantised to {bits} bits: set it to {bits}"
         )
     if model_args.output_router_logits is not None:
         if not hasattr(model, "router_aux_loss_coef"):
-            raise ValueError(f"--output_router_logits: {type(model).__name__} has no router loss of its own")
+            raise ValueError(f"--output_router_logits: {type(model).__name__} has no router loss")
         model.config.output_router_logits = model_args.output_router_logits
     if model_args.tuning == "full":
         return model
@@ -199,15 +198,14 @@ def with_adapter(model: nn.Module, model_args: ModelArguments) -> nn.Module:
 
 
 def adapter_warnings(model_args: ModelArguments) -> list[str]:
-    """What is doubtful about the adapter at `peft_path`."""
-    if not model_args.peft_path:
-        return []
-    trained_on = LoraConfig.from_pretrained(model_args.peft_path).base_model_name_or_path
-    return list(filter(None, [other_base_warning(trained_on, model_args.model_name_or_path)]))
+    """Warnings about the adapter at `peft_path`."""
+    found = model_args.continued_config
+    warning = found and other_base_warning(found.base_model_name_or_path, model_args.model_name_or_path)
+    return [warning] if warning else []
 
 
 def other_base_warning(trained_on: str | None, base: str) -> str | None:
-    """A warning where an adapter is put on another base model than the one that it names."""
+    """A warning if an adapter is put on a different base model than the one it names, or None."""
     if not trained_on or trained_on == base or Path(trained_on).resolve() == Path(base).resolve():
         return None
     return (
@@ -217,50 +215,49 @@ def other_base_warning(trained_on: str | None, base: str) -> str | None:
 
 
 def _adapter_config(model_args: ModelArguments) -> LoraConfig:
-    """The adapter's configuration. Where training continues, shapes and scaling are those of the adapter that is there,
+    """The adapter's configuration. If training continues from an adapter, shapes and scaling are those of that adapter,
     while dropout and balance term follow the flags."""
-    wanted = model_args.lora_config()
-    if not model_args.peft_path:
+    wanted, found = model_args.lora_config(), model_args.continued_config
+    if not found:
         return wanted
-    found = LoraConfig.from_pretrained(model_args.peft_path)
     wanted.target_modules = wanted.target_modules or found.target_modules
     differing = [
         f"{FLAG_OF_FIELD[name]} is {_typed(getattr(wanted, name))}, the adapter has {_typed(getattr(found, name))}"
         for name in wanted.fixed_differences(found)
     ]
     if differing:
-        raise ValueError(f"the adapter in --peft_path was made with other settings: {'; '.join(differing)}")
+        raise ValueError(f"the adapter in --peft_path was trained with other settings: {'; '.join(differing)}")
     return wanted
 
 
 def _typed(value: object) -> str:
-    """A field of the adapter's configuration as it is typed on the command line."""
+    """A field of the adapter's configuration in the spelling of the command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "none" if value is None else str(value)
 
 
 def compute_dtype(args: RunArguments) -> torch.dtype:
-    """Dtype of the activations: under autocast, or throughout where DeepSpeed runs without it."""
+    """Dtype of the activations: under autocast, or everywhere with DeepSpeed, which does not use it."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def trained_dtype(args: RunArguments) -> torch.dtype:
-    """Dtype of the weights that are trained: adapters, modules that are trained in full, or all weights.
+    """Dtype of the trained weights: adapters, modules that are trained in full, or all weights.
 
-    float32 where they are all that the optimizer has. DeepSpeed's optimizer keeps float32 weights itself and wants the
-    model's in the dtype of the activations; of a model that ZeRO-3 has partitioned, it does not cast them.
+    float32 if the optimizer has no other copy. DeepSpeed's optimizer keeps float32 weights itself and needs the model's
+    weights in the dtype of the activations; if ZeRO-3 has partitioned them, it does not cast them.
     """
     return compute_dtype(args) if args.deepspeed else torch.float32
 
 
 def base_dtype(model_args: ModelArguments, args: RunArguments) -> torch.dtype:
-    """Dtype of the base model's weights; of a quantised one, that of its computation."""
+    """Dtype of the base model's weights; for a quantised one, the dtype of its computation."""
     return compute_dtype(args) if model_args.tuning == "loramoe" else trained_dtype(args)
 
 
 def _attention(model_args: ModelArguments, args: RunArguments) -> str | None:
-    """None leaves the choice to transformers: sdpa, where the architecture can use it."""
+    """The attention kernel; None leaves the choice to transformers: sdpa, if the architecture can use it."""
     if model_args.attn_implementation != "auto":
         return model_args.attn_implementation
     half_on_gpu = (args.bf16 or args.fp16) and args.device.type == "cuda"
@@ -272,7 +269,7 @@ def _attention(model_args: ModelArguments, args: RunArguments) -> str | None:
 
 
 def quantization(kbits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How bitsandbytes packs the weights of the base model: 4 is nf4, 8 is int8, 16 leaves them as they are."""
+    """The bitsandbytes settings for the base model's weights: 4 is nf4, 8 is int8, 16 does not quantise them."""
     if kbits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     if kbits == 4:
@@ -286,7 +283,7 @@ def quantization(kbits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig |
 
 
 def _shortened(message: str) -> str:
-    """A message without most of its lines, where a wrong base model gives one for each of hundreds of tensors."""
+    """The first lines of a message; a wrong base model gives one line for each of hundreds of tensors."""
     lines = message.splitlines()
     more = len(lines) - MOST_LINES_SHOWN
     return message if more <= 0 else "\n".join([*lines[:MOST_LINES_SHOWN], f"  ... and {more} more"])

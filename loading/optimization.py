@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of the learning rate, made for a single parameter before anything is loaded."""
+"""Checks of optimizer and learning rate schedule: both are made for one parameter before anything is loaded."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import torch
 from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.training_args import OptimizerNames
 
-# The optimizers that were tried, and what each reads of --optim_args.
+# The supported optimizers, and what each reads from --optim_args.
 OPTIMIZERS = {
     "adamw_torch": (),
     "adamw_torch_fused": (),
@@ -15,7 +15,7 @@ OPTIMIZERS = {
     "sgd": ("momentum", "dampening", "nesterov"),
     "adagrad": ("lr_decay", "eps"),
     "rmsprop": ("momentum", "alpha", "eps", "centered"),
-    # Of bitsandbytes.
+    # From bitsandbytes.
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"), ()),
     **dict.fromkeys(("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"), ()),
     **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"), ()),
@@ -25,22 +25,22 @@ OPTIMIZERS = {
     ),
 }
 WITHOUT_SETTINGS = ("constant", "constant_with_warmup")
-# They follow the evaluations.
+# Schedules that depend on the evaluation loss.
 EVALUATED = ("reduce_lr_on_plateau", "greedy")
-LEAST_RATES = {"reduce_lr_on_plateau": 0, "greedy": 1e-3}  # below which they do not go, where min_lr is not given
+LEAST_RATES = {"reduce_lr_on_plateau": 0, "greedy": 1e-3}  # lower bound if min_lr is not given
 STEPS = 1_000_000
-# What the libraries raise at settings that they do not know, or at values that are out of range.
+# Raised by the libraries for unknown settings or values that are out of range.
 REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError)
 
 
 def optimizer_problems(flags: argparse.Namespace) -> list[str]:
-    """One sentence for each reason why the optimizer cannot be made. Numbers are taken to be in range."""
+    """One sentence for each reason why the optimizer cannot be made. Assumes that numbers are in range."""
     if flags.optim not in OPTIMIZERS:
-        return [f"--optim {flags.optim} is not supported; there are {', '.join(OPTIMIZERS)}"]
+        return [f"--optim {flags.optim} is not supported; supported are {', '.join(OPTIMIZERS)}"]
     known = OPTIMIZERS[flags.optim]
     pairs = [pair.strip().partition("=") for pair in (flags.optim_args or "").split(",") if pair.strip()]
     if flags.optim_args and (not pairs or any(name.strip() not in known or not value for name, _, value in pairs)):
-        reads = f"reads {', '.join(f'{name}=VALUE' for name in known)}" if known else "reads none"
+        reads = f"reads {', '.join(f'{name}=VALUE' for name in known)}" if known else "does not read any"
         return [f"--optim_args is {flags.optim_args!r}, but --optim {flags.optim} {reads}"]
     settings = argparse.Namespace(**{**vars(flags), "optim": OptimizerNames(flags.optim)})
     try:
@@ -52,10 +52,10 @@ def optimizer_problems(flags: argparse.Namespace) -> list[str]:
 
 
 def schedule_problems(flags: argparse.Namespace) -> list[str]:
-    """One sentence for each reason why the learning rate cannot follow its schedule."""
+    """One sentence for each reason why the learning rate schedule cannot be used."""
     name, kinds = flags.lr_scheduler_type, [kind.value for kind in SchedulerType]
     if name not in kinds:
-        return [f"--lr_scheduler_type is {name!r}; there are {', '.join(kinds)}"]
+        return [f"--lr_scheduler_type is {name!r}; allowed are {', '.join(kinds)}"]
     try:
         settings = json.loads(flags.lr_scheduler_kwargs or "{}")
     except ValueError:
@@ -63,11 +63,11 @@ def schedule_problems(flags: argparse.Namespace) -> list[str]:
     if not isinstance(settings, dict):
         return [f"--lr_scheduler_kwargs is {flags.lr_scheduler_kwargs!r}, but has to be a JSON object"]
     if settings and name in WITHOUT_SETTINGS:
-        return [f"--lr_scheduler_kwargs: --lr_scheduler_type {name} reads none"]
+        return [f"--lr_scheduler_kwargs: --lr_scheduler_type {name} does not read any"]
     if name in EVALUATED and flags.eval_strategy == "no":
         return [f"--lr_scheduler_type {name} needs an --eval_strategy"]
     if name in EVALUATED and settings.get("mode", "min") != "min":
-        return ["--lr_scheduler_kwargs: mode has to be min, since every measure here is better the lower it is"]
+        return ["--lr_scheduler_kwargs: mode has to be min, since lower is better for every measurement here"]
     try:
         if name in EVALUATED and settings.get("min_lr", LEAST_RATES[name]) > flags.learning_rate:
             return [f"--lr_scheduler_kwargs: {name} needs a min_lr below --learning_rate {flags.learning_rate}"]
@@ -81,7 +81,7 @@ def schedule_problems(flags: argparse.Namespace) -> list[str]:
 
 
 def _rates(name: str, learning_rate: float, settings: dict) -> list[float]:
-    """Learning rates at some steps; of a schedule that follows the evaluations, the one after these got no better."""
+    """Learning rates at some steps; for schedules that depend on evaluations, after 100 without improvement."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     schedule = get_scheduler(name, optimizer, STEPS // 10, STEPS, settings)
     if name not in EVALUATED:

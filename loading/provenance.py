@@ -1,4 +1,4 @@
-"""Where a measurement comes from: commit, command, machine, versions."""
+"""The origin of a measurement: commit, command, machine, versions."""
 
 import importlib.metadata
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance(program: str, argv: list[str]) -> dict:
-    """Everything that has to be known to take a measurement again, as plain JSON values."""
+    """Everything needed to repeat a measurement, as plain JSON values."""
     return {
         "commit": _commit(),
         "command": shlex.join(["python", "-m", program, *argv]),
@@ -28,13 +28,13 @@ def provenance(program: str, argv: list[str]) -> dict:
 
 
 def provenance_line(record: dict) -> str:
-    """The same in one line of text."""
+    """A record of `provenance` as one line of text."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"commit {record['commit']}, `{record['command']}`, {record['machine']}, {versions}"
 
 
 def _commit() -> str:
-    """Short hash of the commit, with a plus sign where tracked files differ from it."""
+    """Short hash of the commit, with a plus sign if tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""The names of a run's files: training writes them, inference reads them."""
+"""The names of a run's files, which training writes and inference reads."""
 
 import re
 
@@ -7,7 +7,7 @@ RESULTS_NAME = "all_results.json"
 STATE_NAME = "trainer_state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
-# What is uploaded to the hub. Optimizer states, logs and the run's configuration, which may hold local paths, are not.
+# Files that are uploaded to the hub: not optimizer states, logs or run_config.json, which may contain local paths.
 PUBLISHED = (
     "README.md", "routing.json", "routing.png",
     "adapter_config.json", "adapter_model.safetensors",
@@ -15,3 +15,11 @@ PUBLISHED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "additional_chat_templates/*",
 )  # fmt: skip
+
+# Flags that earlier versions wrote into a run's configuration under another name.
+RENAMED = {"task_types": "task_type_names"}
+
+
+def with_current_names(config: dict) -> dict:
+    """A run's configuration, perhaps one of an earlier version, under today's names of the flags."""
+    return {RENAMED.get(name, name): value for name, value in config.items()}

@@ -41,8 +41,8 @@ def balance_coefficients(group_sizes: Sequence[int], blc_alpha: float) -> Tensor
     Returns:
         Tensor of shape (K + 1, E), float32: `balance_coefficients(...)[task_types_B]` has the samples' rows.
     """
-    task_types_K = torch.tensor([*range(len(group_sizes)), -1])
-    group_of_expert_E = task_types_K[:-1].repeat_interleave(torch.tensor(group_sizes))
+    group_of_expert = [group for group, size in enumerate(group_sizes) for _ in range(size)]
+    task_types_K, group_of_expert_E = torch.tensor([*range(len(group_sizes)), -1]), torch.tensor(group_of_expert)
     matches_KE = task_types_K.unsqueeze(1) == group_of_expert_E
     pull_KE = torch.where(matches_KE, 1 / (1 - blc_alpha), 1 / (1 + blc_alpha))
     return pull_KE.mean(dim=1, keepdim=True) / pull_KE

@@ -75,7 +75,7 @@ class PeftConfig:
             temporary.unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike) -> "PeftConfig":
+    def from_pretrained(cls, directory: str | os.PathLike) -> "LoraConfig":
         """Read `adapter_config.json` from a folder.
 
         Raises:
@@ -92,7 +92,7 @@ class PeftConfig:
         if not isinstance(values, dict) or values.get("peft_type") != PeftType.LORAMOE.value:
             found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{path}: peft_type is {found!r}, but only {PeftType.LORAMOE.value!r} can be loaded here")
-        kind = LoraConfig if cls is PeftConfig else cls
+        kind = cls if issubclass(cls, LoraConfig) else LoraConfig
         known = {item.name for item in fields(kind)}
         problems = [f"unknown field {name!r}" for name in sorted(set(values) - known)]
         problems += [f"missing field {name!r}" for name in sorted(known - set(values) - ADDED_LATER)]

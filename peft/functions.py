@@ -20,11 +20,11 @@ def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
     faster on a CPU than drawing one number for each. The probability is thus rounded to a multiple of 1/65536.
     """
     dropped = min(round(probability * 2**16), 2**16 - 1)
-    size, kind = ((x.numel() + 3) // 4,), {"dtype": torch.int64, "device": x.device}
+    size = ((x.numel() + 3) // 4,)
     if torch.compiler.is_compiling():  # random_ cannot be traced; randint has other words for the same seed
-        words = torch.randint(-(2**63), 2**63 - 1, size, **kind)
+        words = torch.randint(-(2**63), 2**63 - 1, size, dtype=torch.int64, device=x.device)
     else:
-        words = torch.empty(size, **kind).random_(-(2**63), None)
+        words = torch.empty(size, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
     return (lanes >= dropped - 2**15).view(torch.uint8), 1 - dropped / 2**16
 

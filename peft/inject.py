@@ -91,7 +91,7 @@ class LoraModel(nn.Module):
         if config.target_modules is None:
             config.target_modules = _default_targets(self.model)
         targets = find_targets(self.model, config.target_modules, config.layers_to_transform)
-        self._add_copies(name, config.modules_to_save or [], targets)
+        self._add_copies(name, list(config.modules_to_save or []), targets)
         for module_name, module in targets.items():
             self._wrapped(module_name, module, LoraLayer).add_adapter(name, config)
 
@@ -130,7 +130,7 @@ class LoraModel(nn.Module):
     def activate(self, name: str | None, config: LoraConfig | None) -> None:
         """Route through adapter `name`; with None, the model is the base model again."""
         for layer in self.layers():
-            layer.active_adapter = name if name in _adapters_of(layer) else None
+            layer.active_adapter = name if name is not None and name in _adapters_of(layer) else None
         if hasattr(self.model, "configure_balance"):
             self.model.configure_balance(config)
 

@@ -69,7 +69,7 @@ class LoraLayer(nn.Module):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = linear_size(base_layer)
+        self.in_features, self.out_features = linear_size(base_layer)  # type: ignore[misc]
         self.experts = nn.ModuleDict()
         self.active_adapter: str | None = None
 

@@ -145,7 +145,12 @@ class PeftModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
+        cls,
+        model: nn.Module,
+        directory: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
     ) -> "PeftModel":
         """Put a saved adapter onto its base model.
 
@@ -153,12 +158,14 @@ class PeftModel(nn.Module):
             model: the base model, wrapped in place.
             directory: an adapter folder.
             is_trainable: continue training; otherwise the adapter is frozen too and the model is in eval mode.
+            config: the folder's configuration, if the caller has read it already.
 
         Raises:
             ValueError: the folder is incomplete or damaged, the model has an adapter already, or the tensors do not fit
                 the model, which is then unwrapped again, but stays frozen.
         """
-        config, tensors = LoraConfig.from_pretrained(directory), load_adapter_weights(directory)
+        tensors = load_adapter_weights(directory)
+        config = config or LoraConfig.from_pretrained(directory)
         config.inference_mode = not is_trainable
         peft_model = get_peft_model(model, config, adapter_name)
         peft_model._fill_or_remove(adapter_name, tensors)

@@ -46,8 +46,9 @@ class Calibration:
         mask_BT: 1 for the tokens that count; to be set before each forward pass.
     """
 
+    mask_BT: Tensor
+
     def __init__(self, experts: dict[str, LoraExperts]):
-        self.mask_BT: Tensor | None = None
         self._experts = experts
         self._sums: dict[str, list[Tensor]] = {}
         self._hooks = ExitStack()
@@ -97,7 +98,8 @@ class Calibration:
             hidden_NS = F.linear(x_NI, stacked_a(experts)).double()
             routed_NS = hidden_NS * weights_NE.repeat_interleave(experts.rank, dim=1)
             sums = [weights_NE.sum(dim=0), hidden_NS.T @ hidden_NS, routed_NS.T @ hidden_NS]
-            self._sums[name] = [a + b for a, b in zip(self._sums.get(name, [0, 0, 0]), sums, strict=True)]
+            before = self._sums.get(name)
+            self._sums[name] = sums if before is None else [a + b for a, b in zip(before, sums, strict=True)]
 
         return hook
 

@@ -1,10 +1,11 @@
-"""Measure a trained adapter, and the base model beside it, on instruction data or on tasks of lm-evaluation-harness.
+"""Evaluate a trained adapter, and its base model, on instruction data or on tasks of lm-evaluation-harness.
 
 Run as ``python -m scripts.evaluate --adapter DIR`` from the repository root. docs/EVALUATION.md defines every metric
 and describes the file that is written.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,64 +21,72 @@ from inference.metrics import PACKAGE_OF
 from inference.trained import InferenceArguments, TrainedModel, load_trained
 from loading.arguments import DataArguments
 from loading.base_model import check_lengths
-from loading.command_line import flag, output_problem, parse_flags, refuse, run_verb
+from loading.command_line import (
+    a_seed,
+    at_least,
+    flag,
+    one_of,
+    output_problem,
+    parse_flags,
+    range_problems,
+    refuse,
+    run_verb,
+)
 
 COMMAND = "python -m scripts.evaluate"
 
 
 @dataclass
 class EvaluateArguments:
-    """What is measured on what."""
+    """The metrics and the data."""
 
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "files or folders of rows, measured one by one; by default the run's own validation file"},
+        metadata={"help": "files or folders of rows, each measured separately; by default the run's validation file"},
     )
-    output: str | None = flag(None, "JSON file for all that was measured")
-    base: bool = flag(False, "measure the base model, too")
+    output: str | None = flag(None, "JSON file for all results")
+    base: bool = flag(False, "also measure the base model")
     metrics: list[str] = field(
-        default_factory=lambda: list(METRICS), metadata={"help": f"any of {', '.join(METRICS)}; by default all"}
+        default_factory=lambda: list(METRICS), metadata={"help": f"any of {', '.join(METRICS)}; by default all of them"}
     )
     label_tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "tasks that choose among labels, for accuracy; by default those with few different outputs"},
+        metadata={
+            "help": "tasks with a fixed set of labels, for accuracy; by default those with few different outputs"
+        },
     )
-    template: str | None = flag(None, f"prompt template, {', '.join(TEMPLATES)}; by default the run's")
+    template: str | None = flag(None, f"prompt template: {', '.join(TEMPLATES)}; by default the run's")
     max_seq_length: int | None = flag(
-        None, f"longest row in tokens; by default the run's, or else {DataArguments.max_seq_length}"
+        None, f"maximum length of a row in tokens; by default the run's, or {DataArguments.max_seq_length}"
     )
-    max_new_tokens: int | None = flag(None, "longest decoded answer in tokens; by default the data's longest answer")
+    max_new_tokens: int | None = flag(
+        None, "maximum length of an answer in tokens; by default that of the longest answer in the data"
+    )
     lm_eval: list[str] = field(
-        default_factory=list, metadata={"help": "tasks of lm-evaluation-harness; tiny_data is one that works offline"}
+        default_factory=list, metadata={"help": "tasks of lm-evaluation-harness; tiny_data works offline"}
     )
-    num_fewshot: int | None = flag(None, "examples in the prompts of the harness's tasks; by default the task's own")
-    limit: int | None = flag(None, "use only this many rows of each file and task, for a quick look")
+    num_fewshot: int | None = flag(None, "examples in the prompts of the harness's tasks; by default as the task says")
+    limit: int | None = flag(None, "use only this many rows of each file and task")
     seed: int = flag(0, "seed of the bootstrap and of the harness")
-    data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
+    data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
 
-    def problems(self) -> list[str]:
-        problems = [
-            f"--metrics {name}: there is no such metric; there are {', '.join(METRICS)}"
-            for name in self.metrics
-            if name not in METRICS
+    def problems(self) -> list[str | None]:
+        ranges = (
+            one_of(TEMPLATES, "template"),
+            at_least(2, "max_seq_length"),
+            at_least(1, "max_new_tokens", "limit"),
+            at_least(0, "num_fewshot"),
+            a_seed("seed"),
+        )
+        return [
+            *(
+                f"--metrics {name} is not a metric; allowed are {', '.join(METRICS)}"
+                for name in self.metrics
+                if name not in METRICS
+            ),
+            *range_problems(self, ranges),
+            output_problem(self.output, self.data, endings=(".json",)),
         ]
-        if self.template not in (None, *TEMPLATES):
-            problems.append(f"--template is {self.template!r}; allowed are {', '.join(TEMPLATES)}")
-        for name, least in (
-            ("max_seq_length", 2),
-            ("max_new_tokens", 1),
-            ("limit", 1),
-            ("num_fewshot", 0),
-        ):
-            if (value := getattr(self, name)) is not None and value < least:
-                problems.append(f"--{name} is {value}, but has to be at least {least}")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"--seed is {self.seed}, but has to be from 0 to 4294967295")
-        if problem := output_problem(self.output, self.data):
-            problems.append(problem)
-        if self.output and Path(self.output).suffix != ".json":
-            problems.append(f"--output {self.output}: the name has to end in .json")
-        return problems
 
 
 KINDS = (InferenceArguments, EvaluateArguments)
@@ -87,15 +96,15 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line, measure, print a table and write the file.
 
     Raises:
-        InputError: flags, adapter, rows or harness tasks are not as they have to be.
+        InputError: flags, adapter, rows or harness tasks cannot be used.
     """
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     manager = _find_harness_tasks(args.lm_eval)
     trained = load_trained(inference)
     template = trained.template(args.template)
-    models = {"adapter": nullcontext}
+    models: dict[str, Callable[[], AbstractContextManager]] = {"adapter": nullcontext}
     if args.base:
-        trained.as_base()  # Refuses, before any measurement, where there is none.
+        trained.as_base()  # Raises before any measurement if there is no adapter.
         models["base"] = trained.as_base
     report = {
         "adapter": inference.adapter,
@@ -108,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         "data": [],
     }
     paths = data_paths(trained, args)
-    refuse(list(filter(None, [output_problem(args.output, paths)])))  # the run's own file among them
+    refuse([output_problem(args.output, paths)])  # again, as the run may name the file
     for path, rows, statistics in load_sets(trained, paths, template, args):
         print(f"{path}: {statistics.summary(max_length(trained, args))}", flush=True)
         report["data"].append(evaluate_set(trained, models, rows, template, args, inference.batch_size))
@@ -123,17 +132,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def used_packages(args: EvaluateArguments) -> list[str]:
-    """The packages that the numbers come from."""
+    """The packages that compute the results."""
     measures_rows = args.data or not args.lm_eval
     of_metrics = {PACKAGE_OF[name] for name in args.metrics if name in PACKAGE_OF} if measures_rows else set()
     return ["torch", "transformers", *sorted(of_metrics), *(["lm-eval"] if args.lm_eval else [])]
 
 
 def data_paths(trained: TrainedModel, args: EvaluateArguments) -> list[str]:
-    """The files and folders of rows that are measured.
+    """The files and folders of rows to measure.
 
     Raises:
-        InputError: none is named.
+        InputError: neither the flags nor the run name any.
     """
     if args.data or args.lm_eval:
         return args.data
@@ -145,10 +154,10 @@ def data_paths(trained: TrainedModel, args: EvaluateArguments) -> list[str]:
 def load_sets(
     trained: TrainedModel, paths: list[str], template: str, args: EvaluateArguments
 ) -> list[tuple[str, Dataset, DataStatistics]]:
-    """Every data set, encoded; all are read before any is measured.
+    """All data sets, encoded, before any is measured.
 
     Raises:
-        InputError: one is bad.
+        InputError: one cannot be used.
     """
     encoding = Encoding(template, max_length(trained, args), trained.num_task_types, trained.task_type_names)
     sets = []
@@ -156,7 +165,7 @@ def load_sets(
         rows, statistics = load_data(path, trained.tokenizer, encoding, args.data_cache_dir)
         check_lengths(trained.model, rows)
         if unknown := sorted(set(args.label_tasks) - set(rows["task"])):
-            raise InputError(f"--label_tasks {' '.join(unknown)}: {path} has no row of such a task")
+            raise InputError(f"--label_tasks {' '.join(unknown)}: {path} does not have a row of this task")
         sets.append((path, rows.select(range(min(args.limit or len(rows), len(rows)))), statistics))
     return sets
 
@@ -168,7 +177,7 @@ def max_length(trained: TrainedModel, args: EvaluateArguments) -> int:
 def evaluate_set(
     trained: TrainedModel, models: dict, rows: Dataset, template: str, args: EvaluateArguments, batch_size: int
 ) -> dict:
-    """One data set, by every model."""
+    """The results of one data set, by model."""
     lengths = zip(rows["input_ids"], rows["prompt_length"], strict=True)
     longest = args.max_new_tokens or max(len(ids) - prompt for ids, prompt in lengths)
     found = label_tasks(rows)
@@ -194,7 +203,7 @@ def evaluate_set(
 def evaluate_tasks(
     trained: TrainedModel, models: dict, manager, template: str, args: EvaluateArguments, batch_size: int
 ) -> dict[str, dict]:
-    """The harness's numbers, by model and task."""
+    """The harness's results, by model and task."""
     from inference.harness import TemplateLM, run_tasks
 
     lm = TemplateLM(trained, template, batch_size)
@@ -206,7 +215,7 @@ def evaluate_tasks(
 
 
 def table_lines(results: dict[str, dict]) -> list[str]:
-    """For every group of rows and every model a line of its metrics; with the interval for all rows together."""
+    """A line of metrics for each model and group of rows, with the interval for all rows together."""
     names = [name for name in METRICS if any(name in groups["all"] for groups in results.values())]
     lines = [f"{'':36}{'rows':>6}" + "".join(f"{name.replace('token_exact_match', 'token_em'):>13}" for name in names)]
 
@@ -223,7 +232,7 @@ def table_lines(results: dict[str, dict]) -> list[str]:
 
 
 def harness_lines(results: dict[str, dict]) -> list[str]:
-    """One line for each model, task and number of the harness."""
+    """One line for each model, task and metric of the harness."""
     return [
         f"{model:10}{task:24}{name.removesuffix(',none'):20}{value:.4g}"
         for model, tasks in results.items()
@@ -234,18 +243,18 @@ def harness_lines(results: dict[str, dict]) -> list[str]:
 
 
 def write_report(path: Path, report: dict) -> None:
-    """Raises InputError where the file cannot be written."""
+    """Write the JSON file. Raises InputError if it cannot be written."""
     with writing(f"--output {path} cannot be written", "choose another file, or make this one writable"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
-    print(f"everything is in {path}")
+    print(f"all results are in {path}")
 
 
 def _find_harness_tasks(names: list[str]):
-    """The harness takes seconds to import: only where it is asked for.
+    """The harness's tasks. It takes seconds to import, so it is imported only if it is used.
 
     Raises:
-        InputError: it is not installed, or has no such task.
+        InputError: it is not installed, or a task does not exist.
     """
     if not names:
         return None

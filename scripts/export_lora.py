@@ -1,8 +1,9 @@
-"""Export a mixture as a plain LoRA that other programs load, and measure what the export costs.
+"""Export a mixture as a plain LoRA for other programs, and measure the loss of quality.
 
 Run as ``python -m scripts.export_lora --adapter DIR --output DIR`` from the repository root. The output is a LoRA
 adapter in the format of PyPI's `peft`, or with --merge the folder of a plain model. A router depends on its input, so
-the export is not the mixture: it replaces the router by what is the same for every token. docs/EXPORT.md says how well.
+the export differs from the mixture: it replaces the router by something that is the same for every token.
+docs/EXPORT.md says how well.
 """
 
 import json
@@ -22,7 +23,7 @@ from data.atomic import atomic_folder
 from data.errors import writing
 from inference.rows import batches, load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained
-from loading.command_line import flag, output_problem, parse_flags, run_verb
+from loading.command_line import at_least, flag, output_problem, parse_flags, range_problems, run_verb
 from peft import Calibration, LoraConfig, LoraLayer, PeftModel, merged_linear, static_lora
 from peft.config import CONFIG_NAME
 from peft.saving import save_adapter_weights
@@ -37,27 +38,27 @@ LowRank = tuple[Tensor, Tensor]  # A (K, I), B (O, K)
 
 @dataclass
 class ExportArguments:
-    """What is exported, and on what it is measured."""
+    """The kind of export, and the data for it."""
 
-    output: str = flag(None, "folder to make; must be empty or not exist yet", required=True)
+    output: str = flag(None, "folder to create; has to be empty if it exists", required=True)
     weights: Literal["uniform", "calibrated", "fitted"] = flag(
         "fitted",
-        "what replaces the router: uniform, the same weight for all experts; calibrated, the mean weights on the "
-        "calibration rows; fitted, the linear map that is nearest to the mixture on them",
+        "replacement of the router: uniform, the same weight for all experts; calibrated, the mean weights on the "
+        "calibration rows; fitted, the linear map that is nearest to the mixture on these rows",
     )
-    rank: int | None = flag(None, "rank of a fitted LoRA; by default, and at most, experts times their rank")
-    task_type: int | None = flag(None, "calibrate and measure on the rows of this task type alone")
+    rank: int | None = flag(
+        None, "rank of a fitted LoRA; by default and at most the number of experts times their rank"
+    )
+    task_type: int | None = flag(None, "calibrate and measure only on the rows of this task type")
     calibration_data: str | None = flag(None, "rows to calibrate on; by default the run's training rows")
     data: str | None = flag(None, "rows to measure on, file or folder; by default the run's validation file")
-    merge: bool = flag(False, "write a whole model, the LoRA added to its weights, instead of an adapter")
-    data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
+    merge: bool = flag(False, "write a complete model, with the LoRA added to its weights, instead of an adapter")
+    data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
 
-    def problems(self) -> list[str]:
-        problems = list(filter(None, [output_problem(self.output, is_folder=True)]))
-        if self.rank is not None and self.rank < 1:
-            problems.append(f"--rank is {self.rank}, but has to be at least 1")
+    def problems(self) -> list[str | None]:
+        problems = [output_problem(self.output, is_folder=True), *range_problems(self, [at_least(1, "rank")])]
         if self.rank is not None and self.weights != "fitted":
-            problems.append(f"--rank chooses the rank of --weights fitted; that of {self.weights} is given")
+            problems.append(f"--rank needs --weights fitted; the rank of {self.weights} is fixed")
         return problems
 
 
@@ -65,15 +66,12 @@ KINDS = (InferenceArguments, ExportArguments)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line, make the plain LoRA, measure it beside the mixture and write it.
+    """Read the command line, make the plain LoRA, compare it with the mixture and write it.
 
     Raises:
-        InputError: flags, adapter or rows are not as they have to be; nothing has been written then.
+        InputError: flags, adapter or rows cannot be used. Nothing has been written.
     """
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
-    output = Path(args.output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output {output} exists and is not an empty folder; move it away or choose another")
     trained = load_trained(inference)
     check_export(trained, args)
     path, rows = rows_of_type(trained, args.data, "validation_file", args)
@@ -87,8 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     name = f"{args.weights}, merged" if args.merge else args.weights
     print(f"{len(rows)} rows of {path}, each answer with its end token", *cost_lines(costs, name), sep="\n")
     with (
-        writing(f"{output} cannot be written", "once it can, run the same command again"),
-        atomic_folder(output) as folder,
+        writing(f"{args.output} cannot be written", "once it can, run the same command again"),
+        atomic_folder(Path(args.output)) as folder,
     ):
         if args.merge:
             base = trained.model.get_base_model()
@@ -102,25 +100,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_export(trained: TrainedModel, args: ExportArguments) -> None:
-    """Raises InputError where this model cannot be exported in the way that the flags ask for."""
+    """Raises InputError if this model cannot be exported as the flags ask for."""
     if not isinstance(trained.model, PeftModel):
-        raise InputError("this folder holds a complete model, not an adapter: it can be used as it is")
+        raise InputError("this folder holds a complete model, not an adapter: it does not need an export")
     config, base = trained.model.active_peft_config, trained.model.get_base_model()
     if config.modules_to_save:
         raise InputError(
-            f"this adapter has trained {', '.join(config.modules_to_save)} in full, which a LoRA of Linears cannot hold"
+            f"this adapter has trained {', '.join(config.modules_to_save)} in full, which a plain LoRA cannot contain"
         )
     if args.task_type is not None and not 0 <= args.task_type < config.num_task_types:
         raise InputError(f"--task_type is {args.task_type}; this adapter has 0 to {config.num_task_types - 1}")
     if args.rank and args.rank > config.r * config.lora_nums:
-        raise InputError(f"--rank is {args.rank}, but the adapter has rank {config.r * config.lora_nums} at most")
+        raise InputError(f"--rank is {args.rank}, but can be at most {config.r * config.lora_nums} for this adapter")
     if not args.merge:
         return
     for kind, linear in {type(layer.base_layer): layer.base_layer for _, layer in adapted(base)}.items():
         if not linear.weight.is_floating_point():
             raise InputError(
-                f"--merge adds to the weights of the base model, but these are quantised ({kind.__name__}): the sum "
-                "could not be kept. Merge into the unquantised base model (--load_in_kbits 16), or export the adapter"
+                f"--merge cannot add to quantised weights ({kind.__name__}): merge into the unquantised base model "
+                "(--load_in_kbits 16), or export the adapter"
             )
         if not is_plain_product(linear):
             raise InputError(
@@ -136,16 +134,16 @@ def adapted(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def rows_of_type(trained: TrainedModel, path: str | None, field: str, args: ExportArguments) -> tuple[str, Dataset]:
-    """The rows of a file, or those of `--task_type` among them.
+    """The path and the rows of a file; with `--task_type`, only the rows of that task type.
 
     Raises:
-        InputError: see `load_rows`; or there is no row of this type.
+        InputError: see `load_rows`; or there are no rows of this task type.
     """
     path, rows = load_rows(trained, path, field, args.data_cache_dir)
     if args.task_type is not None:
         rows = rows.select([index for index, kind in enumerate(rows["task_type"]) if kind == args.task_type])
         if not len(rows):
-            raise InputError(f"{path} has no row of task type {args.task_type}")
+            raise InputError(f"{path} does not have a row of task type {args.task_type}")
     return path, rows
 
 
@@ -157,7 +155,7 @@ def make_loras(trained: TrainedModel, args: ExportArguments, batch_size: int) ->
         weights_E = torch.full((num_experts,), 1 / num_experts)
         return {name: static_lora(module, weights_E) for name, module in experts.items()}
     _, rows = rows_of_type(trained, args.calibration_data, "dataset_dir", args)
-    # An adapted output layer has to see every token; any other would only take time.
+    # An adapted output layer has to see every token; otherwise its logits are not needed.
     logits_to_keep = 0 if isinstance(trained.model.get_base_model().get_output_embeddings(), LoraLayer) else 1
     with torch.no_grad(), Calibration(experts) as calibration:
         for batch in batches(trained, rows, batch_size, "calibrating"):
@@ -172,9 +170,9 @@ def make_loras(trained: TrainedModel, args: ExportArguments, batch_size: int) ->
 
 
 def add_static_adapter(model: PeftModel, loras: dict[str, LowRank]) -> LoraConfig:
-    """Put the plain LoRA onto the model beside the mixture, as adapter `static`; returns its configuration."""
+    """Add the plain LoRA to the model as adapter `static`; returns its configuration."""
     mixture = model.active_peft_config
-    # Where only some layers are adapted, whole names say which; other loaders understand them as well.
+    # If only some layers are adapted, complete names select them; other loaders also understand these.
     targets = sorted(loras) if mixture.layers_to_transform else mixture.target_modules
     rank = next(iter(loras.values()))[0].shape[0]
     config = LoraConfig(
@@ -206,7 +204,7 @@ def as_static(model: PeftModel):
 
 @contextmanager
 def as_merged(model: PeftModel, merged: dict[str, nn.Linear]):
-    """A context in which the base model is the whole model: merged Linears stand in place of the adapted ones."""
+    """A context in which the base model is the complete model: merged Linears replace the adapted ones."""
     base = model.get_base_model()
     layers = {name: base.get_submodule(name) for name in merged}
     with as_static(model):
@@ -219,12 +217,12 @@ def as_merged(model: PeftModel, merged: dict[str, nn.Linear]):
 
 @dataclass
 class Cost:
-    """Sums over the supervised tokens, and over the rows, that one model was measured on.
+    """The measurements of one model, summed over supervised tokens or rows.
 
     Args:
         nll: negative log-likelihood.
         kl: Kullback-Leibler divergence of the model's next-token distribution from the mixture's.
-        exact: rows whose answer is the likeliest token at every place.
+        exact: rows in which every token of the answer is the most likely one.
     """
 
     nll: float = 0.0
@@ -237,7 +235,7 @@ class Cost:
 def compare(
     model: PeftModel, data: Iterable[dict[str, Tensor]], other: Callable[[], AbstractContextManager]
 ) -> tuple[Cost, Cost]:
-    """Measure the mixture and, in the context `other`, what stands for it, on the same batches."""
+    """Measure the mixture and, in the context `other`, its replacement, on the same batches."""
     costs = Cost(), Cost()
     for batch in data:
         mixture_NV = None
@@ -256,7 +254,7 @@ def compare(
 
 
 def cost_lines(costs: tuple[Cost, Cost], name: str) -> list[str]:
-    """A small table, per token and per row."""
+    """The lines of a table of means per token or row."""
     lines = [f"{'':20}{'LM loss':>10}{'exact match':>16}{'KL to the mixture':>20}"]
     for label, cost in zip(("mixture", name), costs, strict=True):
         exact = f"{cost.exact} ({cost.exact / cost.rows:.1%})"
@@ -265,7 +263,7 @@ def cost_lines(costs: tuple[Cost, Cost], name: str) -> list[str]:
 
 
 def write_adapter(loras: dict[str, LowRank], config: LoraConfig, base_model: str, folder: Path) -> None:
-    """A LoRA adapter under the names and with the configuration of PyPI's `peft`."""
+    """Write a LoRA adapter with the tensor names and the configuration of PyPI's `peft`."""
     tensors = {}
     for name, (A_KI, B_OK) in loras.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A_KI

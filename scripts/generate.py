@@ -1,14 +1,14 @@
-"""Let a trained adapter answer: one prompt, a file of prompts, or a conversation.
+"""Answer with a trained adapter: one prompt, a file of prompts, or a conversation.
 
 Run as ``python -m scripts.generate --adapter DIR`` with ``--prompt``, ``--input`` and ``--output``, or ``--chat``, from
-the repository root. A prompt is put into the template that the adapter was trained with. Answers are greedy, and so
-always the same, unless a temperature is given.
+the repository root. Prompts are formatted with the template that the adapter was trained with. Answers are greedy, and
+so always the same, unless a temperature is given.
 """
 
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,43 +22,39 @@ from data.files import find_files, read_block, split_files
 from data.rows import MOST_PROBLEMS_SHOWN, refuse_rows, row_problem
 from inference.generation import DecodingArguments, batches_by_length, generate_answers
 from inference.trained import InferenceArguments, TrainedModel, load_trained
-from loading.command_line import flag, output_problem, parse_flags, run_verb
+from loading.command_line import flag, one_of, output_problem, parse_flags, range_problems, run_verb
+from loading.lock import locked
 from peft.saving import WEIGHTS_NAME
 from transformers_patch.auto import context_length
 
 COMMAND = "python -m scripts.generate"
-OUTPUT_KINDS = (".json", ".jsonl")
 
 
 @dataclass
 class GenerateArguments:
-    """What is answered, and where the answers go."""
+    """The prompts, and the place of the answers."""
 
     prompt: str | None = flag(None, "one prompt; the answer is printed")
-    input: str | None = flag(None, "file or folder of rows with instruction and, optionally, input")
+    input: str | None = flag(None, "file or folder of rows with an instruction and, optionally, an input")
     output: str | None = flag(
         None, "file for the rows with their answers, .json or .jsonl; rerunning an interrupted command resumes it"
     )
-    chat: bool = flag(False, "a conversation on the terminal")
-    template: str | None = flag(None, f"prompt template, {', '.join(TEMPLATES)}; by default the run's")
-    compare_base: bool = flag(False, "show the base model's answer, too")
+    chat: bool = flag(False, "have a conversation on the terminal")
+    template: str | None = flag(None, f"prompt template: {', '.join(TEMPLATES)}; by default the run's")
+    compare_base: bool = flag(False, "also show the base model's answer")
 
-    def problems(self) -> list[str]:
-        problems = []
+    def problems(self) -> list[str | None]:
+        problems = [
+            encoding_problem("--prompt", self.prompt),
+            output_problem(self.output, [self.input], endings=(".json", ".jsonl")),
+            *range_problems(self, [one_of(TEMPLATES, "template")]),
+        ]
         if sum((self.prompt is not None, self.input is not None, self.chat)) != 1:
-            problems.append("exactly one of --prompt, --input and --chat has to be given")
+            problems.append("give exactly one of --prompt, --input and --chat")
         if (self.input is None) != (self.output is None):
             problems.append("--input and --output belong together")
-        if problem := encoding_problem("--prompt", self.prompt):
-            problems.append(problem)
-        if problem := output_problem(self.output, [self.input]):
-            problems.append(problem)
-        if self.output and Path(self.output).suffix not in OUTPUT_KINDS:
-            problems.append(f"--output {self.output}: the name has to end in {' or '.join(OUTPUT_KINDS)}")
         if self.chat and self.compare_base:
-            problems.append("--chat and --compare_base: a conversation has one thread; compare with --prompt")
-        if self.template not in (None, *TEMPLATES):
-            problems.append(f"--template is {self.template!r}; allowed are {', '.join(TEMPLATES)}")
+            problems.append("--chat cannot show two answers; use --prompt with --compare_base")
         return problems
 
 
@@ -66,12 +62,12 @@ KINDS = (InferenceArguments, DecodingArguments, GenerateArguments)
 
 
 class Answerer:
-    """A trained model with everything that decides its answers.
+    """A trained model with all settings of its answers.
 
     Args:
         trained: the model.
-        decoding: how answers are drawn.
-        args: template, and whether the base model answers as well.
+        decoding: flags of decoding.
+        args: the template, and if the base model also answers.
     """
 
     def __init__(self, trained: TrainedModel, decoding: DecodingArguments, args: GenerateArguments):
@@ -80,7 +76,7 @@ class Answerer:
         self.settings: GenerationConfig = decoding.settings(
             trained.tokenizer.pad_token_id, trained.end_tokens(self.template)
         )
-        self.voices = {"generated": nullcontext}
+        self.voices: dict[str, Callable[[], AbstractContextManager]] = {"generated": nullcontext}
         if args.compare_base:
             self.voices["generated_by_base"] = trained.as_base
 
@@ -88,21 +84,23 @@ class Answerer:
         """Token ids of a prompt.
 
         Raises:
-            InputError: it leaves no room for an answer in the model's context.
+            InputError: it is too long for an answer to fit into the model's context.
         """
         ids = encode_prompt(self.tokenizer, self.template, instruction, context)
         if not self.has_room(ids):
-            most = context_length(self.trained.model) - 1
-            raise InputError(f"a prompt has {len(ids)} tokens, the model reads {most}: {instruction[:60]!r}...")
+            most = context_length(self.trained.model) - 1  # type: ignore[operator]
+            raise InputError(
+                f"a prompt has {len(ids)} tokens, but the model reads at most {most}: {instruction[:60]!r}..."
+            )
         return ids
 
     def has_room(self, prompt: list[int], answer: int = 1) -> bool:
-        """Whether a prompt leaves room for an answer of so many tokens in the model's context."""
+        """True if a prompt and an answer of this many tokens fit into the model's context."""
         context = context_length(self.trained.model)
         return context is None or len(prompt) + answer <= context
 
     def answers(self, prompts: list[list[int]], offset: int = 0) -> list[dict[str, str]]:
-        """For each prompt, the answer by the field of the output that it belongs into."""
+        """For each prompt, the answers by their field in the output."""
         texts = {}
         for field, voice in self.voices.items():
             torch.manual_seed(self.seed + offset)
@@ -116,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line and answer.
 
     Raises:
-        InputError: flags, rows, adapter or output file are not as they have to be.
+        InputError: flags, rows, adapter or output file cannot be used.
     """
     inference, decoding, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     rows = load_prompts(args.input) if args.input else []
@@ -129,17 +127,20 @@ def main(argv: list[str] | None = None) -> None:
         print(*answer_lines(answer), sep="\n")
     else:
         settings = answer_settings(inference, answerer)
-        answer_rows(answerer, rows, AnswerFile(args.output, rows, settings), inference.batch_size)
+        in_use = f"--output {args.output} is being written by another process; wait for its end, or choose another"
+        with locked(Path(args.output), in_use):
+            answer_rows(answerer, rows, AnswerFile(args.output, rows, settings), inference.batch_size)
         print(f"{len(rows)} answers are in {args.output}")
 
 
 def load_prompts(path: str) -> list[dict]:
-    """The rows of a file or folder, as they are; only instruction and input have to be right, the rest to be JSON.
+    """The unchanged rows of a file or folder; only instruction and input are checked, the rest has to be JSON.
 
     Raises:
-        InputError: a file or row is bad, or there is no row.
+        InputError: a file or row is invalid, or there are no rows.
     """
-    rows, problems = [], []
+    rows: list[dict] = []
+    problems: list[str] = []
     for block in split_files(find_files(path)):
         for number, row in read_block(block):
             if problem := prompt_problem(row) or unwritable_field(row):
@@ -148,12 +149,12 @@ def load_prompts(path: str) -> list[dict]:
         refuse_rows(problems, at_least=MOST_PROBLEMS_SHOWN + 1)
     refuse_rows(problems)
     if not rows:
-        raise InputError(f"{path}: there is no row")
+        raise InputError(f"{path} does not contain any rows")
     return rows
 
 
 def prompt_problem(row: object) -> str | None:
-    """What is wrong with a row as a prompt, or None; fields that only training and evaluation read may be anything."""
+    """The reason why a row is not a prompt, or None; fields that only training and evaluation read are ignored."""
     if isinstance(row, dict) and row.get("instruction") is None:
         return f"has no 'instruction'; its fields are {', '.join(map(repr, row)) or 'none'}"
     unread = {"output": "any", "task_type": 0, "task": "any", "aliases": ["any"]}
@@ -161,9 +162,9 @@ def prompt_problem(row: object) -> str | None:
 
 
 def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
-    """What answers depend on, besides the rows: a half-written file with other values is not resumed."""
-    # batch_size is left out, though padding moves answers within rounding and draws with a temperature follow it: it is
-    # what a user has to lower in order to go on after memory ran out.
+    """Everything that answers depend on except the rows: an incomplete file with other values is not resumed."""
+    # Not batch_size, although padding changes answers within rounding, and sampling depends on it: a user has to lower
+    # it to continue after memory ran out.
     weights = Path(inference.adapter) / WEIGHTS_NAME
     decoding = answerer.settings.to_diff_dict()
     return {
@@ -179,12 +180,12 @@ def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
 
 
 def answer_rows(answerer: Answerer, rows: list[dict], file: AnswerFile, batch_size: int) -> None:
-    """Answer the rows that have no answer yet, batch by batch, and put the file in its place."""
+    """Answer the rows that do not have an answer yet, batch by batch, and complete the file."""
     prompts = [answerer.encode(row["instruction"], row.get("input") or "") for row in rows]
     batches = batches_by_length([len(prompt) for prompt in prompts], batch_size)
     with tqdm(total=len(rows), desc="answers", unit="row") as bar:
         for batch in batches:
-            # A batch is done again as a whole where a row is missing, so that what is drawn does not depend on it.
+            # If any row of a batch is missing, all of it is answered again, so that sampling does not depend on it.
             if not file.answers.keys() >= set(batch):
                 answers = answerer.answers([prompts[index] for index in batch], offset=batch[0])
                 file.append(dict(zip(batch, answers, strict=True)))
@@ -193,10 +194,10 @@ def answer_rows(answerer: Answerer, rows: list[dict], file: AnswerFile, batch_si
 
 
 def chat(answerer: Answerer) -> None:
-    """A conversation: each answer appears as it is made. It ends with /exit or the end of the input."""
+    """Hold a conversation, with each answer shown while it is generated, until /exit or the end of the input."""
     tokenizer, model = answerer.tokenizer, answerer.trained.model
     keeps = answerer.template == "chat"
-    memory = "/reset forgets the conversation, " if keeps else "each line stands alone (template plain), "
+    memory = "/reset forgets the conversation, " if keeps else "each line is a separate prompt (template plain), "
     print(f"Type a message; {memory}/exit ends.")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     turns: list[dict[str, str]] = []
@@ -216,20 +217,20 @@ def chat(answerer: Answerer) -> None:
 
 
 def answer_lines(answer: dict[str, str]) -> list[str]:
-    """One answer alone, or both under their names."""
+    """The lines of one answer, or of both with headings."""
     if len(answer) == 1:
         return list(answer.values())
     return ["--- base", answer["generated_by_base"], "--- adapter", answer["generated"]]
 
 
 def _conversation(answerer: Answerer, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
-    """The conversation without its oldest exchanges, where it has outgrown the model's context, and its token ids.
+    """The conversation and its token ids. Its oldest exchanges are dropped as far as the model's context requires it.
 
     Raises:
-        InputError: the last turn alone leaves no room for an answer.
+        InputError: the last turn alone is too long.
     """
     wanted = answerer.settings.max_new_tokens
-    # An answer may be allowed more than the whole context: half of it is left to the conversation.
+    # The maximum length of an answer may exceed the context: half of the context is kept for the conversation.
     room = min(wanted, (context_length(answerer.trained.model) or 2 * wanted) // 2)
     while len(turns) > 1:
         ids = encode_turns(answerer.tokenizer, answerer.template, turns)
@@ -242,7 +243,7 @@ def _conversation(answerer: Answerer, turns: list[dict[str, str]]) -> tuple[list
 def _typed_lines() -> Iterator[str]:
     prompt = "> " if sys.stdin.isatty() else ""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # one bad byte is one bad line, not the end
+        sys.stdin.reconfigure(errors="surrogateescape")  # an invalid byte is an error of its line only
     while True:
         try:
             line = input(prompt).strip()

@@ -128,6 +128,7 @@ def train(args: argparse.Namespace, flags: list[str], launcher: list[str]) -> in
         stdout=log.stdin,
         stderr=subprocess.STDOUT,
     )
+    assert log.stdin is not None
     log.stdin.close()
     stopped = wait(trainer, stopper(trainer, by_torchrun=bool(launcher)))
     with contextlib.suppress(subprocess.TimeoutExpired):  # a process that outlives the trainer may keep the pipe open

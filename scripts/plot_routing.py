@@ -1,4 +1,4 @@
-"""Show where an adapter's routers send which rows: `routing.json` and its picture `routing.png`.
+"""Show which experts an adapter's routers choose for which rows: `routing.json` and its picture `routing.png`.
 
 Run as ``python -m scripts.plot_routing --adapter DIR`` from the repository root. docs/ROUTING.md describes both files.
 """
@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from data import InputError, encode_prompt, encoding_problem
-from data.errors import reading
+from data.errors import reading, writing
 from inference.routing import Routing, routing_lines, routing_summary, training_curves
 from inference.routing_plot import write_routing
 from inference.rows import batches, load_rows
@@ -28,26 +28,23 @@ COMMAND = "python -m scripts.plot_routing"
 
 @dataclass
 class PlotArguments:
-    """What is routed, and where the result goes."""
+    """The rows to route, and the place of the result."""
 
-    data: str | None = flag(None, "rows to route, file or folder; by default the run's own validation file")
-    prompt: str | None = flag(None, "text whose tokens are shown one by one")
+    data: str | None = flag(None, "rows to route, file or folder; by default the run's validation file")
+    prompt: str | None = flag(None, "text whose routing is shown token by token")
     runs: list[str] = field(
         default_factory=list,
-        metadata={"help": "run folders whose routing over the training steps is shown; by default the adapter's own"},
+        metadata={"help": "run folders whose routing during training is shown; by default the adapter's"},
     )
     output: str | None = flag(None, "folder for routing.json and routing.png; by default the adapter's")
-    data_cache_dir: str = flag(".cache/data", "folder of encoded data sets, keyed by content")
+    data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
 
-    def problems(self) -> list[str]:
-        problems = []
-        if self.prompt is not None and not self.prompt.strip():
-            problems.append("--prompt is empty")
-        if self.output and (problem := output_problem(Path(self.output) / "routing.json", [self.data])):
-            problems.append(problem)
-        if problem := encoding_problem("--prompt", self.prompt):
-            problems.append(problem)
-        return problems
+    def problems(self) -> list[str | None]:
+        return [
+            "--prompt is empty" if self.prompt is not None and not self.prompt.strip() else None,
+            output_problem(Path(self.output) / "routing.json", [self.data]) if self.output else None,
+            encoding_problem("--prompt", self.prompt),
+        ]
 
 
 KINDS = (InferenceArguments, PlotArguments)
@@ -57,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line, route the rows, write both files and print the shares of the groups.
 
     Raises:
-        InputError: flags, adapter, rows or run folders are not as they have to be.
+        InputError: flags, adapter, rows or run folders cannot be used.
     """
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     with reading(Path(inference.adapter)):
@@ -65,21 +62,19 @@ def main(argv: list[str] | None = None) -> None:
         curves = read_curves(args.runs or own)
     trained = load_trained(inference)
     if not args.output and not Path(inference.adapter).is_dir():
-        raise InputError(f"{inference.adapter} is on the hub: name a folder for both files with --output")
+        raise InputError(f"{inference.adapter} is on the hub: give a folder for the files with --output")
     if not isinstance(trained.model, PeftModel) or trained.model.active_peft_config.lora_nums == 1:
-        print(f"{inference.adapter} has no router, so there is no routing to plot")
+        print(f"{inference.adapter} does not have a router, so there is nothing to plot")
         return
     path, rows = load_rows(trained, args.data, "validation_file", args.data_cache_dir)
     folder = Path(args.output or inference.adapter)
-    refuse(list(filter(None, [output_problem(folder / "routing.json", [path])])))
+    refuse([output_problem(folder / "routing.json", [path])])
     of_prompt = {"prompt": route_prompt(trained, args.prompt)} if args.prompt else {}
     routing = route(trained, rows, inference.batch_size)
     summary = routing_summary(routing, trained.model.active_peft_config) | {"training": curves} | of_prompt
-    try:
+    with writing(f"--output {folder} cannot be written", "choose another folder, or make this one writable"):
         folder.mkdir(parents=True, exist_ok=True)
         write_routing(folder, summary)
-    except OSError as error:
-        raise InputError(f"--output {folder} cannot be written: {error.strerror}") from error
     print(f"{len(rows)} rows of {path}", *routing_lines(routing, trained.model.active_peft_config), sep="\n")
     print(
         f"relative entropy {summary['entropy']:.3f}, coefficient of variation {summary['coefficient_of_variation']:.3f}"
@@ -88,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def route(trained: TrainedModel, rows: Dataset, batch_size: int) -> Routing:
-    """Where the routers send the rows."""
+    """The routing of the rows."""
     shares: list[torch.Tensor] = []
     for batch in batches(trained, rows, batch_size, "routing"):
         mask_BT = batch["attention_mask"]
@@ -101,7 +96,7 @@ def route(trained: TrainedModel, rows: Dataset, batch_size: int) -> Routing:
 
 
 def route_prompt(trained: TrainedModel, text: str) -> dict:
-    """The tokens of one prompt and the mean weight of every expert for each, over all adapted Linears.
+    """The tokens of one prompt and, for each, the mean weight of every expert over all adapted Linears.
 
     Raises:
         InputError: the prompt is longer than the model's table of positions.
@@ -117,10 +112,10 @@ def route_prompt(trained: TrainedModel, text: str) -> dict:
 
 
 def read_curves(runs: list[str]) -> dict[str, dict]:
-    """Evenness of the routing over the steps of several runs or checkpoints, from what they have logged.
+    """Evenness of the routing over the steps of several runs or checkpoints, from their logs.
 
     Raises:
-        InputError: a folder is not that of a run, or a file of it is damaged.
+        InputError: a folder does not belong to a run, or one of its files is damaged.
     """
     curves: dict[str, dict] = {}
     names = [Path(folder).name for folder in runs]
@@ -128,7 +123,7 @@ def read_curves(runs: list[str]) -> dict[str, dict]:
         config = read_run_config(folder)
         found = {STATE_NAME: (folder / STATE_NAME).is_file(), RUN_CONFIG_NAME: config}
         if missing := [name for name, there in found.items() if not there]:
-            raise InputError(f"{folder} is not a run folder: it has no {' and no '.join(missing)}")
+            raise InputError(f"{folder} is not a run folder: it does not have {' and '.join(missing)}")
         try:
             log = json.loads((folder / STATE_NAME).read_text())["log_history"]
             label = folder.name if names.count(folder.name) == 1 else str(folder)

@@ -85,7 +85,7 @@ class PrepareArguments:
 
     @property
     def rows(self) -> int:
-        number, unit = re.fullmatch(r"(\d+)(\D?)", self.size).groups()
+        number, unit = re.findall(r"(\d+)(\D?)", self.size)[0]
         return int(number) * UNITS[unit.lower()]
 
     @property
@@ -257,7 +257,7 @@ def write_training(
             bar.set_description(task)
             wanted = args.rows - rows_so_far(counts)
             wanted = round(args.rows * args.knowledge_share) if task == CLOSED_BOOK else wanted // (len(tasks) - place)
-            found = {source: Counter() for source in opened if source.task == task}
+            found: dict[Source, Counter[str]] = {source: Counter() for source in opened if source.task == task}
             seen: set[int] = set()
             streams = [new_rows(source, opened[source], asked, seen, args.max_words, found[source]) for source in found]
             write_rows(training_file(partial, task), counting(bar, islice(in_turn(streams), wanted)))

@@ -80,15 +80,15 @@ def explain_failure(program: str, output: list[str]) -> str:
     return f"{program} failed: {reason}."
 
 
-def run(program: str, command: list[str | Path], lock: int, variables: dict[str, str]) -> None:
+def run(program: str, command: list, lock: int, variables: dict[str, str]) -> None:
     """Run a command with its output on stderr; raises SystemExit with the reason if it fails.
 
     The command inherits the lock: if it outlives this process, other set-ups still wait for it.
     """
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "pass_fds": [lock]}
-    with subprocess.Popen(command, text=True, errors="replace", env=variables | os.environ, **pipes) as process:
+    options: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, errors="replace", env=variables | os.environ, pass_fds=[lock], **options) as process:
         output = []
-        for line in process.stdout:
+        for line in process.stdout or ():
             print(line, end="", file=sys.stderr, flush=True)
             output.append(line)
     if process.returncode:
@@ -98,7 +98,7 @@ def run(program: str, command: list[str | Path], lock: int, variables: dict[str,
 def make_environment(lock: int) -> None:
     """Make ``.venv`` with pip in it, unless one is there that works."""
     # Without its pyvenv.cfg, .venv/bin/python is the system's Python, into which nothing must be installed.
-    probe = [PYTHON, "-c", "import sys, pip; sys.exit(sys.prefix == sys.base_prefix)"]
+    probe: list = [PYTHON, "-c", "import sys, pip; sys.exit(sys.prefix == sys.base_prefix)"]
     if os.access(PYTHON, os.X_OK) and subprocess.run(probe, capture_output=True).returncode == 0:
         return
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
@@ -132,7 +132,7 @@ def install(lock: int) -> None:
         if not (folder / "INSTALLER").exists():  # Written last: without it, an installation was cut short.
             shutil.rmtree(folder)
     locked_uv = ENVIRONMENT / "uv.lock"
-    locked_uv.write_text(re.search(r"^uv==.*(\n .*)*", LOCKED.read_text(encoding="utf-8"), re.MULTILINE)[0])
+    locked_uv.write_text(re.findall(r"^uv==.*(?:\n .*)*", LOCKED.read_text(encoding="utf-8"), re.MULTILINE)[0])
     # --no-user: a user's pip setting to install into the home folder makes pip refuse to work in a .venv.
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--no-input", "--no-user", "--no-deps", "--require-hashes"]
     run("pip", [*pip, "--requirement", locked_uv], lock, PIP_ENVIRONMENT)

@@ -119,7 +119,7 @@ def test_named_task_types_unequal_groups_and_top_k(runner, capsys):
         row | {"task_type": kind} for row, kind in zip(example_rows(5), (0, "code", "code", 1, None), strict=True)
     ]
     run.flags["validation_file"].write_text(json.dumps(held_out))
-    run(task_types=",".join(names), expert_groups="1,2,1", lora_top_k=2)
+    run(task_type_names=",".join(names), expert_groups="1,2,1", lora_top_k=2)
     config = LoraConfig.from_pretrained(run.output)
     assert (config.num_task_types, config.task_type_names) == (3, list(names))
     assert (config.expert_groups, config.lora_top_k) == ([1, 2, 1], 2)
@@ -134,8 +134,8 @@ def test_named_task_types_unequal_groups_and_top_k(runner, capsys):
 PROBLEMS = {
     "groups": ({"expert_groups": "1,2"}, r"--expert_groups is \[1, 2\], but has to be 2 whole numbers of at least 1"),
     "no numbers": ({"expert_groups": "one,3"}, r"--expert_groups is 'one,3', but has to be whole numbers separated by"),
-    "names": ({"task_types": "a,a"}, r"--task_types is \['a', 'a'\], but has to be 2 different names"),
-    "names and number": ({"task_types": "a,b", "num_task_types": 4}, r"--task_types is .* has to be 4 different names"),
+    "names": ({"task_types": "a,a"}, r"--task_type_names is \['a', 'a'\], but has to be 2 different names"),
+    "names and number": ({"task_types": "a,b", "num_task_types": 4}, r"--task_type_names is .* 4 different names"),
     "top 1": ({"lora_top_k": 1}, r"--lora_top_k is 1, but has to be from 2 to --lora_nums, 4"),
     "expression": ({"trainable": "(q"}, r"--trainable '\(q' is no regular expression"),
     "unknown type": ({"task_types": "a,b"}, r"'task_type' is \"c\", but has to be one of a, b, or 0 or 1"),

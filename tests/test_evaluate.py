@@ -143,7 +143,7 @@ def test_every_metric_by_group_for_adapter_and_base(run, labelled_file):
         assert perplexity == pytest.approx(math.exp(loss))
         assert groups["all"]["accuracy"] == groups["by_task"]["parity"]["accuracy"]
     assert found["results"]["adapter"] != found["results"]["base"]
-    for text in ("17 rows", "adapter", "base", "task parity", "task type 1", "everything is in"):
+    for text in ("17 rows", "adapter", "base", "task parity", "task type 1", "all results are in"):
         assert text in printed
 
 
@@ -322,7 +322,7 @@ def test_the_harness_takes_an_adapter_on_tied_embeddings(settings):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--metrics", "rouge"), "--metrics rouge: there is no such metric; there are lm_loss"),
+        (("--metrics", "rouge"), "--metrics rouge is not a metric; allowed are lm_loss"),
         (("--lm_eval", "tiny_dta"), "has no such task; did you mean .*tiny_data"),
         ((), "there is nothing to measure on"),
         (("--data", "nowhere.json"), "no such file or folder"),
@@ -334,7 +334,7 @@ def test_mistakes_are_named(run, flags, message):
         run(*flags)
 
 
-def test_labels_that_do_not_fit_behind_every_prompt_are_refused_before_anything_is_measured(
+def test_labels_that_do_not_fit_after_every_prompt_are_refused_before_anything_is_measured(
     run, gpt2_dir, tmp_path, monkeypatch
 ):
     rows = [
@@ -344,12 +344,12 @@ def test_labels_that_do_not_fit_behind_every_prompt_are_refused_before_anything_
     flags = "--data", tmp_path / "rows.json", "--template", "plain", "--metrics"
     run(*flags, "lm_loss", adapter=gpt2_dir)
     monkeypatch.setattr("inference.evaluation.score_answers", None)
-    with pytest.raises(InputError, match=r"makes 82 tokens, but .* \(gpt2\) has 64 positions; .* out of --metrics"):
+    with pytest.raises(InputError, match=r"makes 82 tokens, but .* \(gpt2\) has 64 positions; .* from --metrics"):
         run(*flags, "lm_loss", "accuracy", adapter=gpt2_dir)
 
 
 def test_bad_rows_and_label_tasks_that_do_not_exist(run, data_file, tmp_path):
-    with pytest.raises(InputError, match="has no row of such a task"):
+    with pytest.raises(InputError, match="does not have a row of this task"):
         run("--data", data_file, "--label_tasks", "parity")
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{**ROWS[0], "aliases": "one"}, {**ROWS[1], "aliases": [1]}]))
@@ -358,7 +358,7 @@ def test_bad_rows_and_label_tasks_that_do_not_exist(run, data_file, tmp_path):
     assert "row 2: 'aliases' is [1]" in str(caught.value)
 
 
-def test_a_whole_model_is_measured_but_not_its_base(run, model_dir, data_file):
+def test_a_complete_model_is_measured_but_not_its_base(run, model_dir, data_file):
     _, report = run("--data", data_file, "--metrics", "lm_loss", adapter=model_dir)
     assert report["data"][0]["results"]["adapter"]["all"]["lm_loss"]["value"] > 0
     with pytest.raises(InputError, match="holds a complete model"):

@@ -1,4 +1,4 @@
-"""Mixtures exported as plain LoRAs and whole models, against the mixture and against what other programs load."""
+"""Mixtures exported as plain LoRAs and complete models, against the mixture and against what other programs load."""
 
 import json
 import shutil
@@ -228,8 +228,8 @@ def test_a_plain_lora_is_exported_as_it_is(export, adapter_dir, model_dir):
 def test_a_plain_lora_is_fitted_to_the_rank_that_is_asked_for(export, adapter_dir, model_dir):
     model = filled_model(lora_nums=1, base_model_name_or_path=str(model_dir))
     model.save_pretrained(adapter_dir)
-    whole = with_adapter_file(model_dir, export(rank=2)[0])
-    torch.testing.assert_close(logits(whole), logits(model), rtol=1e-5, atol=1e-5)
+    complete = with_adapter_file(model_dir, export(rank=2)[0])
+    torch.testing.assert_close(logits(complete), logits(model), rtol=1e-5, atol=1e-5)
     folder, _ = export(rank=1)
     config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / WEIGHTS)
     assert (config["r"], config["lora_alpha"]) == (1, 2)
@@ -242,15 +242,15 @@ def test_a_quantised_base_exports_an_adapter_but_cannot_be_merged_into(export, a
         task_type="CAUSAL_LM", r=2, lora_nums=2, blc_weight=0.0, base_model_name_or_path=str(quantisable_dir)
     )
     fill_adapter(get_peft_model(base, config)).save_pretrained(adapter_dir)
-    assert "quantised (Linear4bit)" in refusal(export, "--merge", load_in_kbits=4)
+    assert "quantised weights (Linear4bit)" in refusal(export, "--merge", load_in_kbits=4)
     _, shown = export(load_in_kbits=4)
     assert "saved a LoRA of rank 4" in shown
 
 
 REFUSED = {
-    "--rank is 9, but the adapter has rank 8": {"rank": 9},
+    "--rank is 9, but can be at most 8 for this adapter": {"rank": 9},
     "--rank is 0": {"rank": 0},
-    "--rank chooses the rank of --weights fitted": {"rank": 2, "weights": "uniform"},
+    "--rank needs --weights fitted": {"rank": 2, "weights": "uniform"},
     "--task_type is 2; this adapter has 0 to 1": {"task_type": 2},
     "names a validation_file": {"data": None},
     "names a dataset_dir": {"calibration_data": None},

@@ -1,4 +1,4 @@
-"""Every flag that `train.py` has from transformers works, is refused ahead, or does nothing for a stated reason."""
+"""Every flag that `train.py` has from transformers works, is refused, or has no effect for a stated reason."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 import train
 from data import InputError
-from loading.arguments import DataArguments, ModelArguments, RunArguments
+from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from loading.base_model import quantization
 from loading.optimization import EVALUATED, OPTIMIZERS
 from training import checkpoint
@@ -55,8 +55,8 @@ WITHOUT_A_TRACE = (
 # The ones among them that do nothing here.
 HARMLESS = {
     "do_train": "train.py trains",
-    "do_eval": "a run is evaluated where it has a validation_file",
-    "eval_on_start": "it is, where it has a validation_file",
+    "do_eval": "a run is evaluated if it has a validation_file",
+    "eval_on_start": "it is, if it has a validation_file",
     "prediction_loss_only": "an evaluation returns likelihoods and routing shares, no logits",
     "include_for_metrics": "the measures need neither inputs nor the loss of a batch",
     "label_names": "the Trainer of this project knows which columns are labels",
@@ -100,13 +100,13 @@ REFUSED = [
     ({"average_tokens_across_devices": "false"}, "--average_tokens_across_devices false ties"),
     ({"fsdp": "full_shard"}, "--fsdp is not supported"),
     ({"fsdp_config": "x.json"}, "--fsdp_config: FSDP is not supported"),
-    ({"remove_unused_columns": "true"}, "--remove_unused_columns would take away"),
+    ({"remove_unused_columns": "true"}, "--remove_unused_columns would remove columns"),
     ({"eval_do_concat_batches": "false"}, "--eval_do_concat_batches false is not supported"),
     ({"batch_eval_metrics": "true"}, "--batch_eval_metrics is not supported"),
     ({"use_liger_kernel": "true"}, "--use_liger_kernel replaces"),
     ({"liger_kernel_config": "{}"}, "--liger_kernel_config"),
     ({"train_sampling_strategy": "x"}, "--train_sampling_strategy has to be one of"),
-    ({"resume_from_checkpoint": "x"}, "a run resumes by itself"),
+    ({"resume_from_checkpoint": "x"}, "from its last checkpoint by itself"),
     ({"hub_strategy": "every_save"}, "--hub_strategy: --push_to_hub uploads"),
     ({"auto_find_batch_size": "true"}, "--auto_find_batch_size would make"),
     ({"torch_compile": "true"}, "--torch_compile is not supported"),
@@ -114,7 +114,7 @@ REFUSED = [
     ({"torch_compile_mode": "default"}, "--torch_compile is not supported"),
     ({"bf16_full_eval": "true"}, "--bf16_full_eval would round"),
     ({"fp16_full_eval": "true"}, "--fp16_full_eval would round"),
-    ({"do_predict": "true"}, "--do_predict: python -m scripts.generate"),
+    ({"do_predict": "true"}, "--do_predict: use python -m scripts.generate"),
     ({"do_eval": "true", "validation_file": None}, "--do_eval needs a --validation_file"),
     ({"eval_on_start": "true", "validation_file": None}, "--eval_on_start needs a --validation_file"),
     ({"eval_strategy": "epoch", "validation_file": None}, "--eval_strategy epoch needs a --validation_file"),
@@ -122,41 +122,41 @@ REFUSED = [
     ({"load_best_model_at_end": "true"}, "--load_best_model_at_end needs an --eval_strategy"),
     ({"load_best_model_at_end": "true", "eval_strategy": "epoch"}, "save and eval strategy to match"),
     ({"metric_for_best_model": "eval_runtime"}, "--metric_for_best_model has to be one of loss, lm_loss, perplexity"),
-    ({"greater_is_better": "true"}, "every measure here is better the lower it is"),
+    ({"greater_is_better": "true"}, "lower is better for every measurement"),
     ({"save_on_each_node": "true"}, "--save_on_each_node: all nodes share"),
-    ({"enable_jit_checkpoint": "true"}, "--enable_jit_checkpoint: on SIGTERM"),
+    ({"enable_jit_checkpoint": "true"}, "--enable_jit_checkpoint: a run saves a checkpoint on SIGTERM"),
     ({"ignore_data_skip": "true"}, "--ignore_data_skip would make"),
-    ({"restore_callback_states_from_checkpoint": "true"}, "--restore_callback_states_from_checkpoint: a run"),
+    ({"restore_callback_states_from_checkpoint": "true"}, "--restore_callback_states_from_checkpoint: a resumed"),
     ({"accelerator_config": '{"split_batches": true}'}, "--accelerator_config is not supported"),
     ({"parallelism_config": "{}"}, "--parallelism_config"),
-    ({"dataloader_in_order": "false"}, "--dataloader_in_order false would leave"),
+    ({"dataloader_in_order": "false"}, "--dataloader_in_order false would make"),
     ({"dataloader_multiprocessing_context": "x"}, "argument --dataloader_multiprocessing_context"),
     ({"dataloader_multiprocessing_context": "fork"}, "--dataloader_multiprocessing_context needs --dataloader_num_w"),
     ({"dataloader_persistent_workers": "true"}, "--dataloader_persistent_workers needs --dataloader_num_workers"),
     ({"dataloader_prefetch_factor": 2}, "--dataloader_prefetch_factor can only be set"),
-    ({"length_column_name": "task"}, "--length_column_name: rows have no other"),
+    ({"length_column_name": "task"}, "--length_column_name: the length of a row"),
     ({"eval_use_gather_object": "true"}, "--eval_use_gather_object is not supported"),
     ({"activation_checkpointing": "false", "gradient_checkpointing": "true"}, "contradict each other"),
-    ({"debug": "tpu_metrics_debug"}, "--debug: the only supported value is underflow_overflow"),
+    ({"debug": "tpu_metrics_debug"}, "--debug supports only underflow_overflow"),
     ({"report_to": "wandb"}, "--report_to wandb is not installed here"),
     ({"log_level": "x"}, "argument --log_level"),
     ({"log_level_replica": "x"}, "argument --log_level_replica"),
     ({"include_num_input_tokens_seen": "x"}, "argument --include_num_input_tokens_seen"),
     ({"ddp_backend": "x"}, "argument --ddp_backend"),
     ({"deepspeed": "none.json"}, "--deepspeed none.json: no such file"),
-    ({"fp16": "true"}, "--fp16 does nothing on a CPU"),
+    ({"fp16": "true"}, "--fp16 has no effect on a CPU"),
     ({"tf32": "true"}, "--tf32 needs a GPU"),
-    ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, "re-entrant checkpointing cuts"),
-    ({"activation_checkpointing_kwargs": '{"preserve_rng_state": false}'}, "may be .*use_reentrant.* alone"),
-    ({"gradient_checkpointing_kwargs": "x"}, "--gradient_checkpointing_kwargs may be"),
-    ({"optim": "galore_adamw"}, "--optim galore_adamw is not supported; there are adamw_torch,"),
+    ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, "re-entrant checkpointing detaches"),
+    ({"activation_checkpointing_kwargs": '{"preserve_rng_state": false}'}, "can only be .*use_reentrant"),
+    ({"gradient_checkpointing_kwargs": "x"}, "--gradient_checkpointing_kwargs can only be"),
+    ({"optim": "galore_adamw"}, "--optim galore_adamw is not supported; supported are adamw_torch,"),
     ({"optim": "lomo"}, "--optim lomo is not supported"),
     ({"optim": "x"}, "argument --optim"),
-    ({"optim_args": "momentum=0.9"}, "--optim_args is 'momentum=0.9', but --optim adamw_torch_fused reads none"),
+    ({"optim_args": "momentum=0.9"}, "--optim_args is 'momentum=0.9', but --optim adamw_torch_fused does not read any"),
     ({"optim_args": "momentum", "optim": "sgd"}, "--optim sgd reads momentum=VALUE, dampening=VALUE, nesterov=VALUE"),
     ({"optim_args": "momentum=x", "optim": "sgd"}, "--optim sgd cannot be used: could not convert"),
-    ({"optim_target_modules": "all-linear"}, "--optim_target_modules: no supported --optim reads it"),
-    ({"lr_scheduler_type": "x"}, "--lr_scheduler_type is 'x'; there are linear, cosine"),
+    ({"optim_target_modules": "all-linear"}, "--optim_target_modules is not used by any supported"),
+    ({"lr_scheduler_type": "x"}, "--lr_scheduler_type is 'x'; allowed are linear, cosine"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr cannot .* min_lr_rate"),
     ({"lr_scheduler_type": "warmup_stable_decay"}, "cannot be used .*num_decay_steps"),
     ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch", "learning_rate": 1e-4}, "greedy needs a min_lr"),
@@ -164,7 +164,7 @@ REFUSED = [
     ({"lr_scheduler_kwargs": '{"min_lr": 1}', "lr_scheduler_type": "cosine_with_min_lr"}, "gives rates outside 0 to"),
     ({"lr_scheduler_kwargs": "x"}, "--lr_scheduler_kwargs is 'x', but has to be a JSON object"),
     ({"lr_scheduler_kwargs": '{"x": 1}'}, r"--lr_scheduler_kwargs {\"x\": 1}: .*unexpected keyword"),
-    ({"lr_scheduler_kwargs": '{"x": 1}', "lr_scheduler_type": "constant"}, "--lr_scheduler_type constant reads none"),
+    ({"lr_scheduler_kwargs": '{"x": 1}', "lr_scheduler_type": "constant"}, "_type constant does not read any"),
     ({"lr_scheduler_kwargs": '{"mode": "max"}', "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
      "mode has to be min"),
 ]  # fmt: skip
@@ -325,7 +325,7 @@ def test_two_processes_with_every_flag_of_ddp(run):
 OWN_FLAGS = {
     "layers_to_transform": (99, "99"),
     "modules_to_save": ("nope", "nope"),
-    "task_types": ("a,a", "--task_types"),
+    "task_type_names": ("a,a", "--task_type_names"),
     "num_task_types": (0, "--num_task_types"),
     "lora_top_k": (1, "--lora_top_k"),
     "lora_dropout": (1, "--lora_dropout"),
@@ -373,7 +373,7 @@ def test_a_base_that_another_method_has_quantised_is_refused(run, model_dir, tmp
     config = json.loads((base / "config.json").read_text())
     settings = {"bits": 4, "group_size": 128} | ({"quant_method": method} if method else {})
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    with pytest.raises(InputError, match=rf"the weights of {base} are quantised by {method or 'an unknown'}"):
+    with pytest.raises(InputError, match=rf"the weights of {base} are already quantised by {method or 'an unknown'}"):
         train.main(run.arguments(model_name_or_path=base, prepare_only="true"))
     assert not run.output.exists()
 
@@ -384,7 +384,7 @@ def test_a_base_that_bitsandbytes_has_quantised_trains_with_the_same_bits_alone(
     quantised = LlamaForCausalLM.from_pretrained(quantisable_dir, quantization_config=quantization(bits, torch.float32))
     quantised.save_pretrained(base)
     for other in (12 - bits, 16):
-        with pytest.raises(InputError, match=rf"--load_in_kbits is {other}, but .* {bits} bits already: set"):
+        with pytest.raises(InputError, match=rf"--load_in_kbits is {other}, but .* {bits} bits: set"):
             train.main(run.arguments(model_name_or_path=base, load_in_kbits=other, prepare_only="true"))
     results = run(model_name_or_path=base, load_in_kbits=bits)
     run.output = tmp_path / "from unquantised weights"
@@ -396,8 +396,8 @@ def test_restarting_a_linked_folder_keeps_the_link(run, tmp_path):
     (tmp_path / "disk" / "there").mkdir(parents=True)
     (tmp_path / "disk" / "there" / "file").write_text("x")
     run.output.symlink_to(tmp_path / "disk" / "there")
-    archive = RunFolder(run.output).archive()
-    assert (archive.parent, (archive / "file").read_text()) == (tmp_path / "disk", "x")
+    moved = RunFolder(run.output).archive()
+    assert (moved.parent, (moved / "file").read_text()) == (tmp_path / "disk", "x")
     assert run.output.is_symlink()
     assert not list(run.output.iterdir())
     with RunFolder(run.output).held():
@@ -455,6 +455,18 @@ def test_relative_paths_are_the_callers(tmp_path, where, name, found):
     assert flags[names.get(name, "--model_name_or_path")] == expected
 
 
+def test_the_earlier_name_of_task_type_names_is_accepted(tmp_path, model_dir):
+    place = ["--model_name_or_path", str(model_dir), "--dataset_dir", "rows", "--output_dir", str(tmp_path / "run")]
+    for flag in ("--task_type_names", "--task_types", "--task-types"):
+        model_args, _, _ = parse_arguments([*place, flag, "a,b"])
+        assert model_args.task_type_names == "a,b"
+    folder = RunFolder(tmp_path / "run")
+    folder.claim({"task_types": "a,b"})
+    folder.check({"task_type_names": "a,b"})
+    with pytest.raises(InputError, match="task_type_names: 'a,b' there, 'a,c' now"):
+        folder.check({"task_type_names": "a,c"})
+
+
 def test_a_relative_path_that_is_nowhere_is_refused_with_both_places(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as caught:
         call_from(tmp_path / "caller", tmp_path / "repository", None, dataset_dir="mine")
@@ -465,7 +477,7 @@ def test_a_relative_path_that_is_nowhere_is_refused_with_both_places(tmp_path):
 
 
 def call_from(caller: Path, repository: Path, existing: Path | None, **variables: str) -> list[str]:
-    """The arguments of `train.py --prepare_only`, where a copy of the script in `repository` is called in `caller`."""
+    """The arguments of `train.py --prepare_only` if a copy of the script in `repository` is called in `caller`."""
     for folder in (caller, repository, *filter(None, [existing])):
         folder.mkdir(parents=True, exist_ok=True)
     # The folder of the run, which train.py would make.

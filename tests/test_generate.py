@@ -12,6 +12,7 @@ from conftest import THINKING, example_rows, filled_model, full_disk, tiny_token
 
 from data import AnswerFile, InputError, encode_prompt
 from inference.generation import DecodingArguments, batches_by_length, generate_answers
+from loading.lock import locked
 from scripts import generate
 from transformers_patch import AutoModelForCausalLM
 
@@ -97,9 +98,9 @@ def test_a_file_is_answered_in_its_order(run, prompts_file, tmp_path, adapter_di
 
 @pytest.mark.parametrize("flags", [(), ("--temperature", "1.5", "--seed", "4")], ids=["greedy", "drawn"])
 def test_an_interrupted_file_is_gone_on_with(run, prompts_file, tmp_path, monkeypatch, flags):
-    """Killed after two batches, with a torn last line: the rest is done, and only the rest."""
-    whole, output = tmp_path / "whole.json", tmp_path / "answers.json"
-    run("--input", prompts_file, "--output", whole, "--batch_size", 3, *flags)
+    """Killed after two batches, with an incomplete last line: only the rest is answered."""
+    complete, output = tmp_path / "complete.json", tmp_path / "answers.json"
+    run("--input", prompts_file, "--output", complete, "--batch_size", 3, *flags)
     calls = []
     answers = generate.Answerer.answers
 
@@ -119,8 +120,17 @@ def test_an_interrupted_file_is_gone_on_with(run, prompts_file, tmp_path, monkey
     calls[:] = [0, 0, 0]
     run("--input", prompts_file, "--output", output, "--batch_size", 3, *flags)
     assert calls[3:] == [3, 3, 1]
-    assert output.read_text() == whole.read_text()
+    assert output.read_text() == complete.read_text()
     assert not partial.exists()
+
+
+def test_a_file_that_another_process_writes_is_refused(run, prompts_file, tmp_path):
+    output = tmp_path / "new" / "answers.json"
+    with locked(output, ""), pytest.raises(InputError, match="is being written by another process"):
+        run("--input", prompts_file, "--output", output)
+    assert not output.exists()
+    run("--input", prompts_file, "--output", output)
+    assert output.exists()
 
 
 def test_half_a_file_of_another_command_is_refused(run, prompts_file, tmp_path):
@@ -139,14 +149,14 @@ def test_half_a_file_of_other_rows_is_refused(tmp_path):
         AnswerFile(tmp_path / "a.json", [{"instruction": "two"}], {"seed": 0})
 
 
-def test_settings_that_were_torn_while_being_written_are_no_half_file(tmp_path):
+def test_incomplete_settings_are_not_resumed_from(tmp_path):
     AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0})
     partial = tmp_path / "a.json.partial"
-    whole = partial.read_bytes()
-    for torn in (whole[:20], whole[:-1]):
-        partial.write_bytes(torn)
+    complete = partial.read_bytes()
+    for incomplete in (complete[:20], complete[:-1]):
+        partial.write_bytes(incomplete)
         assert AnswerFile(tmp_path / "a.json", [{"instruction": "one"}], {"seed": 0}).answers == {}
-        assert partial.read_bytes() == whole
+        assert partial.read_bytes() == complete
 
 
 def test_a_full_disk_is_one_message_and_the_answers_before_are_gone_on_with(tmp_path):
@@ -194,7 +204,7 @@ def test_a_conversation_remembers_with_a_chat_template_and_forgets_on_reset(run,
     assert len(printed.splitlines()) >= 4
     seen.clear()
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nthe dog\n"))
-    assert "each line stands alone" in run("--chat")
+    assert "each line is a separate prompt" in run("--chat")
     assert seen == [["user"], ["user"]]
 
 
@@ -227,11 +237,11 @@ def test_a_conversation_does_not_think(adapter_dir):
         (("--prompt", "x", "--chat"), "exactly one of --prompt, --input and --chat"),
         (("--input", "x.json"), "belong together"),
         (("--input", "x.json", "--output", "y.txt"), "has to end in .json or .jsonl"),
-        (("--chat", "--compare_base"), "a conversation has one thread"),
-        (("--prompt", "x", "--template", "odd"), "allowed are auto, plain, chat"),
+        (("--chat", "--compare_base"), "cannot show two answers"),
+        (("--prompt", "x", "--template", "odd"), "--template is 'odd', but has to be one of auto, plain, chat"),
         (("--prompt", "x", "--top_k", "5"), "need a --temperature above 0"),
         (("--input", "nowhere.json", "--output", "y.json"), "no such file or folder"),
-        (("--prompt", "the cat " * 200), "the model reads 255"),
+        (("--prompt", "the cat " * 200), "the model reads at most 255"),
         (("--prompt", "caf\udce9"), "--prompt has a byte that is not UTF-8"),
     ],
 )
@@ -242,7 +252,11 @@ def test_mistakes_are_named(run, flags, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "the file is empty"), ("[]", "there is no row"), ('[{"input": "x"}, 3]', r"row 1: has no 'instruction'")],
+    [
+        ("", "the file is empty"),
+        ("[]", "does not contain any rows"),
+        ('[{"input": "x"}, 3]', r"row 1: has no 'instruction'"),
+    ],
 )
 def test_a_bad_prompt_file_is_refused_before_the_model_is_loaded(run, tmp_path, content, message):
     file = tmp_path / "prompts.json"
@@ -267,7 +281,7 @@ def test_answers_and_conversations_stop_where_the_positions_end(gpt2_dir, tmp_pa
     generate.main([*adapter, "--prompt", "the cat"])
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "the cat"}, {"instruction": "a dog"}]))
     generate.main([*adapter, "--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "answers.json")])
-    with pytest.raises(InputError, match=r"a prompt has .* tokens, the model reads 63"):
+    with pytest.raises(InputError, match=r"a prompt has .* tokens, but the model reads at most 63"):
         generate.main([*adapter, "--prompt", long])
     capsys.readouterr()
     seen = []

@@ -105,7 +105,7 @@ class Checkpoint:
         assert (expected - plain).abs().max() > 0.1
 
     def refused(self, pattern: str) -> None:
-        """The import ends with one message and leaves nothing behind."""
+        """The import ends with one message and does not leave any files."""
         before = sorted(self.folder.parent.iterdir())
         with pytest.raises(InputError, match=pattern):
             self.run()
@@ -200,7 +200,7 @@ def test_one_expert_loses_its_router_with_a_note(tmp_path, capsys):
     Checkpoint(tmp_path, experts=1).run()
     out = capsys.readouterr().out
     assert "each with 1 expert of rank 2" in out
-    assert "note: the routers (lora_route) were left out" in out
+    assert "note: the routers (lora_route) were dropped" in out
 
 
 def test_missing_and_surplus_keys_and_wrong_shapes_are_named_together(tmp_path):
@@ -236,7 +236,7 @@ def test_plain_lora_weights_are_explained(tmp_path):
     checkpoint = Checkpoint(tmp_path)
     checkpoint.tensors = {f"{UP}.lora_A.weight": torch.ones(2, 32)}
     checkpoint.save()
-    checkpoint.refused(rf"there is no expert: no key is like .*lora_A0.weight\n  unexpected: {UP}.lora_A.weight")
+    checkpoint.refused(rf"there are no experts: no key is like .*lora_A0.weight\n  unexpected: {UP}.lora_A.weight")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -249,7 +249,7 @@ def test_a_pickle_of_more_than_tensors_is_refused_and_not_run(tmp_path, zipped):
     for surplus, name in ((Unsafe(), f"{os.mkdir.__module__}.mkdir"), (Namespace(lr=1), "argparse.Namespace")):
         tensors = checkpoint.tensors | {"surplus": surplus}
         torch.save(tensors, checkpoint.folder / "adapter_model.bin", _use_new_zipfile_serialization=zipped)
-        checkpoint.refused(rf"holds more than tensors: it refers to {name}. .*not loaded, for safety")
+        checkpoint.refused(rf"contains more than tensors: it refers to {name}. .*refused for safety")
         assert not (tmp_path / "executed").exists()
 
 
@@ -268,7 +268,7 @@ def test_a_truncated_pickle_is_named(tmp_path, zipped, share):
     [
         ([torch.ones(2)], "holds a list, but has to be a dictionary"),
         ({3: torch.ones(2)}, "holds a dict, but has to be a dictionary of tensors by name"),
-        ({"step": 3}, "has to hold tensors alone, but these are none: step"),
+        ({"step": 3}, "may only contain tensors, but these are not: step"),
     ],
 )
 def test_pickles_of_other_things_are_named(tmp_path, content, pattern):
@@ -282,7 +282,7 @@ def test_pickles_of_other_things_are_named(tmp_path, content, pattern):
 def test_missing_files_are_named(tmp_path, name):
     checkpoint = Checkpoint(tmp_path)
     (checkpoint.folder / name).unlink()
-    checkpoint.refused(f"sft_lora_model is no checkpoint of the authors' code: it has no {name} ")
+    checkpoint.refused(f"sft_lora_model is not a checkpoint of the authors' code: it does not have {name} ")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """A trained adapter on its base model: what is loaded, and what is refused with one message."""
 
+import errno
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_the_tokenizer_is_the_base_models_where_the_folder_has_none(adapter_dir)
     assert load(adapter_dir).template() == "chat"
 
 
-def test_a_folder_of_a_whole_model_works_but_has_no_base(model_dir):
+def test_a_folder_of_a_complete_model_works_but_has_no_base(model_dir):
     trained = load(model_dir)
     assert not isinstance(trained.model, PeftModel)
     with pytest.raises(InputError, match="holds a complete model"):
@@ -71,10 +73,12 @@ def test_a_folder_of_a_whole_model_works_but_has_no_base(model_dir):
 
 def test_the_names_of_a_fully_tuned_models_task_types_are_read_as_train_reads_them(model_dir, tmp_path):
     folder = shutil.copytree(model_dir, tmp_path / "tuned")
-    flags = {"task_types": "other, world knowledge ,", "num_task_types": 2}
-    (folder / "run_config.json").write_text(json.dumps(flags))
-    assert load(folder).task_type_names == ("other", "world knowledge")
-    assert ModelArguments(**flags).task_type_names == ["other", "world knowledge"]
+    for flag in ("task_type_names", "task_types"):  # the latter is the flag of earlier runs
+        flags = {flag: "other, world knowledge ,", "num_task_types": 2}
+        (folder / "run_config.json").write_text(json.dumps(flags))
+        assert load(folder).task_type_names == ("other", "world knowledge")
+    flags = ModelArguments(task_type_names="other, world knowledge ,")
+    assert flags.lora_config().task_type_names == ["other", "world knowledge"]
 
 
 def test_sampling_that_the_base_models_folder_proposes_is_not_taken_over(adapter_dir, model_dir, tmp_path):
@@ -90,10 +94,10 @@ def test_sampling_that_the_base_models_folder_proposes_is_not_taken_over(adapter
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kbits", "bound"), [(4, 0.8), (8, 0.1)])
 def test_a_quantised_base_under_the_adapter(adapter_dir, kbits, bound, dtype):
-    quantised, full = load(adapter_dir, load_in_kbits=kbits, dtype=dtype), load(adapter_dir)
+    quantised, exact = load(adapter_dir, load_in_kbits=kbits, dtype=dtype), load(adapter_dir)
     with torch.no_grad():
-        difference = (quantised.model(INPUT).logits - full.model(INPUT).logits).norm()
-        assert 0 < difference < bound * full.model(INPUT).logits.norm()
+        difference = (quantised.model(INPUT).logits - exact.model(INPUT).logits).norm()
+        assert 0 < difference < bound * exact.model(INPUT).logits.norm()
 
 
 def test_bfloat16_is_taken_at_its_word(adapter_dir):
@@ -130,7 +134,7 @@ def test_an_adapter_from_the_hub(adapter_dir, monkeypatch):
     assert asked == ["someone/adapter"]
 
 
-def test_a_whole_model_from_the_hub(model_dir, monkeypatch):
+def test_a_complete_model_from_the_hub(model_dir, monkeypatch):
     monkeypatch.setattr(trained, "snapshot_download", lambda name, allow_patterns: str(model_dir))
     assert not isinstance(load("someone/model").model, PeftModel)
 
@@ -197,16 +201,16 @@ DAMAGE = [
 
 
 def test_a_base_model_whose_json_files_are_damaged(adapter_dir, model_dir, tmp_path):
-    """Also where the tokenizer is the adapter's, so that the model's configuration is read for the model alone."""
+    """Also if the tokenizer is the adapter's, so that the model's configuration is read for the model alone."""
     base = shutil.copytree(model_dir, tmp_path / "base")
     for adapter in (adapter_dir, base):
         for name, changes, message in DAMAGE:
             if (adapter, name) == (adapter_dir, "tokenizer_config.json"):
                 continue
-            content = (base / name).read_text()
-            (base / name).write_text(json.dumps(json.loads(content) | changes))
+            complete = (base / name).read_text()
+            (base / name).write_text(json.dumps(json.loads(complete) | changes))
             assert re.search(rf"config.json .*cannot be used \(.*{message}", refusal(adapter, base_model=str(base)))
-            (base / name).write_text(content)
+            (base / name).write_text(complete)
 
 
 def test_adapter_weights_that_are_damaged_or_missing(adapter_dir):
@@ -221,7 +225,7 @@ def test_a_run_config_that_is_damaged(adapter_dir):
     (adapter_dir / "run_config.json").write_text("{")
     assert "run_config.json is not valid JSON" in refusal(adapter_dir)
     (adapter_dir / "run_config.json").write_text("[]")
-    assert "run_config.json holds [] in place of an object" in refusal(adapter_dir)
+    assert "run_config.json holds [] instead of an object" in refusal(adapter_dir)
     damaged = {"max_seq_length": "abc", "num_task_types": True, "prompt_template": None, "validation_file": ["x"]}
     (adapter_dir / "run_config.json").write_text(json.dumps(damaged | {"task_types": None, "dataset_dir": "rows"}))
     message = refusal(adapter_dir)
@@ -237,6 +241,10 @@ def test_flags_are_refused_all_at_once():
         parse_flags("verb", "", (InferenceArguments, DecodingArguments), flags.split())
     for name in ("--load_in_kbits is 3", "--batch_size is 0", "--device_map gpu", "--temperature is -1"):
         assert name in str(caught.value)
+
+
+def unreadable(path: Path):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
 def test_places_that_cannot_be_written_are_named_before_the_work(tmp_path, monkeypatch):
@@ -255,7 +263,11 @@ def test_places_that_cannot_be_written_are_named_before_the_work(tmp_path, monke
         assert message in output_problem(tmp_path / name, [str(tmp_path / "other")])
     assert output_problem(tmp_path / "new" / "x.json") is output_problem(None) is None
     assert output_problem(tmp_path / "folder.json", is_folder=True) is None
+    assert "is not an empty folder" in output_problem(tmp_path, is_folder=True)
     assert "File name too long" in output_problem(tmp_path / "x.json", ["x" * 300])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", unreadable)
+        assert "Permission denied" in output_problem(tmp_path, is_folder=True)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert output_problem(tmp_path / "new" / "x.json").endswith(f"{tmp_path} is not writable")
 

@@ -142,7 +142,7 @@ def test_without_a_router_nothing_is_logged_or_plotted(run, settings):
 
 def test_routing_of_an_adapter_from_the_hub_needs_a_folder(adapter_dir, monkeypatch):
     monkeypatch.setattr(trained, "snapshot_download", lambda name, allow_patterns: str(adapter_dir))
-    with pytest.raises(InputError, match="someone/adapter is on the hub: name a folder for both files with --output"):
+    with pytest.raises(InputError, match="someone/adapter is on the hub: give a folder for the files with --output"):
         plot_routing.main(["--adapter", "someone/adapter"])
 
 
@@ -236,7 +236,7 @@ def test_rows_and_prompts_longer_than_the_table_of_positions_are_refused(gpt2_di
     flags = ["--adapter", tmp_path / "adapter", "--data_cache_dir", tmp_path / "cache", "--data"]
     (tmp_path / "long.json").write_text(json.dumps([{"instruction": "x" * 80, "output": "y"}]))
     too_long = r"\d+ tokens, but this base model \(gpt2\) has 64 positions; shorten"
-    with pytest.raises(InputError, match=rf"rows of {too_long} or leave out the longer ones of .*long.json"):
+    with pytest.raises(InputError, match=rf"rows of {too_long} or remove the longer ones in .*long.json"):
         plot_routing.main([*map(str, flags), str(tmp_path / "long.json")])
     (tmp_path / "short.json").write_text(json.dumps([{"instruction": "x", "output": "y"}]))
     with pytest.raises(InputError, match=rf"--prompt has {too_long} it"):
@@ -263,7 +263,7 @@ def test_plot_routing_compares_runs(run, adapter_dir, data_file, tmp_path):
     namesake = shutil.copytree(run.output, tmp_path / "other" / run.output.name)
     both = plot_routing.read_curves([str(run.output), str(namesake)])
     assert set(both) == {f"{run.output} (blc_weight 0.1)", f"{namesake} (blc_weight 0.1)"}
-    with pytest.raises(InputError, match=r"adapter is not a run folder: it has no trainer_state.json"):
+    with pytest.raises(InputError, match=r"adapter is not a run folder: it does not have trainer_state.json"):
         plot_routing.main(["--adapter", str(run.output), "--runs", str(adapter_dir)])
     with pytest.raises(InputError, match="--prompt is empty"):
         plot_routing.main(["--adapter", str(run.output), "--prompt", " "])
@@ -298,7 +298,7 @@ def test_an_adapter_without_a_router_has_nothing_to_plot(adapter_dir, model_dir,
     filled_model(lora_nums=1, base_model_name_or_path=str(model_dir)).save_pretrained(adapter_dir)
     for folder in (adapter_dir, model_dir):
         plot_routing.main(["--adapter", str(folder), "--output", str(tmp_path / "none")])
-        assert "has no router" in capsys.readouterr().out
+        assert "does not have a router" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
 
 

@@ -29,6 +29,13 @@ def test_the_method_can_be_read_in_one_sitting():
     assert max(lines.values()) <= 400
 
 
+def test_nothing_starts_the_workbench():
+    """It has no name outside: no import by name, no command of another process, no shell script."""
+    files = [file for file in FILES if not {"workbench", "tests"} & set(file.relative_to(ROOT).parts)]
+    for file in [*files, ROOT / "run_loramoe.sh", *(ROOT / "scripts").rglob("*.sh")]:
+        assert "workbench" not in file.read_text(), file
+
+
 @pytest.mark.parametrize("package", ROOMS)
 def test_imports_point_left(package):
     allowed = {"peft"} if package == "peft" else set(ROOMS[: ROOMS.index(package) + 1])

@@ -27,7 +27,7 @@ WEIGHTS = {
 OPTIMIZER_STATE = ("optimizer.pt", "scheduler.pt")
 DEEPSPEED_STATE = "global_step*"
 # Advice for errors of writing.
-REMEDIES = {
+REMEDIES: dict[int | None, str] = {
     errno.EACCES: "make the folder writable",
     errno.EROFS: "mount the disk so that it can be written",
     errno.EDQUOT: "make room or have your quota raised",
@@ -64,7 +64,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     numbered = [
         (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := CHECKPOINT_NAME.fullmatch(path.name))
     ]
-    skipped = []
+    skipped: list[str] = []
     for _, path in sorted(numbered, reverse=True):
         problem = checkpoint_problem(path)
         if problem is None:

@@ -36,7 +36,7 @@ def run_process(main: Callable[[], None]) -> None:
         main()
         _close_process_group()
         # As Python's finalisation does first: wait for threads, call what libraries have registered.
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         status = 0
     except SystemExit:

@@ -24,16 +24,22 @@ class RoutingWatch(TrainerCallback):
         group_sizes: experts in the group of each; unless there are K groups, none is watched.
     """
 
+    # From the first micro-batch on, which tells shapes and device.
+    _sums_KLE: Tensor
+    _counts_K: Tensor
+    _entropy: Tensor
+    _step_E: Tensor
+    _steps_below_K: Tensor
+
     def __init__(self, num_task_types: int, group_sizes: list[int]):
         self.num_task_types = num_task_types
         self._groups = group_spans(group_sizes) if len(group_sizes) == num_task_types else []
-        self._sums_KLE: Tensor | None = None
-        self._counts_K = self._entropy = self._step_E = self._steps_below_K = None
+        self._started = False
         self._warned = False
 
     def watch(self, shares_LBE: Tensor, task_types_B: Tensor, row_weights_B: Tensor) -> None:
         """Add the rows of a micro-batch except padding examples; rows without a task type are summed at index 0."""
-        if self._sums_KLE is None:
+        if not self._started:
             self._start(shares_LBE)
         row_weights_B = row_weights_B.to(shares_LBE)
         shares_BLE = shares_LBE.transpose(0, 1) * row_weights_B[:, None, None]
@@ -43,6 +49,7 @@ class RoutingWatch(TrainerCallback):
         self._step_E += shares_BLE.mean(dim=1).sum(dim=0)
 
     def _start(self, shares_LBE: Tensor) -> None:
+        self._started = True
         num_linears, _, num_experts = shares_LBE.shape
         self._sums_KLE = shares_LBE.new_zeros(self.num_task_types + 1, num_linears, num_experts)
         self._counts_K = shares_LBE.new_zeros(self.num_task_types + 1)
@@ -52,7 +59,7 @@ class RoutingWatch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Count, for each group, the consecutive steps with hardly any weight on it, on this process's rows."""
-        if self._sums_KLE is None or not self._groups:
+        if not self._started or not self._groups:
             return
         weights_K = torch.stack([self._step_E[group].sum() for group in self._groups])
         steps_below_K = torch.where(weights_K / weights_K.sum() < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
@@ -65,7 +72,7 @@ class RoutingWatch(TrainerCallback):
 
         A collective: every process calls it at the same step.
         """
-        if self._sums_KLE is None:
+        if not self._started:
             return {}
         sums_KLE, counts_K, entropy = (
             nested_gather(part.unsqueeze(0), args.parallel_mode).sum(dim=0)
@@ -84,7 +91,7 @@ class RoutingWatch(TrainerCallback):
 
     def collapse(self, args: TrainingArguments, step: int) -> str | None:
         """A warning of a group that has died out on every process, once in a run. A collective, as `scalars` is."""
-        if self._warned or self._steps_below_K is None or not self._groups:
+        if self._warned or not self._started or not self._groups:
             return None
         steps_K = nested_gather(self._steps_below_K.unsqueeze(0), args.parallel_mode).min(dim=0).values
         group = int(steps_K.argmax())

@@ -2,19 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from data import InputError, file_hash
 from data.atomic import remove_temporaries, write_json
 from loading.arguments import DataArguments, ModelArguments, RunArguments
+from loading.lock import locked
 from loading.optimization import EVALUATED
-from loading.run_files import RESULTS_NAME, RUN_CONFIG_NAME
+from loading.run_files import RESULTS_NAME, RUN_CONFIG_NAME, with_current_names
 from peft.saving import WEIGHTS_NAME
 from training.checkpoint import checkpoint_problem, writing
 
@@ -56,26 +54,14 @@ class RunFolder:
         file = self.path / RESULTS_NAME
         return json.loads(file.read_text()) if file.is_file() else None
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """A context in which this process alone may train or change the folder.
 
         Raises:
             InputError: another process holds it.
         """
-        folder = self.path.resolve()  # the same lock, whatever links lead to the folder
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=SECONDS_TO_WAIT)
-        except Timeout:
-            raise InputError(f"{self.path} is in use by another run; wait for its end, or {_WAY_OUT}") from None
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be made or written: {error.strerror or error}") from error
-        try:
-            yield
-        finally:
-            lock.release()
+        in_use = f"{self.path} is in use by another run; wait for its end, or {_WAY_OUT}"
+        return locked(self.path, in_use, SECONDS_TO_WAIT)
 
     def check(self, config: dict) -> None:
         """Compare the configuration with the one that the folder belongs to, if it belongs to any.
@@ -100,6 +86,7 @@ class RunFolder:
                 raise ValueError("it holds no JSON object")
         except ValueError as error:
             raise InputError(f"{file} is damaged ({error}), so what it belongs to is not known; {_WAY_OUT}") from None
+        there = with_current_names(there)
         trained, wanted = _deciding(there), _deciding(config)
         differing = [
             f"  {name}: {there.get(name)!r} there, {config.get(name)!r} now"

@@ -126,12 +126,13 @@ class Throughput:
         gathered_W4 = nested_gather(local.unsqueeze(0), args.parallel_mode)
         tokens, supervised, squares = gathered_W4[:, :3].sum(dim=0).tolist()
         now = time.perf_counter()
+        assert self._start is not None
         seconds, self._start = now - self._start, now
         self._counts = [0, 0, 0]
         values = {"tokens_per_second": tokens / seconds}
         if self._on_gpu:
             values["peak_memory_gib"] = gathered_W4[:, 3].max().item() / GIB
-        if self._estimate:
+        if self._estimate and self._peak:
             done = self._estimate.flops(tokens, supervised, squares)
             values["mfu"] = done / (seconds * self._peak * args.world_size)
         return values

@@ -59,8 +59,8 @@ class LoRAMoETrainer(Trainer):
         self.routing_watch = RoutingWatch(config.num_task_types, config.group_sizes)
         self.add_callback(self.routing_watch)
         self.throughput = Throughput(self.model, self.args.device)
-        if self.args.profile_steps:
-            self.add_callback(StepProfiler(*parse_steps(self.args.profile_steps), self.args.output_dir))
+        if steps := parse_steps(self.args.profile_steps or ""):
+            self.add_callback(StepProfiler(*steps, self.args.output_dir))
         self.routing: Routing | None = None
         self._temporary: Path | None = None
         self._routed_modules: list[str] = []

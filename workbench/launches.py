@@ -233,17 +233,19 @@ def live(launch: Launch, flags: list[str], event: Path) -> None:
 def interrupted(function: Callable, launch: Launch, event: Path) -> Callable:
     """The function, with the event ahead of the first call that comes late enough."""
 
+    happened = False
+
     def with_event(first, *arguments, **keywords):
+        nonlocal happened
         step = getattr(getattr(first, "state", None), "global_step", 0)
-        if step >= launch.step and not with_event.happened:
-            with_event.happened = True
+        if step >= launch.step and not happened:
+            happened = True
             event.touch()
             if launch.kind in ERRORS:
                 raise ERRORS[launch.kind](SAID)
             os.kill(os.getpid(), signal.SIGTERM)
         return function(first, *arguments, **keywords)
 
-    with_event.happened = False
     return with_event
 
 
@@ -304,7 +306,8 @@ def _as_torchrun(launch: Launch, flags: list[str], output: Path) -> Outcome:
 
 def watch(ranks: dict[int, int], event: Path) -> Outcome:
     """Wait for child processes, given with their ranks; end those that remain as torchrun does, and those that hang."""
-    start, codes, hung, killing = time.time(), {}, False, None
+    codes: dict[int, int] = {}
+    start, hung, killing = time.time(), False, None
     while len(codes) < len(ranks):
         for pid, rank in ranks.items():
             if rank not in codes and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):

@@ -65,13 +65,15 @@ class Peer:
         return self._ask({"do": "step", "batch": _plain(batch)})["seconds"]
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def _ask(self, request: dict) -> dict:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline() or '{"error": "the worker ended"}')
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert answers is not None
+        requests.write(json.dumps(request) + "\n")
+        requests.flush()
+        answer = json.loads(answers.readline() or '{"error": "the worker ended"}')
         if "error" in answer:
             raise PeerError(answer["error"])
         return answer

@@ -77,9 +77,9 @@ def memory_per_gpu(counts: Footprint, setup: Setup) -> dict[str, int]:
     adapter_itemsize = setup.itemsize if setup.zero else 4
     # DeepSpeed keeps a float32 copy beside half-precision weights, and makes one of the gradient for its step.
     copies = 8 if setup.zero and setup.itemsize < 4 else 0
-    optimizer = trainable * (8 + copies)
-    gradients = trainable * 4  # DeepSpeed's files accumulate them in float32, too
-    frozen = _frozen_bytes(counts, setup)
+    optimizer: float = trainable * (8 + copies)
+    gradients: float = trainable * 4  # DeepSpeed's files accumulate them in float32, too
+    frozen: float = _frozen_bytes(counts, setup)
     buffers = trainable * 4 if setup.zero == 0 and shares > 1 else 0
     if setup.zero >= 1:
         optimizer /= shares
@@ -223,7 +223,8 @@ def check(folder: str) -> tuple[list[list[str]], float, float]:
     variant = Variant("loramoe", dropout=0.05)
     base = load_base(folder)
     model, config = variant.model(base), find_architecture(folder)
-    lines, errors = [["batch", "figure", "predicted, MiB", "measured, MiB", "error"]], {"saved": [], "peak": []}
+    lines = [["batch", "figure", "predicted, MiB", "measured, MiB", "error"]]
+    errors: dict[str, list[float]] = {"saved": [], "peak": []}
     for batch, length in CHECKED_SHAPES:
         # The last token of a row predicts nothing.
         shape = Shape(batch, length, batch * (length - 1), torch.float32, casts_adapter=False, checkpointing=False)

@@ -34,7 +34,7 @@ class PlainLayer(LoraLayer):
     """The experts stacked, in plain autograd: o = W0 x + (alpha/r) * B (repeat(w, r) * (A dropout(x)))."""
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        experts = self.experts[self.active_adapter]
+        experts = self.experts[str(self.active_adapter)]
         dropped_BTI = F.dropout(x_BTI, self.dropout_rate, self.training)
         hidden = F.linear(dropped_BTI, experts.lora_A) * experts.scaling
         if experts.router is not None:
@@ -47,7 +47,7 @@ class LoopLayer(LoraLayer):
     """A pair of products and a dropout mask for each expert: o = W0 x + (alpha/r) * sum_n w_n B_n A_n dropout(x)."""
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        experts = self.experts[self.active_adapter]
+        experts = self.experts[str(self.active_adapter)]
         weights_BTE = experts.router(x_BTI)
         As = experts.lora_A.split(experts.rank, dim=0)
         Bs = experts.lora_B.split(experts.rank, dim=1)
@@ -76,6 +76,7 @@ class PlainLlama(LlamaLoRAMoEForCausalLM):
             )
         shares_LBE = recorder.sample_shares(attention_mask)
         balance_loss = self._balance_term(recorder, shares_LBE, attention_mask, task_types)
+        assert self._balance_config is not None
         loss = outputs.loss + self._balance_config.blc_weight * balance_scale * balance_loss
         return LoRAMoEOutput(loss=loss, logits=outputs.logits, lm_loss=outputs.loss, balance_loss=balance_loss)
 
@@ -132,7 +133,7 @@ class Variant:
 
 
 # Settings of the adapter that make a variant of its own.
-OPTIONS = {"top2": {"lora_top_k": 2}, "shared_a": {"lora_shared_A": True}}
+OPTIONS: dict[str, dict] = {"top2": {"lora_top_k": 2}, "shared_a": {"lora_shared_A": True}}
 LAYER_CLASSES = {"plain": PlainLayer, "loop": LoopLayer}
 
 

@@ -38,7 +38,7 @@ from workbench.experiments.records import BASE, MIXTURE
 LONGEST_ANSWER = 24  # tokens
 ROUTED_FACTS = 300
 # What a cell without a trained model has.
-UNTRAINED = {"trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
+UNTRAINED: dict = {"trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
 CURVES = ("step", "loss", "lm_loss", "balance_loss", "routing_cv")
 
 

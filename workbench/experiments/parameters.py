@@ -42,9 +42,11 @@ def adapter_size(arguments: ModelArguments) -> int:
     try:
         config = load_config(name)
         with torch.device("meta"), damage_refused(f"config.json of {name}"):
-            return num_trainable(with_adapter(AutoModelForCausalLM.from_config(config), arguments))
+            model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise InputError(str(error)) from error
+    with torch.device("meta"):
+        return num_trainable(with_adapter(model, arguments))
 
 
 def num_trainable(model: nn.Module) -> int:
