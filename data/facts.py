@@ -1,9 +1,9 @@
-"""Real facts as closed-book questions: probe facts measure what a model knows, training facts are rows of
+"""Real facts as closed-book questions: probe facts measure what a model knows; training facts become rows of
 task type 1 (world knowledge).
 
-A probe fact never occurs in a row for instruction tuning. The two parts share no country and no chemical element as
-their subject, so that none of the training facts tells a probe fact by another way (a city's country, a country's
-capital). Borders alone go both ways: see `instruction_facts`.
+A probe fact never occurs in an example for instruction tuning. The two parts have no country or chemical element in
+common, so no training fact reveals a probe fact indirectly (through a city's country or a country's capital). Only
+borders are symmetric: see `instruction_facts`.
 """
 
 import json
@@ -15,7 +15,7 @@ FACTS_FILE = Path(__file__).parent / "world_facts" / "facts.json"
 WORLD_KNOWLEDGE = 1
 TASK = "closed_book_qa"
 
-# Several phrasings of each relation. `statement` is how a text would put it, for pretraining a model.
+# Several phrasings of each relation. `STATEMENTS` are for pretraining.
 QUESTIONS = {
     "capital": ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital city of {}."),
     "currency": (
@@ -65,9 +65,9 @@ class Fact(NamedTuple):
 
     Args:
         relation: a key of `QUESTIONS`.
-        subject: what is asked about.
-        answer: the answer that a model is taught.
-        aliases: further right answers.
+        subject: the thing asked about.
+        answer: the answer that the model is taught.
+        aliases: other correct answers.
         group: country code or element; facts of one group are in one part.
         split: `probe` or `training`.
     """
@@ -81,16 +81,16 @@ class Fact(NamedTuple):
 
 
 def load_facts(split: str | None = None, count: int | None = None, file: Path = FACTS_FILE) -> list[Fact]:
-    """The facts of one part (`probe`, `training`), or all; with a count, so many of them, always the same ones."""
+    """Load the facts of one part (`probe` or `training`), or all; `count` limits them to a fixed random sample."""
     facts = [Fact(**item) for item in json.loads(file.read_text())]
     facts = [fact for fact in facts if split in (None, fact.split)]
     return facts if count is None else random.Random(0).sample(facts, count)
 
 
 def instruction_facts() -> list[Fact]:
-    """The training facts without those that state a probe fact in reverse.
+    """The training facts, except those whose reverse is a probe fact.
 
-    That Denmark borders Germany is a training fact, that Germany borders Denmark a probe fact.
+    "Denmark borders Germany" may not be taught if "Germany borders Denmark" is probed.
     """
     probe = {
         (fact.relation, fact.subject, answer) for fact in load_facts("probe") for answer in (fact.answer, *fact.aliases)
@@ -99,13 +99,13 @@ def instruction_facts() -> list[Fact]:
 
 
 def write_facts(file: Path, facts: list[Fact]) -> None:
-    """One fact a line, so that a change can be read."""
+    """Write one fact per line, which keeps diffs readable."""
     lines = ",\n".join(json.dumps(fact._asdict(), ensure_ascii=False) for fact in facts)
     file.write_text(f"[\n{lines}\n]\n")
 
 
 def fact_row(fact: Fact, phrasing: int = 0) -> dict:
-    """A fact as a row of instruction data, in one of its phrasings."""
+    """An instruction row that asks for a fact in one of its phrasings."""
     questions = QUESTIONS[fact.relation]
     return {
         "instruction": f"Question: {questions[phrasing % len(questions)].format(fact.subject)}\nAnswer:",

@@ -1,8 +1,8 @@
-"""The paper's mixture from public data sets: which sets each task comes from, and how their rows become ours.
+"""The paper's mixture from public data sets: the sets of each task, and how their records become rows.
 
-The paper does not say which sets it mixed in which numbers. These are public sets of its seven tasks, its benchmarks'
-own training parts among them. Each is read from the Parquet files that the hub keeps of it, so that no program of a
-data set is ever run.
+The paper does not say which sets it mixed, or in which proportions. These are public sets of its seven tasks, among
+them the training parts of its benchmarks. Each is read from the Parquet files that the hub converts it to, so no code
+of a data set is ever run.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ TOPICS = ("world", "sports", "business", "science and technology")
 STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
 LANGUAGES = {"de": "German", "en": "English", "es": "Spanish", "fr": "French", "zh": "Chinese"}
 
-# Instruction, input, right answers (the first is taught), or None where a record cannot be used.
+# Instruction, input, correct answers (the first is taught); None if a record cannot be used.
 Texts = tuple[str, str, Sequence[str]] | None
 
 
@@ -35,9 +35,9 @@ class Source(NamedTuple):
         config: its configuration there.
         task: name of the task.
         columns: the columns that are needed.
-        to_texts: makes instruction, input and answers of the values of these columns.
-        evaluation: the part that is kept for evaluation, where there is one.
-        split: the part that is meant here.
+        to_texts: turns the values of these columns into instruction, input and answers.
+        evaluation: the part reserved for evaluation, if any.
+        split: the part that this source reads.
     """
 
     hub_id: str
@@ -54,11 +54,11 @@ class Source(NamedTuple):
 
     @property
     def files(self) -> str:
-        """Where the hub keeps the set as Parquet."""
+        """Location of the Parquet files on the hub."""
         return f"hf://datasets/{self.hub_id}@refs/convert/parquet/{self.config}/{self.split}/*.parquet"
 
     def row(self, record: dict) -> dict | None:
-        """A record of the set as a row of instruction data; None where it has no label, no answer or an empty text."""
+        """Turn a record into an instruction row; None if it has no label, no answer or an empty text."""
         values = [record[column] for column in self.columns]
         if any(value is None or (isinstance(value, str) and not value.strip()) for value in values):
             return None
@@ -89,7 +89,7 @@ def _trivia_qa(question: str, answer: dict) -> Texts:
 
 
 def _hotpot(question: str, answer: str) -> Texts:
-    """Without the questions that a guess answers."""
+    """Leave out yes-or-no questions, which a guess can answer."""
     return None if answer in NO_YES else _closed_book(question, [answer])
 
 
@@ -116,8 +116,8 @@ def _summary(kind: str) -> Callable[..., Texts]:
 
 
 def _translation(translation: dict) -> Texts:
-    """A pair of sentences, one of them English. Into English or from it: the length of the English one decides, so that
-    both directions occur and no sentence in both."""
+    """Translate into or out of English. The length of the English sentence decides which, so that both directions occur
+    but no sentence is used for both."""
     (other,) = translation.keys() - {"en"}
     source, target = ("en", other) if len(translation["en"] or "") % 2 else (other, "en")
     if not (translation[source] or "").strip():
@@ -173,7 +173,7 @@ def _wic(word: str, sentence1: str, sentence2: str, label: int) -> Texts:
 
 
 def _labelled(instruction: str, text: str, label: int, labels: Sequence[str]) -> Texts:
-    """None where a set gives no label, which it writes as -1."""
+    """None if the record has no label, which these sets write as -1."""
     return (instruction, text, [labels[label]]) if 0 <= label < len(labels) else None
 
 
@@ -185,7 +185,7 @@ def _listed(labels: Sequence[str]) -> str:
     return f"{', '.join(labels[:-1])} or {labels[-1]}"
 
 
-# Tasks with few rows come first: what they lack of their share goes to those after them.
+# Tasks with few rows come first: what is missing from their share is taken from the tasks after them.
 PAPER = (
     Source("mandarjoshi/trivia_qa", "rc.nocontext", CLOSED_BOOK, ("question", "answer"), _trivia_qa, "validation"),
     Source(
@@ -264,5 +264,5 @@ RECIPES = {"paper": PAPER}
 
 
 def evaluation_parts(sources: Sequence[Source]) -> list[Source]:
-    """The parts of these sets that are kept for evaluation."""
+    """The parts of these sets that are reserved for evaluation."""
     return [source._replace(split=source.evaluation) for source in sources if source.evaluation]

@@ -1,8 +1,8 @@
-"""Instruction rows of the paper's six other tasks, made from a seed: any number, offline, without world facts.
+"""Generated instruction rows of the paper's six other tasks: any number, offline, without world facts.
 
-Each task has answers that follow from its text by a rule, which a small model has to learn: none can be read off by
-copying the first name or always giving the commonest label. Every row belongs to the training or the test part by a
-hash of its text, so the two never share a text, whatever the seeds and the question about it.
+Each answer follows from its text by a rule that a small model has to learn: copying the first name or always giving the
+most common label does not work. A hash of its text assigns every row to the training or the test part, so the two never
+share a text, whatever the seeds and the questions.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from typing import Literal
 
 Part = Literal["train", "test"]
 OTHER_TASK = 0
-TEST_SHARE = 10  # one row in so many belongs to the test part
-DRAWS_PER_ROW = 40  # before a task is said to have no more rows
-# Different rows that are found of every task, whatever the seed; coreference has hardly more.
+TEST_SHARE = 10  # one row in this many belongs to the test part
+DRAWS_PER_ROW = 40  # before a task counts as exhausted
+# Number of distinct rows that every task has with any seed; coreference has hardly more.
 MOST_ROWS: dict[Part, int] = {"train": 54_000, "test": 5_500}
 
 PEOPLE = (
@@ -30,7 +30,7 @@ OBJECTS = ("book", "key", "apple", "cup", "letter", "ball", "lamp", "coat", "map
 PLACES = ("kitchen", "garden", "office", "hall", "cellar", "library", "garage", "attic", "bedroom", "workshop")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
-# Verb, what its subject had done, what its object had done.
+# Verb, reasons that refer to its subject, reasons that refer to its object.
 BECAUSE = (
     ("thanked", ("had received help", "was grateful for the gift"), ("had helped with the move", "had lent the tools")),
     ("apologised to", ("had come too late", "had broken the window"), ("had waited in the rain", "felt offended")),
@@ -55,7 +55,7 @@ THINGS = ("phone", "hotel", "film", "restaurant", "bicycle", "concert", "jacket"
 GOOD = ("wonderful", "excellent", "a delight", "very well made", "worth every coin")
 BAD = ("terrible", "a disappointment", "badly made", "far too expensive", "a waste of time")
 
-# English, German, gender; German adjectives take their ending from case and gender.
+# English, German, gender. German adjectives are inflected for case and gender.
 NOUNS = (
     ("man", "Mann", "m"), ("dog", "Hund", "m"), ("table", "Tisch", "m"), ("tree", "Baum", "m"), ("bird", "Vogel", "m"),
     ("woman", "Frau", "f"), ("cat", "Katze", "f"), ("flower", "Blume", "f"), ("lamp", "Lampe", "f"),
@@ -76,18 +76,18 @@ ARTICLES = {"m": ("der", "den"), "f": ("die", "die"), "n": ("das", "das")}
 
 
 def make_rows(task: str, count: int, seed: int, part: Part = "train") -> list[dict]:
-    """`count` different rows of a task; the same for the same arguments.
+    """Make `count` distinct rows of a task; the same arguments give the same rows.
 
     Args:
         task: a key of `TASKS`.
-        seed: of the rows.
+        seed: random seed.
         part: training or test rows; no row is in both.
 
     Raises:
-        ValueError: the task is unknown, or does not have so many different rows; up to `MOST_ROWS` it has.
+        ValueError: the task is unknown or does not have that many distinct rows; every task has `MOST_ROWS`.
     """
     if task not in TASKS:
-        raise ValueError(f"there is no kind of task {task!r}; there are {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     found: dict[str, dict] = {}
     for row in islice(_rows(task, seed), DRAWS_PER_ROW * count):
         if len(found) == count:
@@ -95,7 +95,7 @@ def make_rows(task: str, count: int, seed: int, part: Part = "train") -> list[di
         if _part_of(row) == part:
             found.setdefault(row["instruction"] + row["input"], row)
     if len(found) < count:
-        raise ValueError(f"{task} has only about {len(found)} different rows in its {part} part, not {count}")
+        raise ValueError(f"{task} has only about {len(found)} distinct rows in its {part} part, not {count}")
     return list(found.values())
 
 
@@ -112,7 +112,7 @@ def _part_of(row: dict) -> Part:
 
 
 def _coreference(r: random.Random) -> tuple[str, str, str]:
-    """The reason decides which of two people the pronoun means."""
+    """The reason determines which of two people the pronoun refers to."""
     first, second = r.sample(ROLES, 2)
     verb, of_first, of_second = r.choice(BECAUSE)
     is_first, pronoun = r.random() < 0.5, r.choice(("he", "she"))
@@ -122,7 +122,7 @@ def _coreference(r: random.Random) -> tuple[str, str, str]:
 
 
 def _inference(r: random.Random) -> tuple[str, str, str]:
-    """A chain of two comparisons, or a statement about all or some things of a place."""
+    """A chain of two comparisons, or a statement about all or some things in a place."""
     label = r.choice(("entailment", "contradiction", "neutral"))
     premise, hypothesis = r.choice((_comparison, _quantifier))(r, label)
     question = "Does the premise entail the hypothesis, contradict it, or neither (neutral)?"
@@ -153,7 +153,7 @@ def _quantifier(r: random.Random, label: str) -> tuple[str, str]:
 
 
 def _summarization(r: random.Random) -> tuple[str, str, str]:
-    """Who decided what, when and at what cost, from a report that also tells what was not decided."""
+    """A decision, its date and its cost, from a report that also mentions a rejected plan."""
     group, day = r.choice(GROUPS), r.choice(DAYS)
     (plan, name), (rejected, _) = r.sample(PLANS, 2)
     cost, hours = r.randrange(2, 99) * 100, r.randrange(2, 9)
@@ -170,7 +170,7 @@ def _summarization(r: random.Random) -> tuple[str, str, str]:
 
 
 def _translation(r: random.Random) -> tuple[str, str, str]:
-    """English to German: articles and adjectives agree with case and gender; the adverb stands behind the verb."""
+    """English to German: articles and adjectives agree in case and gender; the adverb follows the verb."""
     (subject, subject_de, gender), (thing, thing_de, thing_gender) = r.sample(NOUNS, 2)
     (kind, kind_de), (quality, quality_de) = r.sample(ADJECTIVES, 2)
     (verb, verb_de), (time, time_de) = r.choice(VERBS), r.choice(TIMES)
@@ -184,7 +184,7 @@ def _translation(r: random.Random) -> tuple[str, str, str]:
 
 
 def _reading_comprehension(r: random.Random) -> tuple[str, str, str]:
-    """Two people move about and hand a thing over; where is it, or who has it?"""
+    """Two people move around and hand over a thing; the question is where it is or who has it."""
     giver, taker = r.sample(PEOPLE, 2)
     thing, other = r.sample(OBJECTS, 2)
     start, meeting, end = r.sample(PLACES, 3)
@@ -203,7 +203,7 @@ def _reading_comprehension(r: random.Random) -> tuple[str, str, str]:
 
 
 def _classification(r: random.Random) -> tuple[str, str, str]:
-    """What a reviewer thinks in the end, which stands behind a contrast or a negation."""
+    """A reviewer's own opinion, expressed through a contrast or a negation."""
     thing, likes = r.choice(THINGS), r.random() < 0.5
     good, bad = r.choice(GOOD), r.choice(BAD)
     friend, day = r.choice(PEOPLE), r.choice(DAYS)

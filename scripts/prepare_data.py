@@ -1,15 +1,16 @@
 """Make the paper's mixture from public data sets on the hub: `python -m scripts.prepare_data --output data/paper`.
 
-Sets are streamed and sampled with a seed, so little more than what is used is downloaded, and memory does not grow with
-them. Training rows with the question of an evaluation set are left out, and so are repeated ones. The folder has
+Sets are streamed and sampled with a seed, so little is downloaded beyond the rows that are used, and memory does not
+grow with the sets. Duplicate training rows and those whose question occurs in an evaluation set are left out. The
+folder has
 
-    train/                       JSON Lines, a file for each task
-    evaluation/                  a file for each evaluation set
-    evaluation_without_overlap/  of the closed-book ones, the rows with no answer that occurs in training
-    counts.json                  what was wanted, found and left out of each set
+    train/                       JSON Lines, one file per task
+    evaluation/                  one file per evaluation set
+    evaluation_without_overlap/  the closed-book rows whose answers do not occur in training
+    counts.json                  rows wanted, found and left out of each set
 
-It appears when it is complete. Until then it is NAME.incomplete, where the same command continues with the tasks that
-are not finished.
+The folder gets its name only when it is complete. Until then it is called NAME.incomplete, and the same command
+continues there with the tasks that are not finished.
 """
 
 import hashlib
@@ -37,48 +38,44 @@ from data.errors import writing
 from data.facts import TASK as CLOSED_BOOK
 from data.recipes import RECIPES, Source, evaluation_parts
 from inference.metrics import normalized
-from loading.command_line import flag, parse_flags, run_verb
+from loading.command_line import at_least, flag, parse_flags, range_problems, run_verb
 from loading.provenance import provenance
 
 COMMAND = "python -m scripts.prepare_data"
 COUNTS_NAME = "counts.json"
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 SHUFFLE_BUFFER = 10_000
-# What reading from the hub raises.
+# Errors raised when reading from the hub.
 UNREADABLE = (OSError, ValueError, HTTPError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
 
 
 @dataclass
 class PrepareArguments:
-    """What is mixed, how much of it, and where to."""
+    """The recipe, the amount of data and the output folder."""
 
-    output: str | None = flag(None, "folder to make")
-    recipe: str = flag("paper", f"which sets: {', '.join(RECIPES)}")
-    size: str = flag("100K", "training rows in all; K and M are thousands and millions")
-    knowledge_share: float = flag(0.2, "share of closed-book questions (task type 1); the other kinds share the rest")
-    max_words: int = flag(600, "words of the longest prompt; training rows with more are left out")
-    evaluation_rows: int = flag(1000, "rows kept of each evaluation set; training rows avoid all that it has")
+    output: str | None = flag(None, "folder to create")
+    recipe: str = flag("paper", f"which data sets to mix: {', '.join(RECIPES)}")
+    size: str = flag("100K", "total number of training rows; K and M are thousands and millions")
+    knowledge_share: float = flag(0.2, "share of closed-book questions (world knowledge); other tasks share the rest")
+    max_words: int = flag(600, "most words in a prompt; training rows with longer ones are left out")
+    evaluation_rows: int = flag(1000, "rows kept of each evaluation set; training rows avoid all of its questions")
     without: list[str] = field(
         default_factory=list, metadata={"help": "hub ids of sets to leave out, such as one that cannot be read"}
     )
-    seed: int = flag(41, "of the sampling")
+    seed: int = flag(41, "random seed of the sampling")
 
     def problems(self) -> list[str]:
-        problems = [] if self.output else ["--output is missing: the folder to make"]
+        problems = [] if self.output else ["--output is missing: give the folder to create"]
         if self.recipe not in RECIPES:
-            return [*problems, f"--recipe {self.recipe} is unknown; there is {', '.join(RECIPES)}"]
+            return [*problems, f"--recipe {self.recipe} is unknown; choose from {', '.join(RECIPES)}"]
         if not re.fullmatch(r"[1-9]\d*[kKmM]?", self.size):
             problems.append(f"--size is {self.size!r}, but has to be a number such as 20000, 100K or 3M")
         if not 0 <= self.knowledge_share < 1:
             problems.append(f"--knowledge_share is {self.knowledge_share}, but has to be at least 0 and below 1")
-        problems += [
-            f"--{name} is {getattr(self, name)}, but has to be at least 1"
-            for name in ("max_words", "evaluation_rows")
-            if getattr(self, name) < 1
-        ]
+        problems += range_problems(self, [at_least(1, "max_words", "evaluation_rows")])
         known = {source.hub_id for source in RECIPES[self.recipe]}
         return problems + [
-            f"--without {name}: no such set; there are {', '.join(sorted(known))}"
+            f"--without {name}: no such set; choose from {', '.join(sorted(known))}"
             for name in self.without
             if name not in known
         ]
@@ -93,7 +90,7 @@ class PrepareArguments:
         return [source for source in RECIPES[self.recipe] if source.hub_id not in self.without]
 
     def settings(self) -> dict:
-        """Everything that the rows of a task depend on, except which sets there are."""
+        """The values that determine the rows of a task, apart from the list of sets."""
         names = ("recipe", "rows", "knowledge_share", "max_words", "evaluation_rows", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -102,18 +99,18 @@ KINDS = (PrepareArguments,)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line, write the folder, print what each set gave.
+    """Read the command line, write the folder, print the number of rows from each set.
 
     Raises:
-        InputError: flags are not as they have to be, a set cannot be read, the folder cannot be written, or
-            another process makes it.
+        InputError: a flag is invalid, a set cannot be read, the folder cannot be written, or another process is
+            writing it.
     """
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # Errors are told once, by ours.
+    datasets.logging.set_verbosity(logging.CRITICAL)  # unreadable() reports errors, once
     folder = Path(args.output)
-    with writing(f"{folder} cannot be written", "once it can, the same command goes on"), alone(folder):
+    with writing(f"{folder} cannot be written", "once that is fixed, run the same command to continue"), alone(folder):
         partial, counts = begin(folder, args, argv)
         save(partial, counts)
         parts = evaluation_parts(args.sources)
@@ -129,17 +126,17 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """A context in which no other process makes the folder.
+    """A context that keeps other processes from writing the folder.
 
     Raises:
-        InputError: one does.
+        InputError: another process is writing it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{folder.name}.incomplete.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"--output {folder} is being made by another process; wait for it, or end it") from None
+        raise InputError(f"--output {folder} is being written by another process; wait for it, or stop it") from None
     try:
         yield
     finally:
@@ -148,10 +145,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, dict]:
-    """The partial folder and its counts, new or as an interrupted program has left them.
+    """The unfinished folder and its counts, new or left by an interrupted call.
 
     Raises:
-        InputError: the folder is there, or the partial one belongs to other settings or is damaged.
+        InputError: the folder exists, or the unfinished one has other settings or is corrupt.
     """
     if folder.exists():
         raise InputError(f"--output {folder} exists already; choose another folder, or delete it")
@@ -165,7 +162,7 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
     try:
         counts = json.loads(file.read_bytes())
     except ValueError:
-        raise InputError(f"{file} is damaged; delete {partial} to start over") from None
+        raise InputError(f"{file} is corrupt; delete {partial} to start over") from None
     differing = [
         f"  {name}: {counts['settings'].get(name)!r} there, {value!r} now"
         for name, value in settings.items()
@@ -176,7 +173,7 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
         raise InputError(
             f"{partial} holds part of another mixture:\n{found}\ndelete it to start over, or choose another --output"
         )
-    # The share of each task follows from those before it, so those after a lost file are made again, too.
+    # The share of each task depends on those before it, so all tasks after a missing file are made again.
     kept = takewhile(
         lambda item: not item[1]["got"] or training_file(partial, item[0]).exists(), counts["train"].items()
     )
@@ -185,17 +182,17 @@ def begin(folder: Path, args: PrepareArguments, argv: list[str]) -> tuple[Path, 
 
 
 def open_part(source: Source, seed: int) -> datasets.IterableDataset:
-    """The part of a set, in an order that depends on the seed; its rows are read when they are asked for.
+    """Open a part of a set, shuffled by the seed; rows are read lazily.
 
     Raises:
-        InputError: it cannot be read, or lacks columns.
+        InputError: it cannot be read, or columns are missing.
     """
     try:
         records = datasets.load_dataset(
             "parquet", data_files=source.files, split="train", streaming=True, columns=list(source.columns)
         )
-        # By groups of rows, so that the sample comes from everywhere in the files. One group at a time: reading several
-        # takes threads, and five seconds at the end of each set to stop them.
+        # By row groups, so that the sample comes from all parts of the files. One group at a time: reading several
+        # takes threads, which need five seconds at the end of each set to stop.
         shuffled = records.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
     except UNREADABLE as error:
         raise unreadable(source, first_line(error)) from error
@@ -208,7 +205,7 @@ def read(source: Source, records: datasets.IterableDataset) -> Iterator[dict]:
     """The records of a set.
 
     Raises:
-        InputError: it cannot be read any more.
+        InputError: it can no longer be read.
     """
     try:
         yield from records
@@ -219,13 +216,13 @@ def read(source: Source, records: datasets.IterableDataset) -> Iterator[dict]:
 def unreadable(source: Source, reason: str) -> InputError:
     return InputError(
         f"{source.name} could not be read from the hub ({source.files}): {reason}\n"
-        f"once it can, the same command goes on; --without {source.hub_id} does without it"
+        f"once that is fixed, run the same command to continue; or leave the set out with --without {source.hub_id}"
     )
 
 
 def write_evaluation(partial: Path, opened: dict[Source, Iterable], args: PrepareArguments, counts: dict) -> set[int]:
-    """Write a sample of every evaluation set. Returns the keys of all of their questions, in the sample or not."""
-    shutil.rmtree(partial / "evaluation", ignore_errors=True)  # perhaps with sets that are left out now
+    """Write a sample of every evaluation set. Returns the keys of all their questions, sampled or not."""
+    shutil.rmtree(partial / "evaluation", ignore_errors=True)  # it may have sets that are left out now
     counts["evaluation"] = {}
     asked: set[int] = set()
     for source, records in tqdm(opened.items(), "evaluation sets", unit="set"):
@@ -245,9 +242,9 @@ def write_evaluation(partial: Path, opened: dict[Source, Iterable], args: Prepar
 def write_training(
     partial: Path, opened: dict[Source, Iterable], asked: set[int], args: PrepareArguments, counts: dict
 ) -> None:
-    """Write the tasks that are not finished, one after the other, and count what each set gives."""
+    """Write the tasks that are not finished, one after the other, and count the rows from each set."""
     for file in (partial / "train").glob("*.jsonl"):
-        if file.stem not in counts["train"]:  # partial, and perhaps of sets that are left out now
+        if file.stem not in counts["train"]:  # incomplete, and possibly from sets that are left out now
             file.unlink()
     tasks = list(dict.fromkeys(source.task for source in opened))
     with tqdm(total=args.rows, initial=rows_so_far(counts), unit="row") as bar:
@@ -268,10 +265,10 @@ def write_training(
 def new_rows(
     source: Source, records: Iterable, asked: set[int], seen: set[int], max_words: int, found: Counter
 ) -> Iterator[dict]:
-    """The rows of a set that are neither asked in evaluation nor in `seen`, to which they are added.
+    """The rows of a set whose questions are neither in `asked` nor in `seen`; adds them to `seen`.
 
     Args:
-        found: counts the rows that are given, as `got`, and those that are not, by the reason.
+        found: counts the yielded rows, as `got`, and the others by reason.
     """
     for record in read(source, records):
         row = source.row(record)
@@ -290,7 +287,7 @@ def new_rows(
 
 
 def in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
-    """A row of each in turn; those that end leave the rest to the others."""
+    """Take a row from each stream in turn until all are exhausted."""
     while streams:
         for stream in list(streams):
             row = next(stream, None)
@@ -301,7 +298,7 @@ def in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
 
 
 def task_counts(wanted: int, found: dict[Source, Counter]) -> dict:
-    """Rows wanted and got of a task and its sets. A set that gave less has no more."""
+    """Numbers of rows wanted and found, for a task and each of its sets. A set that gave fewer has no more."""
     each, left = divmod(wanted, len(found))
     reasons = ("got", "unusable", "too_long", "in_evaluation", "repeated")
     sets = {
@@ -312,12 +309,12 @@ def task_counts(wanted: int, found: dict[Source, Counter]) -> dict:
 
 
 def write_without_overlap(partial: Path, counts: dict) -> None:
-    """Write the rows of closed-book evaluation sets none of whose right answers is one of a training row."""
+    """Write the rows of closed-book evaluation sets that share no correct answer with any training row."""
     sets = {name: list(read_rows(partial / "evaluation" / f"{name}.jsonl")) for name in counts["evaluation"]}
     sets = {name: rows for name, rows in sets.items() if rows[0]["task"] == CLOSED_BOOK}
     shutil.rmtree(partial / "evaluation_without_overlap", ignore_errors=True)
     right = {key for rows in sets.values() for row in rows for key in answer_keys(row)}
-    taught: set[int] = set()  # of the right answers alone, so that it does not grow with the training rows
+    taught: set[int] = set()  # only answers of the evaluation sets, so that memory does not grow with the training rows
     for row in read_rows(training_file(partial, CLOSED_BOOK)):
         taught |= right & answer_keys(row)
     for name, rows in sets.items():
@@ -336,7 +333,7 @@ def question_key(row: dict) -> int:
 
 
 def text_key(text: str) -> int:
-    """64 bits of a hash of the words, whatever their case, punctuation and articles."""
+    """A 64-bit hash of the words, ignoring case, punctuation and articles."""
     return int.from_bytes(hashlib.blake2b(normalized(text).encode(), digest_size=8).digest())
 
 
@@ -359,7 +356,7 @@ def counting(bar: tqdm, rows: Iterable[dict]) -> Iterator[dict]:
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
-    """JSON Lines; no file where there is no row, since a data file may not be empty."""
+    """Write JSON Lines; no file if there are no rows, since a data file may not be empty."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as stream:
         for row in rows:
@@ -382,7 +379,7 @@ def save(partial: Path, counts: dict) -> None:
 
 
 def table_lines(counts: dict) -> list[str]:
-    """The lines of each task's sets, followed by one for the task."""
+    """One line per set, followed by one for its task."""
 
     def line(count: dict, name: str) -> str:
         return f"{count['wanted']:10,}{count['got']:10,}  {name}"

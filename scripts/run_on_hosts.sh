@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Several nodes without a scheduler: starts run_loramoe.sh on every host of a file over ssh, and waits for all.
+# Several nodes without a scheduler: start run_loramoe.sh over ssh on every host of a file and wait for all.
 #
 #   exp_name=llama2 pretrained_model=MODEL bash scripts/run_on_hosts.sh hostfile --weight_decay 0.01
 #
-# The file has one host per line, the first being node 0; whatever follows the name (DeepSpeed's "slots=8") is ignored. The
-# others reach node 0 by that name, without user@, or by master_addr. Every host sees this folder under the same path.
-# Hyperparameters that are set here apply to all of them. Ctrl-C and SIGTERM reach scripts/launch.py on every host, and the
-# runs save a checkpoint. The exit code is 0 if all ended with 0, else the first other one.
+# The file has one host per line; the first is node 0. Anything after the name (DeepSpeed's "slots=8") is ignored. The
+# others reach node 0 by that name, without user@, or by master_addr. This folder needs the same path on every host.
+# Hyperparameters that are set here apply to all hosts. Ctrl-C and SIGTERM reach scripts/launch.py on every host, and the
+# runs save a checkpoint. The exit code is 0 if all ended with 0, else the first nonzero one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -12,8 +12,9 @@ from data import InputError
 from workbench import benchmark_data
 from workbench.benchmark import Times, main, read_results
 from workbench.benchmark_report import draw
+from workbench.instruments import step
 from workbench.peers import PYTHON, Peer
-from workbench.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch, step
+from workbench.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch
 
 NUMBERS = {
     "dropout", "step_ratio", "step_ratio_low", "step_ratio_high", "step_seconds", "rounds", "saved_bytes_ratio",
@@ -109,7 +110,7 @@ def test_training_and_experts_are_measured_and_drawn(tmp_path, model_dir):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sections", "steps,speed"], "there is no speed; there are steps, experts"),
+        (["--sections", "steps,speed"], "unknown: speed; choose from steps, experts"),
         (["--rounds", "0"], "--rounds is 0, but has to be at least 1"),
         (["--quick", "--sections", "training"], "name one with --model"),
         (["--model", "no/such/folder"], "no base model could be loaded from no/such/folder"),

@@ -1,4 +1,4 @@
-"""The self-check of a node: outcomes, crashes and hangs with a stand-in for Python, and the whole of it on the CPU."""
+"""The self-check of a node: outcomes, crashes and hangs with a stand-in for Python, and a full run on the CPU."""
 
 import json
 import re
@@ -58,9 +58,9 @@ def test_what_comes_after_a_failure_is_made_all_the_same(stub):
     details = {outcome.check: outcome.detail for outcome in outcomes}
     assert details["fail"] == "ValueError: wrong"
     assert details["skip"] == "not here"
-    assert details["crash"] == "the process ended without a word"
+    assert details["crash"] == "the process ended without a message"
     assert details["import"] == "ModuleNotFoundError: No module named 'x'"
-    assert details["hang"] == "no end after 3 s"
+    assert details["hang"] == "still running after 3 s"
 
 
 def test_processes_that_do_not_end_cleanly_fail_the_last_check(stub):
@@ -122,7 +122,7 @@ def test_the_summary_counts():
     assert summary([Outcome("x", state, "") for state in states], 61.4) == "2 passed, 1 failed, 1 skipped in 61 s"
 
 
-# A worker with checks of its own: one that passes, one that does not apply, one that fails, one that is not reached.
+# A worker with its own checks: one that passes, one that does not apply, one that fails, one that is not reached.
 WORKER = """
 from workbench import node_checks
 

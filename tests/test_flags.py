@@ -396,8 +396,8 @@ def test_restarting_a_linked_folder_keeps_the_link(run, tmp_path):
     (tmp_path / "disk" / "there").mkdir(parents=True)
     (tmp_path / "disk" / "there" / "file").write_text("x")
     run.output.symlink_to(tmp_path / "disk" / "there")
-    moved = RunFolder(run.output).archive()
-    assert (moved.parent, (moved / "file").read_text()) == (tmp_path / "disk", "x")
+    archive = RunFolder(run.output).archive()
+    assert (archive.parent, (archive / "file").read_text()) == (tmp_path / "disk", "x")
     assert run.output.is_symlink()
     assert not list(run.output.iterdir())
     with RunFolder(run.output).held():

@@ -78,9 +78,9 @@ def test_no_answer_of_a_generated_task_is_the_usual_one(task):
 
 
 def test_too_many_rows_are_refused():
-    with pytest.raises(ValueError, match=r"coreference has only about .* different rows in its test part"):
+    with pytest.raises(ValueError, match=r"coreference has only about .* distinct rows in its test part"):
         make_rows("coreference", 8000, seed=0, part="test")
-    with pytest.raises(ValueError, match="there is no kind of task 'poetry'"):
+    with pytest.raises(ValueError, match="unknown task 'poetry'"):
         make_rows("poetry", 1, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""Every run ends as it has to: the short form of `bash workbench/soak.sh --launches`, and its faults."""
+"""Every run ends as expected: the short form of `bash workbench/soak.sh --launches`, and its faults."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from data import InputError
 from workbench import launches, soak
 from workbench.launches import Launch, Outcome
 
@@ -21,11 +22,11 @@ ENDED = {
     "an abort after a run that went well": (WELL, Outcome([1, -6], 1.0, False, "LoRAMoE run finished"),
                                             ["exit codes [1, -6]"]),
     "an error that was swallowed": (ERROR, Outcome([0, 0], 1.0, False, ""),
-                                    ["exit codes [0, 0]", "no process failed", f"nothing said '{launches.SAID}'"]),
+                                    ["exit codes [0, 0]", "no process failed", f"missing message '{launches.SAID}'"]),
     "a hang": (ERROR, Outcome([1, -9], 31.0, True, launches.SAID), ["a hang"]),
-    "no event": (WELL, Outcome([0], None, False, "LoRAMoE run finished"), ["the event never came"]),
+    "no event": (WELL, Outcome([0], None, False, "LoRAMoE run finished"), ["the event never happened"]),
     "no checkpoint": (SIGTERM, Outcome([0, 0], 1.0, False, "stopped by a signal"),
-                      ["a checkpoint is missing or torn"]),
+                      ["a checkpoint is missing or incomplete"]),
 }  # fmt: skip
 
 
@@ -65,14 +66,14 @@ def test_processes_that_stay_are_found_and_ended(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_runs_end_without_hangs_and_aborts(tmp_path):
-    """In a process of its own, since pytest's has threads and is not to be forked."""
+    """In a separate process, since pytest's has threads and must not be forked."""
     command = [sys.executable, "-m", "workbench.soak", "--launches", "22", "--folder", str(tmp_path)]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert outcome.returncode == 0, outcome.stdout[-6000:] + outcome.stderr[-2000:]
-    assert outcome.stdout.endswith("PASSED: every run has ended as it has to\n")
+    assert outcome.stdout.endswith("PASSED: every run ended as expected\n")
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_counts_are_named():
-    with pytest.raises(soak.InputError, match="--launches is -1, but has to be at least 0"):
+    with pytest.raises(InputError, match="--launches is -1, but has to be at least 0"):
         soak.main(["--launches", "-1"])

@@ -203,9 +203,9 @@ def test_a_router_that_is_a_linear_by_class_is_counted():
 
 
 def test_unknown_models_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no such file or folder, and no built-in architecture, which are SmolLM2"):
+    with pytest.raises(InputError, match="no such file or folder, and not a built-in architecture; these are SmolLM2"):
         main(["--model", "Llama-4"])
-    with pytest.raises(InputError, match="holds no model configuration"):
+    with pytest.raises(InputError, match="does not contain a model configuration"):
         main(["--model", str(tmp_path)])
 
 

@@ -566,7 +566,7 @@ def test_an_unfinished_folder_that_has_lost_a_file_is_completed(hub, tmp_path, m
     assert files_in(tmp_path / "mix") == finished
     (tmp_path / "mix").rename(unfinished)
     (unfinished / "counts.json").write_bytes(bytes(100))
-    with pytest.raises(InputError, match=r"counts.json is damaged; delete .*mix.incomplete to start over"):
+    with pytest.raises(InputError, match=r"counts.json is corrupt; delete .*mix.incomplete to start over"):
         prepare(tmp_path / "mix", *flags)
 
 
@@ -594,7 +594,7 @@ def test_a_kind_that_is_left_out_after_an_interruption_leaves_no_rows(hub, tmp_p
 
 
 def test_a_second_start_of_the_same_command_is_refused(hub, tmp_path):
-    with FileLock(tmp_path / "mix.incomplete.lock"), pytest.raises(InputError, match="mix is being made by another pr"):
+    with FileLock(tmp_path / "mix.incomplete.lock"), pytest.raises(InputError, match="mix is being written by another"):
         prepare(tmp_path / "mix", *FEW, "--size", "10")
     assert not (tmp_path / "mix.incomplete").exists()
     prepare(tmp_path / "mix", *FEW, "--size", "10")
@@ -610,7 +610,7 @@ def test_other_locks_and_a_lock_that_is_gone_are_no_second_start(tmp_path):
 
 
 def test_a_full_disk_is_one_message(hub, tmp_path):
-    with full_disk(1000), pytest.raises(InputError, match="mix cannot be written: File too large; once it can"):
+    with full_disk(1000), pytest.raises(InputError, match="mix cannot be written: File too large; once that is fixed"):
         prepare(tmp_path / "mix", *FEW, "--size", "10")
     prepare(tmp_path / "mix", *FEW, "--size", "10")
 
@@ -643,5 +643,5 @@ def test_mistakes_are_told_before_anything_is_read(tmp_path):
         main(wrong)
     for part in ("--output is missing", "'3G'", "1.5, but", "--max_words is 0", "--without snli: no such set"):
         assert part in str(caught.value)
-    with pytest.raises(InputError, match="--recipe soup is unknown; there is paper"):
+    with pytest.raises(InputError, match="--recipe soup is unknown; choose from paper"):
         main(["--recipe", "soup", "--output", str(tmp_path / "mix")])

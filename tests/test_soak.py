@@ -1,4 +1,4 @@
-"""Killing a run does no harm: the short form of `workbench/soak.sh`."""
+"""Killing a run does no damage: the short form of `workbench/soak.sh`."""
 
 import re
 import signal
@@ -25,7 +25,7 @@ def test_a_run_that_is_killed_ends_the_same(tmp_path, capsys, processes):
 
 
 def test_harm_is_told_and_its_folders_are_kept(tmp_path, monkeypatch):
-    """A run that ends at once with another exit code than 0 stands for any harm."""
+    """A run that exits at once with a nonzero code stands for any damage."""
     monkeypatch.setattr(soak.Soak, "command", lambda *arguments: [sys.executable, "-c", "raise SystemExit('broken')"])
     with pytest.raises(SystemExit, match=r"FAILED after 0 kills(.|\n)*exit code 1:\nbroken"):
         soak.main(["--folder", str(tmp_path)])
@@ -33,7 +33,7 @@ def test_harm_is_told_and_its_folders_are_kept(tmp_path, monkeypatch):
 
 
 def test_the_whole_process_tree_is_killed():
-    """A process whose child has a session of its own, as torchrun's workers have."""
+    """A process whose child has its own session, as torchrun's workers do."""
     program = (
         "import subprocess; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True); input()"
     )

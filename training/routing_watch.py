@@ -56,6 +56,7 @@ class RoutingWatch(TrainerCallback):
         self._entropy = shares_LBE.new_zeros(())
         self._step_E = shares_LBE.new_zeros(num_experts)
         self._steps_below_K = shares_LBE.new_zeros(len(self._groups))
+        self._started = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Count, for each group, the consecutive steps with hardly any weight on it, on this process's rows."""

@@ -1,4 +1,4 @@
-"""Public architectures for the planner, as their owners' `config.json` have them. No weights are needed to plan."""
+"""Public architectures for the planner, from their published `config.json`. Planning needs no weights."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ ARCHITECTURES = {
 
 
 def find_architecture(name: str) -> PretrainedConfig:
-    """The configuration of a built-in name, a folder with a `config.json`, or such a file.
+    """Load the configuration for a built-in name, a folder with a `config.json`, or such a file.
 
     Raises:
         InputError: it is none of these.
@@ -47,10 +47,10 @@ def find_architecture(name: str) -> PretrainedConfig:
         return AutoConfig.for_model(**ARCHITECTURES[name])
     if not Path(name).exists():
         raise InputError(
-            f"--model {name}: no such file or folder, and no built-in architecture, which are "
+            f"--model {name}: no such file or folder, and not a built-in architecture; these are "
             f"{', '.join(ARCHITECTURES)}"
         )
     try:
         return load_config(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {name} holds no model configuration: {first_line(error)}") from error
+        raise InputError(f"--model {name} does not contain a model configuration: {first_line(error)}") from error

@@ -1,8 +1,8 @@
 """Measure the cost of the method: `python -m workbench.benchmark`.
 
-Variants take turns within each round, so that what else the machine does meets all alike; a ratio is the median over
-rounds of the ratio to the frozen backbone's time in the same round. All run on the same weights and batches, in
-float32. A step is forward and backward pass; there is no optimizer in it.
+Variants take turns within each round, so that other load on the machine affects all of them equally. A ratio is the
+median over rounds of the ratio to the frozen backbone's time in the same round. All variants use the same weights and
+batches, in float32. A step is a forward and a backward pass, without an optimizer.
 """
 
 import argparse
@@ -25,14 +25,15 @@ from transformers import GenerationConfig, set_seed
 from data import InputError
 from loading.arguments import parse_arguments
 from loading.base_model import load_tokenizer
+from loading.command_line import at_least, range_problems, refuse, run_verb
 from loading.provenance import provenance
 from train import build_trainer, load_rows
 from training.stopping import StopSignals
 from workbench.benchmark_report import draw, markdown
-from workbench.instruments import SavedBytes, count_flops, trim_heap
+from workbench.instruments import step, step_counts, trim_heap
 from workbench.peers import PYTHON, Peer, PeerError
 from workbench.peers import resident_memory as peer_resident_memory
-from workbench.processes import run_alone
+from workbench.processes import as_flags, run_alone
 from workbench.variants import (
     PlainLayer,
     PlainLlama,
@@ -41,17 +42,14 @@ from workbench.variants import (
     load_base,
     random_batch,
     resident_memory,
-    step,
 )
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 TRAINING_ROWS = "data/tiny_data/train"
 DROPOUTS = (0.0, 0.05)
 PEERS = ("peft_lora", "xlora")
-# Many times slower than the others: they take part in every third round.
+# Much slower than the others, so they run in every third round only.
 SLOW = ("loop", "xlora")
-
-
 RATIO = ("ratio", "ratio_low", "ratio_high")
 
 
@@ -60,32 +58,32 @@ class Times:
 
     Args:
         runs: for every variant, a function that runs it once and returns the seconds.
-        rounds: in how many rounds each variant runs once.
+        rounds: number of rounds; each variant runs once per round.
     """
 
     def __init__(self, runs: dict[Variant, Callable[[], float]], rounds: int):
         self.rounds: dict[Variant, dict[int, float]] = {variant: {} for variant in runs}
         order = list(runs)
-        for number in range(-1, rounds):  # the first one warms up
+        for number in range(-1, rounds):  # the first round warms up
             for variant in order:
                 if variant.name in SLOW and number >= 0 and number % 3:
                     continue
                 seconds = runs[variant]()
-                if variant.name in SLOW:  # and large
+                if variant.name in SLOW:  # these are also large
                     trim_heap()
                 if number >= 0:
                     self.rounds[variant][number] = seconds
             order.append(order.pop(0))
 
     def ratio(self, variant: Variant, reference: Variant) -> dict[str, float]:
-        """Median and quartiles of the ratio of two variants in the rounds in which both ran."""
+        """Median and quartiles of the ratio of two variants, over the rounds in which both ran."""
         ours, theirs = self.rounds[variant], self.rounds[reference]
         ratios = [ours[number] / theirs[number] for number in ours.keys() & theirs.keys()]
         low, middle, high = np.percentile(ratios, (25, 50, 75)).tolist()
         return {"ratio": middle, "ratio_low": low, "ratio_high": high, "rounds": len(ratios)}
 
     def row(self, variant: Variant, frozen: Variant) -> dict:
-        """What is reported of one variant's time."""
+        """The reported times of one variant."""
         row = {f"step_{name}": value for name, value in self.ratio(variant, frozen).items()}
         rounds = row.pop("step_rounds")
         seconds = statistics.median(self.rounds[variant].values())
@@ -93,13 +91,14 @@ class Times:
 
 
 class Benchmark:
-    """The measurements, one method for each section.
+    """The measurements, one method per section.
 
     Args:
-        folder: the base model; None is a tiny random one.
-        rounds: of the main table; the others take half as many.
-        batch: rows per batch.
-        length: tokens per row.
+        folder: the base model; None stands for a tiny random one.
+        rounds: rounds of the main table; the other tables use half as many.
+        batch: examples per batch.
+        length: tokens per example.
+        experts: numbers of experts to compare.
     """
 
     def __init__(self, folder: str | None, rounds: int, batch: int, length: int, experts: list[int]):
@@ -137,13 +136,13 @@ class Benchmark:
         return {"rows": rows, "comparisons": comparisons}
 
     def experts_table(self) -> dict:
-        """Time against the number of experts, at one total rank of 64 and at one rank per expert."""
+        """Time against the number of experts, at a total rank of 64 and at rank 4 per expert."""
         mine = {Variant("loramoe", n, max(1, 64 // n)) for n in self.experts}
         mine |= {Variant("loramoe", n, 4) for n in self.experts}
         ours = sorted(mine, key=lambda variant: (variant.rank == 4, variant.experts, variant.rank))
         loops = [Variant("loop", variant.experts, variant.rank) for variant in ours]
         rows = self._scaling(ours, [(self.batch, self.length)])
-        # The loop keeps a full output for each expert: a batch of one row is what fits.
+        # The loop keeps a full output for each expert, so only a batch of one example fits in memory.
         rows += self._scaling([*ours, *loops], [(1, self.length)])
         return {"experts": rows}
 
@@ -163,14 +162,14 @@ class Benchmark:
             times = Times({v: partial(generate, models[v], prompt) for v in variants}, self.rounds)
             for variant in variants:
                 row = times.row(variant, variants[0])
-                # Tokens per second relate as the seconds do, the other way round.
+                # The ratio of speeds is the inverse of the ratio of times.
                 ratio = times.ratio(variants[0], variant)["ratio"]
                 speed = batch * NEW_TOKENS / row["step_seconds"]
                 rows.append({"variant": variant.name, "batch": batch, "tokens_per_second": speed, "speed_ratio": ratio})
         return {"decode": rows}
 
     def training(self) -> dict:
-        """One epoch on the tiny data as users train, and without all of what makes it fast; and both loss curves."""
+        """One epoch on the tiny data, with and without our optimizations, and both loss curves."""
         if self.folder is None:
             raise InputError("--sections training needs a base model with a tokenizer; name one with --model")
         on = partial(train_epoch, self.folder, order="group_by_length", is_plain=False)
@@ -193,11 +192,9 @@ class Benchmark:
         return {variant: partial(step, variant.model(self.base), batch) for variant in variants}
 
     def _peers(self, dropout: float) -> dict[Variant, Peer]:
-        """Those peers that run here; of the others it is said why not."""
+        """The peers that can run here; prints why the others cannot."""
         if self.folder is None or not PYTHON.exists():
-            say(
-                "peers are left out" + ("" if self.folder is None else ": bash workbench/benchmark_peers.sh makes them")
-            )
+            say("no peers" if self.folder is None else "no peers; to set them up: bash workbench/benchmark_peers.sh")
             return {}
         found = {}
         for name in PEERS:
@@ -209,11 +206,10 @@ class Benchmark:
         return found
 
     def _measure(self, variant: Variant, batch: dict[str, Tensor]) -> dict:
-        """What one step takes besides time. Resident memory is measured in a process that runs nothing else."""
+        """Memory and FLOPs of one step. Resident memory is measured in a separate process."""
         model = variant.model(self.base)
         trim_heap()
-        level, peak = run_alone(resident_memory, self.folder, variant, batch)
-        return {**_counts(model, batch), "resident_before_step": level, "peak_resident": peak}
+        return step_counts(model, batch) | run_alone(resident_memory, self.folder, variant, batch)
 
     def _row(self, variant: Variant, frozen: Variant, times: Times, measured: dict, dropout: float) -> dict:
         mine, limit = measured[variant], measured[frozen]
@@ -227,14 +223,14 @@ class Benchmark:
         }
 
     def _scaling(self, variants: list[Variant], shapes: list[tuple[int, int]]) -> list[dict]:
-        """Rows of a scaling table: each variant against the frozen backbone and the first variant, at each shape."""
+        """Rows of a scaling table, relative to the frozen backbone and to the first variant, at each shape."""
         rows = []
         frozen = Variant("frozen")
         for shape in shapes:
             batch = self._batch(*shape)
             models = {variant: variant.model(self.base) for variant in (frozen, *variants)}
             times = Times({v: partial(step, model, batch) for v, model in models.items()}, self.fewer_rounds)
-            measured = {variant: _counts(model, batch) for variant, model in models.items()}
+            measured = {variant: step_counts(model, batch) for variant, model in models.items()}
             for variant in models:
                 size = {"experts": variant.experts, "rank": variant.rank, "batch": shape[0], "length": shape[1]}
                 to_first = times.ratio(variant, variants[0])
@@ -257,7 +253,7 @@ SECTIONS: dict[str, Callable[[Benchmark], dict]] = {
 
 
 def generate(model: nn.Module, prompt_BT: Tensor) -> float:
-    """Seconds for `NEW_TOKENS` more tokens of each row."""
+    """Generate `NEW_TOKENS` tokens for each prompt. Returns the seconds."""
     settings = GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     start = time.perf_counter()
     model.generate(input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=settings)
@@ -265,7 +261,7 @@ def generate(model: nn.Module, prompt_BT: Tensor) -> float:
 
 
 def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tuple[float, list[float]]:
-    """Train one epoch on the tiny data by the project's own trainer: samples per second, and the loss of every step."""
+    """Train one epoch on the tiny data. Returns samples per second and the loss of every step."""
     with tempfile.TemporaryDirectory() as output, redirect_stdout(sys.stderr):
         flags = {
             "model_name_or_path": folder,
@@ -284,7 +280,7 @@ def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tupl
             "report_to": "none",
             "disable_tqdm": "true",
         }
-        model_args, data_args, args = parse_arguments([f"--{name}={value}" for name, value in flags.items()])
+        model_args, data_args, args = parse_arguments(as_flags(**flags))
         tokenizer = load_tokenizer(folder)
         rows, _, _ = load_rows(tokenizer, model_args, data_args, args)
         trainer = build_trainer(model_args, args, tokenizer, rows, None, None, StopSignals())
@@ -295,69 +291,62 @@ def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tupl
         return speed, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _counts(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
-    with SavedBytes(model) as saved:
-        model(**batch)
-    return {"saved_bytes": saved.total, "flops": count_flops(lambda: step(model, batch))}
-
-
 def say(message: str) -> None:
     print(f"[benchmark] {message}", file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, with what --quick stands for filled in.
+    """Parse the command line and fill in the defaults that depend on --quick.
 
     Raises:
         InputError: a section is unknown, or a number is too small.
     """
     parser = argparse.ArgumentParser(
         prog="python -m workbench.benchmark",
-        description="Measure time, bytes and FLOPs of LoRAMoE beside the frozen backbone, LoRA, a loop over the "
-        "experts, and PyPI's peft where bash workbench/benchmark_peers.sh has been run. Tables go to the terminal.",
+        description="Compare time, memory and FLOPs of LoRAMoE with the frozen backbone, LoRA, a loop over the experts "
+        "and, after bash workbench/benchmark_peers.sh, PyPI's peft. Prints tables.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", help=f"base model folder; default {DEFAULT_MODEL}, with --quick a tiny random Llama")
-    parser.add_argument("--sections", help=f"comma-separated, of {','.join(SECTIONS)}; default all that can run")
-    parser.add_argument("--rounds", type=int, help="rounds of the main table; scaling tables take half; default 10")
-    parser.add_argument("--batch", type=int, help="rows per batch; default 4")
-    parser.add_argument("--length", type=int, help="tokens per row; default 128")
+    parser.add_argument("--sections", help=f"comma-separated list from {','.join(SECTIONS)}; default: all that can run")
+    parser.add_argument("--rounds", type=int, help="rounds of the main table, half as many for others; default 10")
+    parser.add_argument("--batch", type=int, help="examples per batch; default 4")
+    parser.add_argument("--length", type=int, help="tokens per example; default 128")
     parser.add_argument("--quick", action="store_true", help="check in under 2 minutes that everything runs; no peers")
-    parser.add_argument("--json", type=Path, help="write all that was measured into this file")
-    parser.add_argument("--markdown", type=Path, help="print the tables of such a file and measure nothing")
-    parser.add_argument("--plot", type=Path, help="draw docs/pictures/ from such a file and measure nothing")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    parser.add_argument("--markdown", type=Path, help="print the tables of a --json file instead of measuring")
+    parser.add_argument("--plot", type=Path, help="draw docs/pictures/ from a --json file instead of measuring")
     flags = parser.parse_args(argv)
     defaults = {"rounds": 3, "batch": 2, "length": 16} if flags.quick else {"rounds": 10, "batch": 4, "length": 128}
     for name, value in defaults.items():
         given = getattr(flags, name)
         setattr(flags, name, value if given is None else given)
-        if getattr(flags, name) < 1:
-            raise InputError(f"--{name} is {given}, but has to be at least 1")
+    refuse(range_problems(flags, [at_least(1, "rounds", "batch", "length")]))
     flags.model = flags.model or (None if flags.quick else DEFAULT_MODEL)
     possible = [name for name in SECTIONS if name != "training" or flags.model]
     flags.sections = possible if flags.sections is None else flags.sections.split(",")
     if unknown := set(flags.sections) - SECTIONS.keys():
-        raise InputError(f"--sections: there is no {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+        raise InputError(f"--sections: unknown: {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS)}")
     return flags
 
 
 def read_results(file: Path) -> dict:
-    """What `--json` wrote.
+    """Read a file written by `--json`.
 
     Raises:
-        InputError: it is no such file.
+        InputError: it cannot be read or is a different kind of file.
     """
     try:
         results = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     if not isinstance(results, dict) or "sections" not in results:
-        raise InputError(f"{file} is no file that `python -m workbench.benchmark --json` has written")
+        raise InputError(f"{file} was not written by `python -m workbench.benchmark --json`")
     return results
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, or show what was measured.
+    """Measure, or show earlier measurements.
 
     Raises:
         InputError: see `parse`, `read_results` and `load_base`.
@@ -371,9 +360,9 @@ def main(argv: list[str] | None = None) -> None:
     if flags.markdown or flags.plot:
         return
     if flags.quick:
-        # On so small a model more threads wait for each other most of the time, the more so on a busy machine.
+        # With such a small model, several threads mostly wait for each other, especially on a busy machine.
         torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+        os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
     set_seed(0)
     start = time.monotonic()
     experts = [2, 4] if flags.quick else [8, 16, 32, 64]
@@ -391,7 +380,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_verb(main)

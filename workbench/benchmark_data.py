@@ -1,8 +1,8 @@
-"""Measure how a large data set is checked, encoded, cached and loaded again.
+"""Measure how long checking, encoding, caching and reloading a large data set take.
 
     python -m workbench.benchmark_data
 
-Makes a JSON Lines file of instruction rows in a temporary folder, loads it twice, edits one row and loads it again.
+Writes a JSON Lines file of instruction rows to a temporary folder, loads it twice, edits one row and loads it again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import Encoding, load_data
 from loading.base_model import load_tokenizer
-from loading.command_line import refuse, run_verb
+from loading.command_line import at_least, range_problems, refuse, run_verb
 from loading.provenance import provenance, provenance_line
 
 WORDS = (
@@ -39,24 +39,18 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the figures.
 
     Raises:
-        InputError: a number is out of range, or there is no tokenizer at that place.
+        InputError: a number is out of range, or the tokenizer cannot be loaded.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m workbench.benchmark_data", description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the file (default: %(default)s)")
-    parser.add_argument("--num_proc", type=int, default=2, help="processes that encode (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="number of rows (default: %(default)s)")
+    parser.add_argument("--num_proc", type=int, default=2, help="encoding processes (default: %(default)s)")
     parser.add_argument(
         "--tokenizer", default="models/SmolLM2-135M-Instruct", help="folder or hub id (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="also write the figures into this file")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
-    refuse(
-        [
-            f"--{name} is {getattr(args, name)}, but has to be at least 1"
-            for name in ("rows", "num_proc")
-            if getattr(args, name) < 1
-        ]
-    )
+    refuse(range_problems(args, [at_least(1, "rows", "num_proc")]))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(args.tokenizer)
@@ -71,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(folder: Path, rows: int, num_proc: int, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """The figures, by their names."""
+    """Measure the figures and return them by name."""
     file = folder / "rows.jsonl"
     write_rows(file, rows)
     encoding = Encoding("auto", 1024, 2)
@@ -100,7 +94,7 @@ def measure(folder: Path, rows: int, num_proc: int, tokenizer: PreTrainedTokeniz
 
 
 def write_rows(file: Path, rows: int) -> None:
-    """Rows as instruction sets have them: questions of 10 to 45 words, answers of 1 to 30."""
+    """Write typical instruction rows: questions of 10 to 45 words, answers of 1 to 30."""
     generator = random.Random(0)
 
     def text(least: int, most: int) -> str:
@@ -118,7 +112,7 @@ def write_rows(file: Path, rows: int) -> None:
 
 
 def edit_one_row(file: Path) -> None:
-    """Change one letter of the answer in the last row; the file's size stays."""
+    """Change one letter of the answer in the last row without changing the file's size."""
     with file.open("r+b") as stream:
         stream.seek(-len(', "task_type": 1}\n') - 2, os.SEEK_END)
         letter = stream.read(1)
@@ -152,7 +146,7 @@ class PeakMemory:
 
 
 def _proportional_set_size(process: int) -> int:
-    """Bytes of a process and its descendants; pages that several share count in parts. One that has ended counts 0."""
+    """Bytes of a process and its descendants; shared pages count in part. Processes that have ended count 0."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         children = [int(name) for task in Path(f"/proc/{process}/task").iterdir()

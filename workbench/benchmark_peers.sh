@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .cache/peers, the environment in which the benchmark runs PyPI's `peft` beside this repository's package of the
-# same name:   bash workbench/benchmark_peers.sh
+# Make .cache/peers, the environment in which the benchmark runs PyPI's `peft`, since this repository has a package of
+# the same name:   bash workbench/benchmark_peers.sh
 #
-# The environment holds peft alone. Everything else, torch and transformers above all, it reads from the project's own
-# environment by a path file, so both sides run on the same code.
+# The environment holds only peft. Everything else, torch and transformers above all, comes from the project's
+# environment through a path file, so both sides run on the same code.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,4 +1,4 @@
-"""What the benchmark shows: tables in Markdown, and two figures."""
+"""The benchmark's report: tables in Markdown and two figures."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def markdown(results: dict) -> str:
-    """All tables of the sections that were measured, each under its heading."""
+    """The tables of all sections that were measured."""
     parts = [f"Measured in {results['seconds'] / 60:.0f} minutes: {provenance_line(results)}."]
     for name, section in TABLES.items():
         if name in results:
@@ -22,7 +22,7 @@ def markdown(results: dict) -> str:
 
 
 def _ratio(row: dict, name: str = "step_ratio") -> str:
-    """Median and quartiles."""
+    """Format a median and its quartiles."""
     return f"{row[name]:.2f} ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f})"
 
 
@@ -105,7 +105,7 @@ TABLES = {
 
 
 def draw(results: dict, folder: Path = PICTURES) -> list[Path]:
-    """Draw the figures whose sections were measured. Returns their files."""
+    """Draw the figures of the sections that were measured. Returns their files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     with styled():
@@ -117,7 +117,7 @@ def draw(results: dict, folder: Path = PICTURES) -> list[Path]:
 
 
 def _draw_experts(results: dict) -> Figure:
-    """Time of a step against the number of experts, ours and the loop, at the one batch shape where both ran."""
+    """Plot step time against the number of experts, stacked and looped, at the batch shape that both ran."""
     shape = next((row["batch"], row["length"]) for row in results["experts"] if row["variant"] == "loop")
     rows = [row for row in results["experts"] if (row["batch"], row["length"]) == shape]
     panels = {

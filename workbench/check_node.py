@@ -1,11 +1,11 @@
 """Check a node before its first long run: `bash workbench/check_node.sh`.
 
-Every way of training is tried on a tiny model, with one process for each GPU, or two on a CPU. Each check prints one
-line, PASS, FAIL (with the first line of the error) or SKIPPED (with the reason), and the last line counts them. The
-exit code is 1 where a check failed. What each check does is in `workbench/node_checks.py`.
+Every way of training is tried on a tiny model, with one process per GPU, or two on a CPU. Each check prints one line:
+PASS, FAIL (with the first line of the error) or SKIPPED (with the reason). The last line counts them. The exit code is
+1 if a check failed. `workbench/node_checks.py` has the checks.
 
-Imports take most of the time, so a launch makes many checks one after the other. A check that fails, crashes or hangs
-ends its launch, and another launch makes the checks that are left.
+Imports take most of the time, so a launch runs many checks in turn. A check that fails, crashes or hangs ends its
+launch, and another launch runs the remaining checks.
 """
 
 import argparse
@@ -25,9 +25,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from loading.provenance import ROOT
+from workbench.processes import torchrun
+
 SECONDS_OF_A_LAUNCH = 240
-# torchrun gives its workers 30 seconds to end before it kills them.
+# torchrun gives its workers 30 seconds to exit before it kills them.
 SECONDS_TO_END = 45
 
 
@@ -36,8 +38,8 @@ class Launch:
     """Checks that share their processes.
 
     Args:
-        checks: names of the checks, keys of `workbench.node_checks.CHECKS`, in their order.
-        distributed: one process for each device, under torchrun; otherwise a single process that sees no GPU.
+        checks: names of the checks, keys of `workbench.node_checks.CHECKS`, in order.
+        distributed: one process per device, under torchrun; otherwise a single process without a GPU.
     """
 
     checks: tuple[str, ...]
@@ -46,7 +48,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a check: state is PASS, FAIL or SKIPPED; detail says what was found, or why."""
+    """The outcome of a check: state is PASS, FAIL or SKIPPED; detail has the finding or the reason."""
 
     check: str
     state: str
@@ -68,18 +70,18 @@ PLAN = (
         "ZeRO-3 offload", "ZeRO-3 offload, half precision", "ZeRO-3 offload, resume",
     )),
 )  # fmt: skip
-# Where one of these fails, every later check would fail for the same reason.
+# If one of these fails, every later check would fail for the same reason.
 FOUNDATIONS = ("one process on the CPU", "all-reduce")
 
 
 def main() -> int:
-    """Make all checks. Returns the exit code."""
+    """Run all checks. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="bash workbench/check_node.sh", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--log",
         type=Path,
         default=Path("outputs/check_node.log"),
-        help="where the full log goes, should a check fail (default: %(default)s)",
+        help="file for the full log if a check fails (default: %(default)s)",
     )
     log = parser.parse_args().log
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -100,7 +102,7 @@ def main() -> int:
 
 
 def number_of_processes() -> int:
-    """One for each visible GPU; two on a CPU, so that there is something to synchronise."""
+    """One per visible GPU; two on a CPU, so that gradients are synchronised there, too."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
@@ -110,7 +112,7 @@ def summary(outcomes: list[Outcome], seconds: float) -> str:
 
 
 def make_checks(folder: Path, plan: tuple[Launch, ...], processes: int) -> Iterator[Outcome]:
-    """The outcomes of a plan's checks, in its order, after each launch."""
+    """Run the checks of a plan in order; yields their outcomes after each launch."""
     missing = None
     for launch in plan:
         left = list(launch.checks)
@@ -126,39 +128,39 @@ def make_checks(folder: Path, plan: tuple[Launch, ...], processes: int) -> Itera
 
 
 def make_launch(folder: Path, checks: list[str], processes: int, distributed: bool) -> list[Outcome]:
-    """Start processes that make the checks in turn; the outcomes up to the first that failed, or of all."""
+    """Start processes that run the checks in turn. Returns the outcomes up to the first failure, or all of them."""
     for file in folder.glob("outcomes-*"):
         file.unlink()
-    program = ["-m", "workbench.node_checks", str(folder), str(processes), *checks]
+    size = processes if distributed else 1
+    program = ("-m", "workbench.node_checks", str(folder), str(processes), *checks)
+    command = torchrun(size, *program) if distributed else [sys.executable, *program]
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    variables["TMPDIR"] = str(folder)  # torchrun leaves a folder behind
-    if distributed:
-        program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *program]
-    else:
+    variables["TMPDIR"] = str(folder)  # torchrun leaves a folder there
+    if not distributed:
         variables["CUDA_VISIBLE_DEVICES"] = ""
     if not (distributed and torch.cuda.is_available()):
         variables["DS_ACCELERATOR"] = "cpu"
     with (folder / "log").open("a+") as log:
         print(f"===== {', '.join(checks)}", file=log, flush=True)
         begin = log.tell()
-        code = run_program([sys.executable, *program], os.environ | variables, log)
+        code = run_program(command, os.environ | variables, log)
         log.seek(begin)
-        reason = f"no end after {SECONDS_OF_A_LAUNCH} s" if code is None else last_error(log.read())
-    outcomes = collect_outcomes(folder, checks, processes if distributed else 1, reason)
+        reason = f"still running after {SECONDS_OF_A_LAUNCH} s" if code is None else last_error(log.read())
+    outcomes = collect_outcomes(folder, checks, size, reason)
     if code != 0 and outcomes[-1].state != "FAIL":
         outcomes[-1] = Outcome(outcomes[-1].check, "FAIL", f"passed, but then: {reason}")
     return outcomes
 
 
 def run_program(command: list[str], variables: dict[str, str], log) -> int | None:
-    """Run a program with its output in the log. Returns its exit code, or None where it took too long and was ended."""
+    """Run a program with its output in the log. Returns its exit code, or None if it took too long and was stopped."""
     program = subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         return program.wait(SECONDS_OF_A_LAUNCH)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        program.terminate()  # which leaves a program alone that has ended
+        program.terminate()  # does nothing if the program has exited
         try:
             program.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
@@ -167,16 +169,16 @@ def run_program(command: list[str], variables: dict[str, str], log) -> int | Non
 
 
 def last_error(log: str) -> str:
-    """What a log says about the end of a process that could not report it."""
+    """The last error in the log of a process that ended without reporting it."""
     found = re.findall(r"^.*?((?:\w+\.)*\w*Error: .*|Signal \d+ \(\w+\) .*)$", log, re.MULTILINE)
-    return found[-1] if found else "the process ended without a word"
+    return found[-1] if found else "the process ended without a message"
 
 
 def collect_outcomes(folder: Path, checks: list[str], processes: int, reason: str) -> list[Outcome]:
-    """Outcomes from what the processes wrote down, up to the first check that failed or that has no outcome.
+    """Merge the outcomes that the processes wrote, up to the first check that failed or has no outcome.
 
     Args:
-        reason: why the processes ended, for a check of which a process says nothing.
+        reason: why the processes ended, for a check without an outcome from every process.
     """
     records = [json.loads(line) for file in folder.glob("outcomes-*") for line in file.read_text().splitlines()]
     outcomes = []
@@ -184,7 +186,7 @@ def collect_outcomes(folder: Path, checks: list[str], processes: int, reason: st
         own = sorted((record for record in records if record["check"] == check), key=lambda record: record["time"])
         failed = [record for record in own if record["state"] == "FAIL"]
         if failed:
-            # The other processes fail later, for want of this one.
+            # The other processes fail later, because this one is gone.
             outcomes.append(Outcome(check, "FAIL", failed[0]["detail"]))
         elif len(own) < processes:
             outcomes.append(Outcome(check, "FAIL", reason))

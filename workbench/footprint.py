@@ -1,5 +1,5 @@
-"""What one training step needs, counted on tensors without data: the real model with the real adapter runs forward and
-backward under `FakeTensorMode`, watched by the instruments of the benchmark.
+"""Memory and FLOPs of one training step, counted on tensors without data: the real model with the real adapter runs
+forward and backward under `FakeTensorMode`, measured by the instruments of the benchmark.
 
 Shape suffixes: B samples, T tokens, N supervised tokens, H hidden size, V vocabulary.
 """
@@ -18,23 +18,23 @@ from transformers.pytorch_utils import Conv1D
 from peft import LoraConfig, LoraLayer, PeftModel, get_peft_model
 from workbench.instruments import LiveBytes, SavedBytes, count_flops
 
-# Rows without padding need no mask, and then attention is one fused kernel. transformers sees that by the values of
-# masks and positions, which fake tensors do not have; for an attention without a kind of mask it does not look.
+# Without padding no mask is needed, and attention is one fused kernel. transformers detects this from the values of
+# masks and positions, which fake tensors do not have; it skips the test for attention functions without a mask type.
 ATTENTION = "sdpa_without_padding"
 AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step runs on, and in which precision.
+    """Size and precision of a step.
 
     Args:
-        batch: rows per process and micro-batch.
-        length: tokens per row.
-        labelled: positions that carry a label, in the whole micro-batch.
-        dtype: of the frozen weights and the computation.
-        casts_adapter: the adapter is in `dtype`, too, as DeepSpeed makes it; otherwise it is float32 under autocast.
-        checkpointing: layers are computed again in the backward pass.
+        batch: examples per process and micro-batch.
+        length: tokens per example.
+        labelled: number of supervised tokens in the micro-batch.
+        dtype: dtype of the frozen weights and of the computation.
+        casts_adapter: the adapter is also in `dtype`, as with DeepSpeed; otherwise it is float32 under autocast.
+        checkpointing: layers are recomputed in the backward pass.
     """
 
     batch: int
@@ -47,19 +47,20 @@ class Shape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Counts of one step on one process that holds the whole model. Bytes, where nothing else is said.
+    """Counts of one step in a process that holds the full model; in bytes unless stated otherwise.
 
     Args:
         frozen_parameters: number of them.
         trainable_parameters: number of them.
-        quantisable_parameters: weights of Linears inside the decoder, which quantisation packs.
-        quantisable_rows: their output features in all.
-        largest_linear: most weights in one of them.
-        saved: kept for backward.
-        activations: alive between the forward pass of the layers and the loss.
-        logits: most that output layer, loss and their gradients add to that.
-        backward: most that the backward pass of the layers adds to activations and adapter gradients.
-        flops: of forward and backward pass.
+        quantisable_parameters: number of weights of Linears inside the decoder, which quantisation packs.
+        quantisable_rows: total number of their output features.
+        largest_linear: number of weights of the largest of them.
+        saved: kept for the backward pass.
+        activations: alive after the forward pass of the layers, before the loss.
+        logits: peak of output layer, loss and their gradients, on top of the activations.
+        backward: peak of the backward pass of the layers, on top of activations and adapter gradients.
+        gradients: of the adapter.
+        flops: FLOPs of forward and backward pass.
     """
 
     frozen_parameters: int
@@ -76,14 +77,14 @@ class Footprint:
 
     @property
     def step_peak(self) -> int:
-        """Most that a step adds to weights and optimizer: the loss and the layers' backward pass follow each other."""
+        """Peak on top of weights and optimizer; the loss and the layers' backward pass run one after the other."""
         return self.activations + self.gradients + max(self.logits, self.backward)
 
 
 def count_step(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> Footprint:
-    """Count what a step of the adapted model takes.
+    """Count memory and FLOPs of a step of the adapted model.
 
-    The balance term is left out: its own tensors are of shape (samples, experts).
+    The balance term is left out: its tensors have only shape (samples, experts).
 
     Raises:
         ValueError: the adapter's target modules do not exist.
@@ -120,7 +121,7 @@ def count_step(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> F
 
 
 class _Step:
-    """A training step in two parts. Which positions carry a label is unknown without data; how many is not."""
+    """A training step in two parts. Without data, the number of supervised tokens is known, but not their positions."""
 
     def __init__(self, model: PeftModel, shape: Shape):
         self.base, self.labelled = model.get_base_model(), shape.labelled
@@ -151,13 +152,13 @@ def _adapted_model(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) 
                 if parameter.requires_grad:
                     setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=shape.dtype)))
     if shape.checkpointing:
-        # Random states have no fake counterpart; keeping them takes no memory worth counting.
+        # Random states have no fake counterpart, and their memory is negligible.
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model.train()
 
 
 def _sizes(model: PeftModel) -> dict[str, int]:
-    """Numbers of parameters. Quantisation takes the Linears of the decoder and leaves the output layer as it is."""
+    """Numbers of parameters. Quantisation packs the Linears of the decoder but not the output layer."""
     linears = [
         module.base_layer if isinstance(module, LoraLayer) else module
         for module in model.get_base_model().get_decoder().modules()
@@ -180,7 +181,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A context in which new models have this dtype; `.to()` does not work on fake parameters."""
+    """A context in which new models have this dtype, since `.to()` does not work on fake parameters."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,12 +1,12 @@
-"""What is measured with: bytes kept for backward, bytes alive, FLOPs, resident memory.
+"""Instruments: bytes kept for backward, live bytes, FLOPs, time and resident memory.
 
-Works on real and on fake tensors, and imports torch alone, so that code of other environments can be measured with the
-same instruments.
+They work on real and fake tensors. This file imports only torch, so that other environments can use it, too.
 """
 
 import ctypes
 import gc
 import re
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +23,11 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-M_MMAP_THRESHOLD = -3  # a name of glibc's malloc.h
-MMAP_THRESHOLD = 64 * 1024  # bytes; larger blocks are no part of the heap
+M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
+MMAP_THRESHOLD = 64 * 1024  # bytes; larger blocks are allocated outside the heap
 
 
-# torch has formulas for the attention kernels of GPUs only, and for products that are added into a new tensor only.
-# Arguments are shapes.
+# torch lacks formulas for the attention kernels of CPUs and for products that are added in place. Arguments are shapes.
 @register_flop_formula(torch.ops.aten.addmm_)
 def product_in_place_flops(total, left, right, out_shape=None, **kwargs) -> int:
     """FLOPs of a product that is added to a tensor in place."""
@@ -43,25 +42,25 @@ def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def attention_backward_flops(gradient, query, key, value, *args, out_shape=None, **kwargs) -> int:
-    """FLOPs of its backward pass, in which the product of Q and K is computed again."""
+    """FLOPs of its backward pass, which recomputes the product of Q and K."""
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
 class SavedBytes:
-    """Context manager that counts what autograd keeps for the backward pass of the operations inside it.
+    """Context manager that counts the bytes that autograd keeps for the backward pass of the operations inside it.
 
-    A storage counts once and in full, whatever number of tensors shares it, as it occupies memory once. Storages are
-    told apart by identity, since those of fake tensors have no address.
+    A storage counts once and in full, however many tensors share it. Storages are distinguished by
+    identity, since those of fake tensors have no address.
 
     Args:
-        model: its parameters and buffers do not count: they are there without any backward pass.
+        model: its parameters and buffers are not counted.
 
     Attributes:
-        total: bytes, once the context is closed. Until then it keeps alive what it counts.
+        total: bytes, set when the context closes. Until then the counted storages are kept alive.
     """
 
     def __init__(self, model: nn.Module):
-        # Storages are held on to, so that no later one can have the same identity.
+        # Holding the storages ensures that no later one gets the same identity.
         tensors = (*model.parameters(), *model.buffers())
         self._excluded = {storage._cdata: storage for storage in map(Tensor.untyped_storage, tensors)}
         self._kept: dict[int, torch.UntypedStorage] = {}
@@ -81,18 +80,18 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._excluded:
             self._kept[storage._cdata] = storage
-        # A node that keeps its own output would own itself, and never be freed, were this the tensor with its history.
+        # A node that keeps its own output would own itself and never be freed if the tensor kept its history.
         return tensor.detach()
 
 
 class LiveBytes(TorchDispatchMode):
-    """Context manager that follows the bytes of all storages that operations inside it make, until these are freed.
+    """Context manager that tracks the bytes of all storages allocated inside it until they are freed.
 
-    Work space inside a kernel does not count, nor do tensors that were there before.
+    Workspace inside kernels and tensors that existed before are not counted.
 
     Attributes:
-        now: bytes alive.
-        peak: most bytes that were alive at once, since the last `reset_peak`.
+        now: live bytes.
+        peak: largest number of live bytes since the last `reset_peak`.
     """
 
     def __init__(self):
@@ -108,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
         given = _storages((args, kwargs))
         result = func(*args, **kwargs)
         for identity, storage in _storages(result).items():
-            # What shares an input's storage is a view, or the input itself, changed in place.
+            # A result that shares an input's storage is a view or the input itself, changed in place.
             if identity not in given and identity not in self._references:
                 self._follow(identity, storage)
         return result
@@ -126,7 +125,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and attentions in `run`, a multiply-add being two."""
+    """FLOPs of the matrix products and attentions in `run`; a multiply-add counts as two."""
     counter = FlopCounterMode(display=False)
     with counter:
         run()
@@ -134,23 +133,46 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 def return_freed_memory() -> None:
-    """From now on, what tensors free goes back to the system at once. To be called before any step; glibc only.
+    """Make the C library return freed tensor memory to the system at once. Call it before any step; glibc only.
 
-    Otherwise gaps in the C heap, which depend on all that happened before, would count as memory of the step: a third
-    more in some. It costs time, so that time is measured without it.
+    Otherwise gaps in the C heap, which depend on everything that ran before, count as memory of the step: up to a third
+    more. It costs time, so times are measured without it.
     """
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def trim_heap() -> None:
-    """Give back to the system, once, what the C heap holds free: what one variant needed is there for the next one."""
+    """Return the free memory of the C heap to the system, once, so that the next variant can use it."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def step(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Run a forward and backward pass and discard the gradients. Returns the seconds."""
+    start = time.perf_counter()
+    model(**batch).loss.backward()
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def step_counts(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Bytes kept for the backward pass of a step and its FLOPs."""
+    with SavedBytes(model) as saved:
+        model(**batch)
+    return {"saved_bytes": saved.total, "flops": count_flops(lambda: step(model, batch))}
+
+
+def step_memory(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Resident bytes before the second step and their peak during it."""
+    step(model, batch)
+    level, peak = peak_memory(lambda: step(model, batch))
+    return {"resident_before_step": level, "peak_resident": peak}
+
+
 def peak_memory(run: Callable[[], object]) -> tuple[int, int]:
-    """Resident bytes of this process before `run`, and the most while it runs. Linux only."""
+    """Resident bytes of this process before `run` and their peak while it runs. Linux only."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     level = _status("VmRSS")
     run()
     return level, _status("VmHWM")

@@ -1,16 +1,16 @@
-"""Start and end tiny runs of two processes in every way that a run can end, and see that each ends as it has to.
+"""Run and end tiny runs of two processes in every possible way, and check that each ends as expected.
 
     bash workbench/soak.sh --launches 200
 
-A run ends well; or an error comes up on one rank, or SIGTERM on one or all: while the model is built, in a training
-step, in an evaluation, in a save; under DDP, ZeRO-2 and ZeRO-3. Counted as faults are a hang (processes that are there
-LONGEST_END seconds after the event), an abort (ended by a signal that nobody sent, or with an exit code that does not
-belong to the event), and a missing message, checkpoint or result.
+A run succeeds; or an error occurs on one rank, or SIGTERM arrives on one or all: while the model is built, in a
+training step, in an evaluation, in a save; under DDP, ZeRO-2 and ZeRO-3. Faults are a hang (processes still alive
+LONGEST_END seconds after the event), an abort (an unexpected signal or exit code) and a missing message, checkpoint or
+result.
 
 Imports take most of the time of such a run. So this process imports everything once, without starting a thread, and
-forks the processes of a run, which then execute `train.py` as a program, from its arguments to its last `os._exit` or
-to the end of Python itself. Another fork stands in for torchrun: it holds the store and, like torchrun, ends the ranks
-that remain once one has failed. Every tenth run is started by torchrun, each process from nothing.
+forks the processes of a run, which execute `train.py` as a program, from its arguments to its last `os._exit` or to the
+end of Python itself. Another fork stands in for torchrun: it hosts the store and, like torchrun, ends the remaining
+ranks once one has failed. Every tenth run is started by torchrun, in new processes.
 """
 
 import faulthandler
@@ -31,17 +31,19 @@ from pathlib import Path
 
 from data import InputError
 from training.checkpoint import find_checkpoint
+from workbench.processes import torchrun
+from workbench.tiny_model import tiny_run
 
 PROCESSES = 2
 LONGEST_END = 30  # seconds from the event to the end of all processes
 LONGEST_RUN = 240  # seconds until the event
-GRACE = 30  # seconds that torchrun gives the ranks it ends
+GRACE = 30  # seconds that torchrun gives the ranks that it ends
 POLL = 0.02  # seconds
-EVERY = 10  # of so many runs one is started by torchrun
-SAID = "made up by the soak test"
+EVERY = 10  # one of this many runs is started by torchrun
+SAID = "injected by the soak test"
 REGIMES = {"DDP": None, "ZeRO-2": "scripts/deepspeed/zero2.json", "ZeRO-3": "scripts/deepspeed/zero3.json"}
 TRAINER = "training.trainer:LoRAMoETrainer"
-# What is called where the event is to come, and the optimizer steps that may be made then.
+# The function before whose call the event happens, and the possible numbers of finished optimizer steps.
 PLACES = {
     "model build": ("loading.base_model", "build_model", (0,)),
     "training step": (TRAINER, "training_step", (0, 1, 2, 3)),
@@ -54,15 +56,15 @@ ENDS = [("well", "end")] * 3 + [(kind, place) for kind in (*ERRORS, "SIGTERM") f
 
 @dataclass(frozen=True)
 class Launch:
-    """One run, and what happens to it.
+    """A run and what happens to it.
 
     Args:
         regime: a key of REGIMES.
         kind: `well`, a key of ERRORS, or `SIGTERM`.
         place: a key of PLACES, or `end`.
-        step: how many optimizer steps have been made at least when it happens.
-        ranks: where it happens.
-        by_torchrun: whether torchrun starts it.
+        step: least number of finished optimizer steps when it happens.
+        ranks: ranks on which it happens.
+        by_torchrun: torchrun starts the run.
     """
 
     regime: str
@@ -80,13 +82,13 @@ class Launch:
 
 @dataclass
 class Outcome:
-    """How a run ended.
+    """The end of a run.
 
     Args:
-        codes: exit codes, negative for signals; by rank, of torchrun alone, or those that torchrun names.
-        seconds: from the event to the end of the last process; None where there was no event.
-        hung: whether it had to be killed.
-        said: both outputs of all processes.
+        codes: exit codes, negative for signals: by rank, or torchrun's followed by those that it reports.
+        seconds: from the event to the end of the last process; None without an event.
+        hung: the run had to be killed.
+        said: stdout and stderr of all processes.
     """
 
     codes: list[int]
@@ -96,7 +98,7 @@ class Outcome:
 
 
 def plan(count: int, seed: int) -> list[Launch]:
-    """As many launches as asked for, with every end in every regime about equally often."""
+    """Draw launches in which every end occurs in every regime about equally often."""
     chance = random.Random(seed)
     cases: list[tuple[str, str, str]] = []
     while len(cases) < count:
@@ -112,10 +114,10 @@ def plan(count: int, seed: int) -> list[Launch]:
 
 
 def faults(launch: Launch, outcome: Outcome, folder: Path) -> list[str]:
-    """Sentences on what is not as it has to be; `folder` is the run's."""
+    """Describe each fault of a run; `folder` is the run's."""
     found = ["a hang"] * outcome.hung
     if outcome.seconds is None:
-        found.append("the event never came")
+        found.append("the event never happened")
     allowed = {1, -signal.SIGTERM} if launch.kind in ERRORS else {0}
     if not outcome.hung and (wrong := [code for code in outcome.codes if code not in allowed]):
         found.append(f"exit codes {wrong}")
@@ -123,24 +125,24 @@ def faults(launch: Launch, outcome: Outcome, folder: Path) -> list[str]:
         found.append("no process failed")
     message = {"well": "LoRAMoE run finished", "SIGTERM": "stopped by a signal"}.get(launch.kind, SAID)
     if message not in outcome.said:
-        found.append(f"nothing said '{message}'")
+        found.append(f"missing message '{message}'")
     if (folder / "all_results.json").exists() != (launch.kind == "well"):
-        found.append("results are missing" if launch.kind == "well" else "there are results")
-    checkpoint, torn = find_checkpoint(folder)
+        found.append("results are missing" if launch.kind == "well" else "unexpected results")
+    checkpoint, incomplete = find_checkpoint(folder)
     saved = launch.kind == "SIGTERM" and (launch.place == "training step" or launch.step > 0)
-    if torn or (saved and not checkpoint):
-        found.append("a checkpoint is missing or torn")
+    if incomplete or (saved and not checkpoint):
+        found.append("a checkpoint is missing or incomplete")
     return found
 
 
 class Launches:
-    """Launches, and what they have come to.
+    """Launches and their outcomes.
 
     Args:
-        count: how many.
-        seed: of the order and the moments.
+        count: number of launches.
+        seed: random seed of the order and the moments.
         model: folder of the base model.
-        folder: it holds `rows.json`; the runs are put there.
+        folder: contains `rows.json`; the runs are put there.
     """
 
     def __init__(self, count: int, seed: int, model: Path, folder: Path):
@@ -148,7 +150,7 @@ class Launches:
         self.outcomes: dict[Launch, list[tuple[Outcome, list[str]]]] = {}
 
     def run(self) -> bool:
-        """Launch them all one after another and print a table; whether there was no fault."""
+        """Run all launches one after the other and print a table. Returns True if there was no fault."""
         load_program()
         start = time.monotonic()
         for number, launch in enumerate(self.launches, start=1):
@@ -166,28 +168,23 @@ class Launches:
         return not any(found for outcomes in self.outcomes.values() for _, found in outcomes)
 
     def flags(self, launch: Launch, output: Path) -> list[str]:
-        flags = {
-            "model_name_or_path": self.model,
-            "dataset_dir": self.folder / "rows.json",
-            "validation_file": self.folder / "rows.json",
-            "output_dir": output,
-            "data_cache_dir": self.folder / "cache",
-            "use_cpu": "true",
-            "lora_nums": 4,
-            "lora_dropout": 0.2,
-            "per_device_train_batch_size": 2,
-            "max_steps": 4,
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "save_steps": 2,
-            "disable_tqdm": "true",
-        }
-        if REGIMES[launch.regime]:
-            flags["deepspeed"] = REGIMES[launch.regime]
-        return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        config = REGIMES[launch.regime]
+        return tiny_run(
+            self.folder,
+            self.model,
+            output,
+            validation_file=self.folder / "rows.json",
+            data_cache_dir=self.folder / "cache",
+            per_device_train_batch_size=2,
+            max_steps=4,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_steps=2,
+            **({"deepspeed": config} if config else {}),
+        )
 
     def table(self) -> list[str]:
-        """A line for each end: launches, hangs, other faults, the longest time from the event to the end."""
+        """One line per end: launches, hangs, other faults and the longest time from the event to the end."""
         lines = [f"{'':24} launches  hangs  other faults  slowest end"]
         for kind, place in dict.fromkeys(ENDS):
             of_end = [
@@ -204,22 +201,22 @@ class Launches:
 
 
 def load_program() -> None:
-    """Import what a run imports.
+    """Import everything that a run imports.
 
     Raises:
-        RuntimeError: a thread was started meanwhile, so that forks of this process may wait for it for ever.
+        RuntimeError: a thread was started, so that forks of this process could deadlock.
     """
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in ("train", "deepspeed", "matplotlib.figure", "torch.utils.tensorboard", "transformers.models.llama"):
         import_module(name)
     threads = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
-    # That of Arrow's allocator, which prepares for forks, does no harm.
+    # The thread of Arrow's allocator is harmless, since it handles forks.
     if len([name for name in threads if name != "jemalloc_bg_thd"]) > 1:
-        raise RuntimeError(f"threads run in the process that is to be forked: {', '.join(threads)}")
+        raise RuntimeError(f"the process to be forked has other threads: {', '.join(threads)}")
 
 
 def live(launch: Launch, flags: list[str], event: Path) -> None:
-    """Execute train.py as a program, in this process, with what is to happen."""
+    """Execute train.py as a program in this process, with the event of the launch."""
     faulthandler.enable()
     if launch.place in PLACES and int(os.environ["RANK"]) in launch.ranks:
         where, name, _ = PLACES[launch.place]
@@ -231,7 +228,7 @@ def live(launch: Launch, flags: list[str], event: Path) -> None:
 
 
 def interrupted(function: Callable, launch: Launch, event: Path) -> Callable:
-    """The function, with the event ahead of the first call that comes late enough."""
+    """Wrap a function so that the event happens before its first call after enough optimizer steps."""
 
     happened = False
 
@@ -250,10 +247,9 @@ def interrupted(function: Callable, launch: Launch, event: Path) -> Callable:
 
 
 def by_torchrun(launch: Launch, flags: list[str], output: Path) -> Outcome:
-    """The run as a user starts it."""
+    """Start the run as a user does."""
     given = json.dumps([asdict(launch), flags, str(event_file(launch, output))])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    command = [sys.executable, *launcher, "-m", "workbench.launches", given]
+    command = torchrun(PROCESSES, "-m", "workbench.launches", given)
     with Path(f"{output}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         outcome = watch({process.pid: 0}, event_file(launch, output))
@@ -263,7 +259,7 @@ def by_torchrun(launch: Launch, flags: list[str], output: Path) -> Outcome:
 
 
 def by_fork(launch: Launch, flags: list[str], output: Path) -> Outcome:
-    """The run in forks of this process, under another fork in torchrun's place."""
+    """Run in forks of this process, under another fork that stands in for torchrun."""
     log = Path(f"{output}.log")
     log.touch()
     reader, writer = os.pipe()
@@ -282,11 +278,11 @@ def by_fork(launch: Launch, flags: list[str], output: Path) -> Outcome:
 
 
 def _as_torchrun(launch: Launch, flags: list[str], output: Path) -> Outcome:
-    """Fork the ranks, hold the store that they meet at, and wait for their end."""
+    """Fork the ranks, host the store for their rendezvous and wait for their end."""
     import torch
     from torch.distributed import TCPStore
 
-    torch.set_num_threads(1)  # as torchrun has it
+    torch.set_num_threads(1)  # as torchrun does
     reader, writer = os.pipe()
     ranks = {}
     for rank in range(PROCESSES):
@@ -305,7 +301,7 @@ def _as_torchrun(launch: Launch, flags: list[str], output: Path) -> Outcome:
 
 
 def watch(ranks: dict[int, int], event: Path) -> Outcome:
-    """Wait for child processes, given with their ranks; end those that remain as torchrun does, and those that hang."""
+    """Wait for child processes, given with their ranks. Ends the remaining ones as torchrun does, and hanging ones."""
     codes: dict[int, int] = {}
     start, hung, killing = time.time(), False, None
     while len(codes) < len(ranks):
@@ -320,7 +316,7 @@ def watch(ranks: dict[int, int], event: Path) -> Outcome:
         late = time.time() > (happened + LONGEST_END if happened else start + LONGEST_RUN)
         if alive and not hung and (late or (killing and time.time() > killing + GRACE)):
             hung = True
-            _send(alive, signal.SIGABRT)  # faulthandler shows where they are
+            _send(alive, signal.SIGABRT)  # faulthandler prints their stacks
             time.sleep(1)
             _send(alive, signal.SIGKILL)
         time.sleep(POLL)

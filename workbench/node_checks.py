@@ -1,9 +1,9 @@
-"""What the checks of a node do. `workbench.check_node` starts this, under torchrun where there are several processes:
+"""The checks of a node. `workbench.check_node` starts this, under torchrun for several processes:
 
     python -m workbench.node_checks FOLDER PROCESSES CHECK...
 
 Each check that trains calls `train.main` with flags, as a user's run does. Each process appends a line of JSON to
-FOLDER/outcomes-RANK for every check, and ends after one that failed, since the others would wait for it for ever.
+FOLDER/outcomes-RANK for every check. It exits after a failure, since the other processes would wait for it forever.
 """
 
 import importlib.metadata
@@ -31,12 +31,13 @@ from loading.base_model import build_model
 from peft import LoraConfig, TaskType, get_peft_model
 from training.checkpoint import find_checkpoint
 from training.ending import run_process
-from workbench.tiny_model import make_tiny_model
+from workbench.processes import as_flags
+from workbench.tiny_model import make_tiny_model, write_rows
 
 ROWS_OF_A_PROCESS = 2
-# Plain SGD with a huge rate: the change of every tensor is its gradient, times the rate, to float32 accuracy.
+# Plain SGD with a huge rate: every tensor changes by its gradient times the rate, to float32 accuracy.
 RATE = 1e4
-# Relative L2 norm. Float32 sums in another order differ by 1e-7 to 1e-6; TF32, which is off, by 1e-3.
+# Relative L2 norm. Float32 sums in another order differ by 1e-7 to 1e-6; with TF32, which is off, by 1e-3.
 TOLERANCE = 1e-4
 EXPERTS: dict[str, Any] = {"lora_nums": 4, "lora_alpha": 4, "lora_dropout": 0}
 DEEPSPEED_FILES = {
@@ -47,15 +48,15 @@ DEEPSPEED_FILES = {
 
 
 class SkipError(Exception):
-    """This check does not apply to this node; the message says why."""
+    """The check does not apply to this node; the message says why."""
 
 
 class Node:
     """The processes on this node and the tiny model that they train.
 
     Args:
-        folder: holds the model, the rows and every run; all processes see it.
-        processes: number of processes of the distributed runs.
+        folder: holds the model, the rows and every run; shared by all processes.
+        processes: number of processes of distributed runs.
     """
 
     def __init__(self, folder: Path, processes: int):
@@ -67,11 +68,11 @@ class Node:
 
     @property
     def half(self) -> str:
-        """The half precision that `run_loramoe.sh` would choose."""
+        """The half precision that `run_loramoe.sh` chooses here."""
         return "bf16" if not self.on_gpu or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
     def flags(self, run: str, **changes) -> list[str]:
-        """Flags of `train.py` for a run of this name."""
+        """Flags of `train.py` for a run with this name."""
         values = EXPERTS | {
             "model_name_or_path": self.folder / "model",
             "peft_path": self.folder / "adapter",
@@ -91,10 +92,10 @@ class Node:
             "ddp_timeout": 120,
             "use_cpu": not self.on_gpu,
         }
-        return [text for name, value in (values | changes).items() for text in (f"--{name}", str(value))]
+        return as_flags(**values | changes)
 
     def train(self, run: str, **changes) -> Path:
-        """A whole run of `train.py`. Returns its folder, once all processes are at its end."""
+        """Run `train.py` to its end on all processes. Returns the run's folder."""
         train.main(self.flags(run, **changes))
         self.wait()
         return self.folder / run
@@ -111,32 +112,24 @@ class Node:
 
 
 def make_material(folder: Path, rows: int) -> None:
-    """A tiny random Llama that can be quantised, a tokenizer of bytes, an adapter without zeros, and rows."""
+    """Write a tiny random Llama, its tokenizer, an adapter without zeros, and rows."""
     model = make_tiny_model(folder / "model")
     adapted = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, **EXPERTS))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(folder / "adapter")
-    values = [
-        {
-            "instruction": f"Count {'slowly ' * (index % 3)}to {index}",
-            "output": f"{index} it is",
-            "task_type": index % 2,
-        }
-        for index in range(rows)
-    ]
-    (folder / "rows.json").write_text(json.dumps(values))
+    write_rows(folder / "rows.json", rows)
 
 
 def check_one_process(node: Node) -> str:
-    """Makes what the other checks work on, and the run that they are compared with."""
+    """Make the model and data of the other checks, and the run that they are compared with."""
     make_material(node.folder, ROWS_OF_A_PROCESS * node.processes)
     gradients, loss = one_step(node, "reference")
     zeros = [key for key, tensor in gradients.items() if not tensor.norm() > 0]
     if zeros:
         raise ValueError(f"no gradient reached {', '.join(zeros)}")
-    return f"loss {loss:.4f}, gradients of {len(gradients)} tensors: what the others are compared with"
+    return f"loss {loss:.4f}, gradients of {len(gradients)} tensors: reference for the others"
 
 
 def check_devices(node: Node) -> str:
@@ -162,7 +155,7 @@ def driver_version() -> str:
 
 
 def check_all_reduce(node: Node) -> str:
-    """Sums a megabyte of each process's own number, over the process group that a run would use."""
+    """Sum a megabyte of each process's number over the process group that a run would use."""
     device = parse_arguments(node.flags("all-reduce"))[2].device
     values = torch.full((2**18,), node.rank + 1.0, device=device)
     dist.all_reduce(values)
@@ -178,15 +171,15 @@ def check_attention(node: Node) -> str:
 
 
 def check_gradients(node: Node, run: str, **changes) -> str:
-    """One float32 step: its loss and every gradient of the adapter, against one process on the CPU."""
+    """Compare the loss and all adapter gradients of a float32 step with those of one process on the CPU."""
     gradients, loss = one_step(node, run, **changes)
     expected, expected_loss = step_outcome(node, "reference")
     difference = abs(loss / expected_loss - 1)
     distances = {key: relative_distance(gradients[key], tensor) for key, tensor in expected.items()}
     worst = max(distances, key=distances.__getitem__)
-    found = f"differs from one CPU process's by {difference:.0e} (loss), {distances[worst]:.0e} (gradients)"
+    found = f"differs from one CPU process by {difference:.0e} (loss), {distances[worst]:.0e} (gradients)"
     if not (difference <= TOLERANCE and distances[worst] <= TOLERANCE):
-        raise ValueError(f"{found}, most in {worst}; allowed is {TOLERANCE:.0e}")
+        raise ValueError(f"{found}, most in {worst}; the limit is {TOLERANCE:.0e}")
     return found
 
 
@@ -203,29 +196,29 @@ def step_outcome(node: Node, run: str) -> tuple[dict[str, torch.Tensor], float]:
 
 
 def train_adapter(node: Node, run: str, **changes) -> str:
-    """Some steps with AdamW, evaluation and generation: finite losses and an adapter that has changed and is finite."""
+    """Train some steps with AdamW, evaluate and generate: the adapter has to change and stay finite."""
     folder = node.train(run, validation_file=node.folder / "rows.json", **changes)
     start, end = adapter_weights(node.folder / "adapter"), adapter_weights(folder)
     bad = [key for key in start if not end[key].isfinite().all() or torch.equal(start[key], end[key])]
     if bad:
-        raise ValueError(f"not finite, or as before the training: {', '.join(bad)}")
+        raise ValueError(f"not finite, or unchanged by the training: {', '.join(bad)}")
     losses = logged(folder, "lm_loss")
     return f"LM loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps"
 
 
 def check_half(node: Node, run: str, half: str | None = None, **changes) -> str:
-    """Training in bf16 or fp16, or in the one that `run_loramoe.sh` would choose."""
+    """Train in bf16 or fp16; by default in the one that `run_loramoe.sh` chooses."""
     half = half or node.half
     if half == "fp16" and not node.on_gpu:
         raise SkipError("fp16 needs a GPU")
     if half == "bf16" and node.half == "fp16":
         raise SkipError("this GPU has no bf16")
-    # More steps than elsewhere, since fp16 leaves out the first ones until its loss scale fits.
+    # More steps than elsewhere, since fp16 skips the first ones until its loss scale fits.
     return f"{half}: {train_adapter(node, run, **{half: True}, max_steps=8, **changes)}"
 
 
 def check_reload(node: Node) -> str:
-    """A second run starts from the first one's adapter: its first evaluation has to repeat the first's last."""
+    """Start a second run from the adapter of a first: its first evaluation has to repeat the last of the first run."""
     settings = {"validation_file": node.folder / "rows.json"}
     first = node.train("saved", **settings)
     second = node.train("reloaded", **settings, peft_path=first, learning_rate=0, max_steps=1)
@@ -239,7 +232,7 @@ def check_reload(node: Node) -> str:
 
 
 def check_resume(node: Node, run: str, **changes) -> str:
-    """Take the end of a finished run away, dropout on, and let the same command go on from its checkpoint."""
+    """Remove the results of a finished run, with dropout, and resume it from its second checkpoint."""
     settings = {"save_strategy": "steps", "save_steps": 1, "lora_dropout": 0.1, **changes}
     folder = node.train(run, **settings)
     expected = adapter_weights(folder)
@@ -249,20 +242,20 @@ def check_resume(node: Node, run: str, **changes) -> str:
         for name in ("all_results.json", "adapter_model.safetensors"):
             (folder / name).unlink()
     node.wait()
-    checkpoint, torn = find_checkpoint(folder)
+    checkpoint, incomplete = find_checkpoint(folder)
     if checkpoint is None or checkpoint.name != "checkpoint-2":
-        raise ValueError(f"the run would go on from {checkpoint} instead of checkpoint-2 {' '.join(torn)}")
+        raise ValueError(f"the run would resume from {checkpoint} instead of checkpoint-2 {' '.join(incomplete)}")
     node.wait()
     node.train(run, **settings)
     found = adapter_weights(folder)
     distance = max(relative_distance(found[key], expected[key]) for key in expected)
     if not distance <= TOLERANCE:
-        raise ValueError(f"the resumed run's adapter differs from the undisturbed one's by {distance:.0e}")
-    return "bit-identical" if distance == 0 else f"the adapter differs from an undisturbed run's by {distance:.0e}"
+        raise ValueError(f"the resumed run's adapter differs from the uninterrupted one's by {distance:.0e}")
+    return "bit-identical" if distance == 0 else f"the adapter differs from an uninterrupted run's by {distance:.0e}"
 
 
 def relative_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """In L2 norm; infinite where something is not a number, so that the largest of several shows it."""
+    """Relative L2 distance; NaN becomes infinity, so that it is the largest of several distances."""
     return ((found - expected).norm() / expected.norm()).nan_to_num(nan=math.inf).item()
 
 

@@ -1,5 +1,5 @@
-"""Runs steps of PyPI `peft` on request, one JSON line in and one out. `workbench.peers` starts it, in the environment
-that `workbench/benchmark_peers.sh` makes; there `import peft` means the package from PyPI.
+"""Run steps of PyPI's `peft` on request: one line of JSON in, one out. `workbench.peers` starts it in the environment
+that `workbench/benchmark_peers.sh` makes, where `import peft` finds the package from PyPI.
 
     {"do": "build", "variant": "peft_lora", "model": FOLDER, "experts": 8, "rank": 4, "dropout": 0.0}
     {"do": "measure", "batch": BATCH}      {"do": "resident", "batch": BATCH}      {"do": "step", "batch": BATCH}
@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ ALPHA_PER_RANK = 8
 
 
 def load_instruments():
-    """`workbench/instruments.py`, without putting this repository, and its own `peft`, on the module path."""
+    """Load `workbench/instruments.py` without putting this repository, and so its `peft`, on the module path."""
     file = Path(__file__).with_name("instruments.py")
     spec = importlib.util.spec_from_file_location("instruments", file)
     module = importlib.util.module_from_spec(spec)
@@ -42,12 +41,12 @@ def lora_config(rank: int, dropout: float) -> peft.LoraConfig:
         lora_alpha=ALPHA_PER_RANK * rank,
         lora_dropout=dropout,
         target_modules=TARGETS,
-        init_lora_weights=False,  # B away from zero
+        init_lora_weights=False,  # B is not zero
     )
 
 
 def build(request: dict) -> nn.Module:
-    """The peer's model: LoRA of the total rank, or X-LoRA with as many trainable LoRAs as there are experts."""
+    """Build the peer's model: a LoRA of the total rank, or X-LoRA with one trainable LoRA per expert."""
     torch.manual_seed(0)
 
     def base() -> nn.Module:
@@ -62,39 +61,19 @@ def build(request: dict) -> nn.Module:
         adapter = peft.get_peft_model(base(), lora_config(request["rank"], request["dropout"]))
         adapter.save_pretrained(folder)
         model = base()
-        model.config.use_cache = False  # X-LoRA asks for it
+        model.config.use_cache = False  # required by X-LoRA
         config = peft.XLoraConfig(
             task_type="CAUSAL_LM",
             hidden_size=model.config.hidden_size,
             adapters={str(number): folder for number in range(request["experts"])},
-            layerwise_scalings=True,  # a weight of its own for every Linear, as in LoRAMoE
+            layerwise_scalings=True,  # separate weights for every Linear, as in LoRAMoE
             use_trainable_adapters=True,
         )
         return peft.get_peft_model(model, config).train()
 
 
-def step(model: nn.Module, batch: dict) -> float:
-    start = time.perf_counter()
-    model(**batch).loss.backward()
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def measure(model: nn.Module, batch: dict) -> dict:
-    with instruments.SavedBytes(model) as saved:
-        model(**batch)
-    return {"saved_bytes": saved.total, "flops": instruments.count_flops(lambda: step(model, batch))}
-
-
-def resident(model: nn.Module, batch: dict) -> dict:
-    step(model, batch)
-    level, peak = instruments.peak_memory(lambda: step(model, batch))
-    return {"resident_before_step": level, "peak_resident": peak}
-
-
 def main() -> None:
-    # Only answers go to the pipe; whatever libraries print goes where errors go.
+    # Only answers go to the pipe; anything that libraries print goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     model, is_large = None, False
@@ -106,11 +85,11 @@ def main() -> None:
                 model, is_large = build(request), request["variant"] == "xlora"
                 answer = {"version": peft.__version__, "file": peft.__file__}
             elif request["do"] == "measure":
-                answer = measure(model, batch)
+                answer = instruments.step_counts(model, batch)
             elif request["do"] == "resident":
-                answer = resident(model, batch)
+                answer = instruments.step_memory(model, batch)
             else:
-                answer = {"seconds": step(model, batch)}
+                answer = {"seconds": instruments.step(model, batch)}
         except (RuntimeError, TypeError, ValueError) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         if is_large or request["do"] != "step":

@@ -1,4 +1,4 @@
-"""PyPI `peft`, beside which the benchmark measures: in a process and an environment of its own."""
+"""PyPI's `peft`, with which the benchmark compares, in a separate process and environment."""
 
 import json
 import os
@@ -15,26 +15,26 @@ PYTHON = ROOT / ".cache" / "peers" / "bin" / "python"
 
 
 class PeerError(RuntimeError):
-    """The peer could not do what it was asked; the message is its own."""
+    """The peer failed; the message is its own."""
 
 
 class Peer:
-    """A peer's model in a worker process, which runs one step whenever it is asked, so that steps can be interleaved.
+    """A peer's model in a worker process that runs single steps on request, so that steps can be interleaved.
 
     Args:
         variant: `peft_lora` or `xlora`.
         folder: the base model.
-        environment: more environment variables of the worker.
+        environment: additional environment variables for the worker.
 
     Attributes:
-        package: version and place of the `peft` that the worker runs.
+        package: version and location of the `peft` that the worker runs.
 
     Raises:
         PeerError: the model cannot be built.
     """
 
     def __init__(self, variant: Variant, folder: str, **environment: str):
-        # -P keeps the folder of the script, and this repository's `peft`, off the module path.
+        # -P keeps the script's folder, and so this repository's `peft`, off the module path.
         self._process = subprocess.Popen(
             [PYTHON, "-P", Path(__file__).with_name("peer_worker.py")],
             stdin=subprocess.PIPE,
@@ -57,11 +57,11 @@ class Peer:
         return self._ask({"do": "measure", "batch": _plain(batch)})
 
     def resident_memory(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        """Resident bytes before the second step, and the most during it."""
+        """Resident bytes before the second step and their peak during it."""
         return self._ask({"do": "resident", "batch": _plain(batch)})
 
     def step(self, batch: dict[str, Tensor]) -> float:
-        """Seconds of one step, taken in the worker."""
+        """Seconds of one step, measured in the worker."""
         return self._ask({"do": "step", "batch": _plain(batch)})["seconds"]
 
     def close(self) -> None:
@@ -80,12 +80,12 @@ class Peer:
 
 
 def _plain(batch: dict[str, Tensor]) -> dict[str, list]:
-    """What other models take of a batch, as JSON."""
+    """The parts of a batch that other models accept, as JSON."""
     return {name: batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")}
 
 
 def resident_memory(variant: Variant, folder: str, batch: dict[str, Tensor]) -> dict[str, int]:
-    """Resident memory of a worker that runs nothing else, and returns freed memory as `return_freed_memory` does."""
+    """Measure in a new worker that returns freed memory at once; see `instruments.return_freed_memory`."""
     peer = Peer(variant, folder, MALLOC_MMAP_THRESHOLD_=str(MMAP_THRESHOLD))
     try:
         return peer.resident_memory(batch)

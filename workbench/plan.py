@@ -1,16 +1,15 @@
-"""Memory and time of a training run before any GPU is rented: `python -m workbench.plan --model Llama-3-8B --gpus 8`.
+"""Predict memory and time of a training run: `python -m workbench.plan --model Llama-3-8B --gpus 8`.
 
-Activations, logits and FLOPs are counted on the real model without data (`footprint.py`); weights, gradients,
-optimizer and buffers follow from the numbers of parameters and from how DDP and DeepSpeed's ZeRO divide them.
-`--check` compares the counts with real steps of a small model on this machine.
+Activations, logits and FLOPs are counted on the real model without data (`footprint.py`). Weights, gradients, optimizer
+and buffers follow from the numbers of parameters and from how DDP and DeepSpeed's ZeRO shard them. `--check` compares
+the counts with real steps of a small model on this machine.
 """
 
 import argparse
 import json
 import math
 import re
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PretrainedConfig
 
 from data import InputError
 from loading.arguments import FLAG_OF_FIELD, DataArguments
-from loading.command_line import listed
+from loading.command_line import at_least, listed, range_problems, refuse, run_verb
 from peft import LoraConfig, TaskType
 from training.throughput import GIB, PEAK_TFLOPS
 from transformers_patch.auto import damage_refused, default_targets
@@ -39,28 +38,28 @@ GPUS = {
     "A10": (PEAK_TFLOPS["A10"], 24),
     "RTX4090": (PEAK_TFLOPS["RTX 4090"], 24),
 }
-# Of a GPU's memory; the driver's context and gaps between blocks take the rest.
+# Fraction of a GPU's memory; the driver's context and fragmentation take the rest.
 USABLE = 0.92
 
-# As scripts/deepspeed/*.json have it, and DeepSpeed's default, which they leave as it is; in elements.
+# In elements: the value of scripts/deepspeed/*.json, and a default of DeepSpeed that they do not change.
 REDUCE_BUCKET = 50_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 
 # Bits per weight: nf4 with double quantisation has an 8-bit scale for every 64 weights and a 32-bit one for every 256
-# of these; int8 has a 32-bit scale for every row, counted apart.
+# of these scales. int8 has a 32-bit scale for every row, which is counted separately.
 BITS = {4: 4 + 8 / 64 + 32 / (64 * 256), 8: 8}
 CHECKED_SHAPES = ((4, 128), (1, 512))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is divided and stored.
+    """How a run is sharded and stored.
 
     Args:
-        gpus: processes in all.
-        zero: 0 is DDP; 1, 2, 3 are DeepSpeed's stages.
-        offload: `none`, `optimizer` (with the gradients it needs) or `all` (the weights, too) in CPU memory.
-        bits: 16 leaves the frozen weights as they are, 8 and 4 quantise them.
+        gpus: total number of processes.
+        zero: 0 is DDP; 1, 2 and 3 are DeepSpeed's stages.
+        offload: what is in CPU memory: `none`, `optimizer` (and its gradients) or `all` (also the weights).
+        bits: 16 leaves the frozen weights unchanged; 8 and 4 quantise them.
         itemsize: bytes per element of weights and computation.
     """
 
@@ -72,13 +71,13 @@ class Setup:
 
 
 def memory_per_gpu(counts: Footprint, setup: Setup) -> dict[str, int]:
-    """Bytes by component. `logits` and `layers' backward` follow each other, so that the larger one counts."""
+    """Bytes by component. `logits` and `layers' backward` occur one after the other, so only the larger one counts."""
     trainable, shares = counts.trainable_parameters, setup.gpus
     adapter_itemsize = setup.itemsize if setup.zero else 4
-    # DeepSpeed keeps a float32 copy beside half-precision weights, and makes one of the gradient for its step.
+    # DeepSpeed keeps a float32 copy of half-precision weights and makes one of the gradient for its step.
     copies = 8 if setup.zero and setup.itemsize < 4 else 0
     optimizer: float = trainable * (8 + copies)
-    gradients: float = trainable * 4  # DeepSpeed's files accumulate them in float32, too
+    gradients: float = trainable * 4  # our DeepSpeed files also accumulate them in float32
     frozen: float = _frozen_bytes(counts, setup)
     buffers = trainable * 4 if setup.zero == 0 and shares > 1 else 0
     if setup.zero >= 1:
@@ -90,9 +89,9 @@ def memory_per_gpu(counts: Footprint, setup: Setup) -> dict[str, int]:
     if setup.zero == 3:
         everything = counts.frozen_parameters + trainable
         buffers += min(MAX_LIVE_PARAMETERS, everything) * setup.itemsize if shares > 1 or setup.offload == "all" else 0
-        frozen /= shares  # the adapter's tensors are below the threshold under which they stay whole
+        frozen /= shares  # the adapter's tensors are below the threshold for sharding
     if setup.bits < 16:
-        buffers += counts.largest_linear * setup.itemsize  # one Linear at a time is unpacked
+        buffers += counts.largest_linear * setup.itemsize  # one Linear at a time is dequantised
     return {
         "weights": 0 if setup.offload == "all" else math.ceil(frozen + trainable * adapter_itemsize),
         "gradients": math.ceil(gradients) if setup.offload == "none" else 0,
@@ -105,16 +104,16 @@ def memory_per_gpu(counts: Footprint, setup: Setup) -> dict[str, int]:
 
 
 def host_memory(counts: Footprint, setup: Setup) -> int:
-    """Bytes of CPU memory, over all processes, that offloading takes."""
+    """Bytes of CPU memory that offloading takes, over all processes."""
     if setup.offload == "none":
         return 0
     kept_on_gpu = memory_per_gpu(counts, setup)
-    there = memory_per_gpu(counts, Setup(**{**asdict(setup), "offload": "none"}))
+    there = memory_per_gpu(counts, replace(setup, offload="none"))
     return setup.gpus * sum(there[name] - kept_on_gpu[name] for name in ("weights", "gradients", "optimizer"))
 
 
 def peak(memory: dict[str, int]) -> int:
-    """Most bytes at once."""
+    """Peak bytes of `memory_per_gpu`."""
     return sum(memory.values()) - min(memory["logits"], memory["layers' backward"])
 
 
@@ -127,7 +126,7 @@ def _frozen_bytes(counts: Footprint, setup: Setup) -> int:
 
 
 def plan(config: PretrainedConfig, flags: argparse.Namespace) -> dict:
-    """Everything that is printed, as plain JSON values.
+    """Compute everything that is printed, as plain JSON values.
 
     Raises:
         InputError: the adapter does not fit the model.
@@ -168,19 +167,23 @@ def plan(config: PretrainedConfig, flags: argparse.Namespace) -> dict:
 
 
 def adapter_config(flags: argparse.Namespace) -> LoraConfig:
-    """Raises ValueError where a value is out of range."""
+    """Build the adapter's configuration.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=flags.lora_rank,
         lora_nums=flags.lora_nums,
         lora_dropout=flags.lora_dropout,
-        blc_weight=0,  # stock classes, which other architectures than Llama have, do not know the term
+        blc_weight=0,  # beta; architectures other than Llama use classes of transformers, without the term
         target_modules=listed(flags.trainable),
     )
 
 
 def report(result: dict, flags: argparse.Namespace) -> str:
-    """The plan as text."""
+    """Format the plan as text."""
     division = f"ZeRO-{flags.zero}" if flags.zero else "DDP" if flags.gpus > 1 else "no sharding"
     notes = [division]
     notes += [f"{flags.offload} offloaded"] if flags.offload != "none" else []
@@ -218,7 +221,7 @@ def check(folder: str) -> tuple[list[list[str]], float, float]:
     """Compare the counts with real steps of a model on this machine, in float32, at two shapes.
 
     Returns:
-        Lines of a table; the largest relative errors of saved bytes and of peak memory.
+        Rows of a table; the largest relative errors of saved bytes and of peak memory.
     """
     variant = Variant("loramoe", dropout=0.05)
     base = load_base(folder)
@@ -226,16 +229,17 @@ def check(folder: str) -> tuple[list[list[str]], float, float]:
     lines = [["batch", "figure", "predicted, MiB", "measured, MiB", "error"]]
     errors: dict[str, list[float]] = {"saved": [], "peak": []}
     for batch, length in CHECKED_SHAPES:
-        # The last token of a row predicts nothing.
+        # The last token of an example predicts nothing.
         shape = Shape(batch, length, batch * (length - 1), torch.float32, casts_adapter=False, checkpointing=False)
         counts = count_step(config, variant.config(balances=False), shape)
         tensors = random_batch(base.config.vocab_size, batch, length)
         with SavedBytes(model) as saved:
             model(**tensors)
-        level, most = run_alone(resident_memory, folder, variant, tensors)
+        resident = run_alone(resident_memory, folder, variant, tensors)
+        step_peak = resident["peak_resident"] - resident["resident_before_step"]
         for name, predicted, measured in (
             ("saved", counts.saved, saved.total),
-            ("peak", counts.step_peak, most - level),
+            ("peak", counts.step_peak, step_peak),
         ):
             error = predicted / measured - 1
             errors[name].append(abs(error))
@@ -248,14 +252,14 @@ FIGURES = {"saved": "saved for backward", "peak": "peak of a step above the memo
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Parse the command line.
 
     Raises:
-        InputError: a value is out of range, or settings contradict each other; all at once.
+        InputError: values are out of range or contradict each other; names all problems.
     """
     parser = argparse.ArgumentParser(
         prog="python -m workbench.plan",
-        description="Memory per GPU, FLOPs and time of a training run, before anything is rented.",
+        description="Predict memory per GPU, FLOPs and time of a training run.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -264,26 +268,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lora_rank", type=int, default=4, help="rank of each expert")
     add("--lora_dropout", type=float, default=0.05, help="dropout of the experts' input; its mask takes memory")
     add("--trainable", default="auto", help="names of the adapted Linears; auto is the architecture's default")
-    add("--batch", type=int, default=8, help="rows per GPU and micro-batch")
-    add("--length", type=int, default=DataArguments.max_seq_length, help="tokens per row, padding included")
-    add("--labelled", type=float, default=1.0, help="share of positions with a label, in (0, 1]; others have no logits")
+    add("--batch", type=int, default=8, help="examples per GPU and micro-batch")
+    add("--length", type=int, default=DataArguments.max_seq_length, help="tokens per example, padding included")
+    add("--labelled", type=float, default=1.0, help="share of supervised tokens, in (0, 1]; the others need no logits")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision of the computation; fp16 counts as bf16")
-    add("--gpus", type=int, default=1, help="GPUs over all nodes")
+    add("--gpus", type=int, default=1, help="number of GPUs over all nodes")
     add("--zero", type=int, default=0, choices=(0, 1, 2, 3), help="ZeRO stage; 0 is DDP without DeepSpeed")
-    add("--offload", default="none", choices=("none", "optimizer", "all"), help="what lives in CPU memory")
+    add("--offload", default="none", choices=("none", "optimizer", "all"), help="what is kept in CPU memory")
     add("--load_in_kbits", type=int, default=16, choices=(4, 8, 16), help="4 (nf4) or 8 (int8) quantises the base")
-    add("--gradient_checkpointing", action="store_true", help="compute layers again in the backward pass")
-    add("--gpu", default="A100", choices=GPUS, help="model of the GPU: its TFLOP/s and memory")
-    add("--peak_tflops", type=float, help="in place of the data sheet's dense bf16 figure")
-    add("--mfu", type=float, default=0.4, help="share of the peak that is reached, in (0, 1]")
-    add("--check", action="store_true", help="compare the counts with real steps of the model folder, here and now")
-    add("--json", type=Path, help="write the plan into this file as well")
+    add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass")
+    add("--gpu", default="A100", choices=GPUS, help="GPU model, which sets TFLOP/s and memory")
+    add("--peak_tflops", type=float, help="replaces the dense bf16 TFLOP/s of the data sheet")
+    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation: share of the peak TFLOP/s, in (0, 1]")
+    add("--check", action="store_true", help="compare the counts with real steps of the model on this machine")
+    add("--json", type=Path, help="also write the plan to this file")
     flags = parser.parse_args(argv)
-    problems = [
-        f"--{name} is {getattr(flags, name)}, but has to be at least 1"
-        for name in ("batch", "length", "gpus")
-        if getattr(flags, name) < 1
-    ]
+    problems = range_problems(flags, [at_least(1, "batch", "length", "gpus")])
     problems += [
         f"--{name} is {getattr(flags, name)}, but has to be above 0 and at most 1"
         for name in ("labelled", "mfu")
@@ -302,13 +302,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         pattern = r"\b(" + "|".join(FLAG_OF_FIELD) + r")\b"
         problems += re.sub(pattern, lambda match: FLAG_OF_FIELD[match[0]], str(error)).splitlines()
-    if problems:
-        raise InputError(problems[0] if len(problems) == 1 else "\n".join(f"- {problem}" for problem in problems))
+    refuse(problems)
     return flags
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a plan, or the check.
+    """Print a plan or the check.
 
     Raises:
         InputError: see `parse` and `plan`.
@@ -331,7 +330,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_verb(main)

@@ -2,10 +2,10 @@
 
     python -m workbench.pretrain_small --output models/small-llama
 
-In an hour two CPU cores train this model on hundreds of thousands of short instruction rows, one of 135M parameters on
-some ten thousand. It reads every fact as a statement and as questions, and the texts (not the answers) of the generated
-tasks, with a SentencePiece BPE tokenizer trained on the same. The training itself is `train.py --tuning full` on random
-weights, so it logs, stops and resumes like any other run.
+In an hour, two CPU cores train this model on hundreds of thousands of short instruction rows, but a model of 135M
+parameters on only about ten thousand. It is trained on every fact as a statement and as questions, and on the texts
+(not the answers) of the generated tasks, with a SentencePiece BPE tokenizer trained on the same data. The training is
+`train.py --tuning full` on random weights, so it logs, stops and resumes like any other run.
 """
 
 import json
@@ -20,6 +20,7 @@ import train
 from data.facts import QUESTIONS, fact_row, load_facts, statement
 from data.tasks import TASKS, make_rows
 from loading.command_line import flag, parse_flags, run_verb
+from workbench.processes import as_flags
 
 TEXTS_OF_A_TASK = 250
 VOCABULARY = 3000
@@ -37,12 +38,12 @@ SHAPE = {
 
 @dataclass
 class PretrainArguments:
-    """Where to, and how long."""
+    """Output folder and length of the training."""
 
-    output: str = flag("models/small-llama", "folder of the model")
-    epochs: float = flag(24, "passes over the texts")
-    facts: int | None = flag(None, "read only so many facts of each part, for a quick trial")
-    seed: int = flag(1, "of weights and order")
+    output: str = flag("models/small-llama", "folder for the model")
+    epochs: float = flag(24, "number of passes over the texts")
+    facts: int | None = flag(None, "use only this many facts of each part, for a quick trial")
+    seed: int = flag(1, "random seed of weights and order")
 
     def problems(self) -> list[str]:
         problems = [] if self.epochs > 0 else [f"--epochs is {self.epochs:g}, but has to be above 0"]
@@ -56,10 +57,10 @@ KINDS = (PretrainArguments,)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write a Llama with random weights and its texts beside the output folder, and train it.
+    """Write a Llama with random weights and its texts next to the output folder, and train it.
 
     Raises:
-        InputError: flags are not as they have to be.
+        InputError: a flag is invalid.
     """
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     untrained = Path(f"{args.output.rstrip('/')}-untrained")
@@ -84,11 +85,11 @@ def main(argv: list[str] | None = None) -> None:
         "save_total_limit": 1,
         "seed": args.seed,
     }
-    train.main([f"--{name}={value}" for name, value in flags.items()])
+    train.main(as_flags(**flags))
 
 
 def pretraining_rows(facts_per_part: int | None = None) -> list[dict]:
-    """Every fact as a statement and in every phrasing of its question; texts of the generated tasks.
+    """Make rows of every fact, as a statement and in every phrasing of its question, and of the generated tasks' texts.
 
     A row without an instruction is plain text.
     """
@@ -101,7 +102,7 @@ def pretraining_rows(facts_per_part: int | None = None) -> list[dict]:
 
 
 def make_untrained(folder: Path, rows: list[dict], seed: int) -> None:
-    """A Llama with random weights, and a tokenizer for these texts."""
+    """Write a Llama with random weights and a tokenizer for these texts."""
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(text for row in rows for text in (row["instruction"], row["output"]) if text),

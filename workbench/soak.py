@@ -1,17 +1,16 @@
-"""Kill a training run again and again, and compare its adapter with that of an undisturbed run.
+"""Kill a training run again and again, and compare its adapter with that of an uninterrupted run.
 
-Run as ``bash workbench/soak.sh`` from the repository root. Each life of the run is the same `train.py` command, ended
-by SIGKILL at a random moment of its start or its training, or at a random moment within a checkpoint's saving, which
-shows from outside by the hidden folder that a checkpoint is written in. A run that reaches its end is compared, and
-while kills are missing another one starts. It passes if every adapter is the same, byte for byte, if no torn checkpoint
-ever takes a checkpoint's name, and if nothing is left behind in a finished folder.
+Run `bash workbench/soak.sh` from the repository root. Each life of the run is the same `train.py` command, ended by
+SIGKILL at a random moment during start-up, training or the saving of a checkpoint, which is visible from outside as the
+hidden folder that it is written to. A run that reaches its end is compared, and another one starts until there were
+enough kills. The test passes if all adapters are identical byte for byte, no incomplete checkpoint ever has a
+checkpoint's name, and finished folders contain no leftovers.
 
-With --launches it starts and ends runs instead, in every way that one can end: see `workbench/launches.py`.
+With --launches it instead runs and ends training in every possible way: see `workbench/launches.py`.
 """
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import random
@@ -25,23 +24,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError
+from loading.command_line import at_least, range_problems, refuse, run_verb
 from peft.saving import WEIGHTS_NAME
 from training.checkpoint import TEMPORARY_NAME, find_checkpoint
 from workbench.launches import Launches
-from workbench.tiny_model import make_tiny_model
+from workbench.processes import torchrun
+from workbench.tiny_model import make_tiny_model, tiny_run, write_rows
 
 ROWS = 40
-LONGEST_WAIT = 600  # seconds for a checkpoint to be begun, or for a run to end
-POLL = 0.0005  # seconds; a checkpoint of the tiny model takes some 10 ms
+LONGEST_WAIT = 600  # seconds until a checkpoint is begun or a run ends
+POLL = 0.0005  # seconds; a checkpoint of the tiny model takes about 10 ms
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Soak as often as asked for and say how it ended.
+    """Run the test and print its result.
 
     Raises:
         InputError: a flag is out of range.
-        SystemExit: with a message, so with exit code 1, where harm was done or the undisturbed run failed.
+        SystemExit: with a message, so exit code 1, if a run was damaged or the uninterrupted run failed.
     """
     args = parse_arguments(argv)
     folder = Path(tempfile.mkdtemp(prefix="loramoe-soak-", dir=args.folder))
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         if not Launches(args.launches, args.seed, model, folder).run():
             sys.exit(f"FAILED; the folders are kept in {folder}")
         shutil.rmtree(folder)
-        print("PASSED: every run has ended as it has to")
+        print("PASSED: every run ended as expected")
         return
     soak = Soak(args, model, folder)
     try:
@@ -58,15 +58,15 @@ def main(argv: list[str] | None = None) -> None:
     except HarmError as harm:
         sys.exit(f"FAILED after {soak.count()}: {harm}\nThe folders are kept in {folder}")
     shutil.rmtree(folder)
-    print(f"PASSED: {soak.count()}; each adapter is bit-identical to the undisturbed run's")
+    print(f"PASSED: {soak.count()}; each adapter is bit-identical to the uninterrupted run's")
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Path:
-    """Put the rows and the base model into a folder; returns the model's.
+    """Write the rows and the base model to a folder. Returns the model's folder.
 
-    Another process makes the model: a tokenizer starts threads, and this process is to be forked.
+    Another process makes the model, because a tokenizer starts threads and this process will be forked.
     """
-    (folder / "rows.json").write_text(json.dumps(example_rows()))
+    write_rows(folder / "rows.json", ROWS)
     if args.model:
         return args.model
     maker = multiprocessing.get_context("fork").Process(target=make_tiny_model, args=(folder / "base",))
@@ -77,42 +77,41 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bash workbench/soak.sh", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="how often a run is killed at least (default 20)")
-    parser.add_argument("--during_save", type=int, default=5, help="how many of these during a save (default 5)")
-    parser.add_argument("--launches", type=int, default=0, help="number of runs to end in every way, instead of kills")
-    parser.add_argument("--num_processes", type=int, default=1, help="ranks of each run, under torchrun (default 1)")
+    parser.add_argument("--kills", type=int, default=20, help="least number of kills (default 20)")
+    parser.add_argument("--during_save", type=int, default=5, help="how many of these happen during a save (default 5)")
+    parser.add_argument("--launches", type=int, default=0, help="end this many runs in every way, instead of kills")
+    parser.add_argument("--num_processes", type=int, default=1, help="processes of a run, under torchrun (default 1)")
     parser.add_argument("--max_steps", type=int, default=200, help="optimizer steps of each run (default 200)")
     parser.add_argument("--save_steps", type=int, default=1, help="optimizer steps between checkpoints (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments (default 0)")
     parser.add_argument("--model", type=Path, help="folder of the base model (default: a tiny random Llama)")
-    parser.add_argument("--folder", type=Path, help="where the runs are put (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to put the runs (default: the system's temporary folder)")
     args = parser.parse_args(argv)
-    for name in ("kills", "num_processes", "max_steps", "save_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} is {getattr(args, name)}, but has to be at least 1")
-    if args.launches < 0:
-        raise InputError(f"--launches is {args.launches}, but has to be at least 0")
+    problems = range_problems(
+        args, [at_least(1, "kills", "num_processes", "max_steps", "save_steps"), at_least(0, "launches")]
+    )
     if not 0 <= args.during_save <= args.kills:
-        raise InputError(f"--during_save is {args.during_save}, but has to be between 0 and the kills, {args.kills}")
+        problems.append(f"--during_save is {args.during_save}, but has to be between 0 and the kills, {args.kills}")
     for name in ("model", "folder"):
         if (place := getattr(args, name)) and not place.is_dir():
-            raise InputError(f"--{name} {place}: no such folder")
+            problems.append(f"--{name} {place}: no such folder")
+    refuse(problems)
     return args
 
 
 class HarmError(Exception):
-    """What a kill has done to a run."""
+    """A kill has damaged a run; the message says how."""
 
 
 @dataclass
 class Life:
-    """One process tree that trains into a run's folder.
+    """A process tree that trains into a run's folder.
 
     Args:
         process: the root of the tree.
         output: the run's folder.
-        stale: identity of the folder of an unfinished checkpoint that an earlier life has left, if any.
-        start: when it began, by `time.monotonic()`.
+        stale: identity of the folder of an incomplete checkpoint that an earlier life left, if any.
+        start: start time, by `time.monotonic()`.
     """
 
     process: subprocess.Popen
@@ -122,11 +121,11 @@ class Life:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is under way; after the end of the process, whether it ended in one."""
+        """True during a save; after the end of the process, true if it ended during one."""
         return _identity(self.output / TEMPORARY_NAME) not in (None, self.stale)
 
     def wait_until(self, saving: bool) -> bool:
-        """Wait for a save to begin or to end; False where the process ends before."""
+        """Wait for a save to begin or to end. Returns False if the process ends first."""
         limit = time.monotonic() + LONGEST_WAIT
         while self.is_saving != saving:
             if self.process.poll() is not None or time.monotonic() > limit:
@@ -136,33 +135,33 @@ class Life:
 
 
 class Soak:
-    """Runs, kills, and what they have come to.
+    """Runs, kills and their counts.
 
     Args:
         args: the command line.
         model: folder of the base model.
-        folder: it holds `rows.json`; the runs are put there.
+        folder: contains `rows.json`; the runs are put there.
     """
 
     def __init__(self, args: argparse.Namespace, model: Path, folder: Path):
         self.args, self.model, self.folder = args, model, folder
         self.random = random.Random(args.seed)
         self.kills = self.during_save = self.finished = 0
-        self.start_up = self.training = 0.0  # seconds of the undisturbed run, before its first save and after
+        self.start_up = self.training = 0.0  # seconds of the uninterrupted run, before its first save and after
 
     def count(self) -> str:
         return f"{self.kills} kills, {self.during_save} of them during a save, {self.finished} runs to the end"
 
     def run(self) -> None:
-        """Train undisturbed, then with kills until there are enough of them and the last run has ended.
+        """Train without interruption, then with kills until there are enough of them and the last run has ended.
 
         Raises:
-            HarmError: a run could not go on, or is not what the undisturbed one is.
+            HarmError: a run could not resume, or differs from the uninterrupted one.
         """
-        undisturbed = self.folder / "undisturbed"
-        self.live(undisturbed, self.measure)
+        uninterrupted = self.folder / "uninterrupted"
+        self.live(uninterrupted, self.measure)
         print(
-            f"undisturbed run: {self.start_up:.1f} s to the first save, {self.training:.1f} s to the end of step "
+            f"uninterrupted run: {self.start_up:.1f} s to the first save, {self.training:.1f} s to the end of step "
             f"{self.args.max_steps}",
             flush=True,
         )
@@ -171,7 +170,7 @@ class Soak:
             while life := self.live(output, self.next_moment()):
                 self.report_kill(life)
             self.finished += 1
-            compare(output, undisturbed)
+            compare(output, uninterrupted)
             print(f"run {self.finished} has ended: the adapter is bit-identical", flush=True)
 
     @property
@@ -179,7 +178,7 @@ class Soak:
         return self.kills >= self.args.kills and self.during_save >= self.args.during_save
 
     def next_moment(self) -> Callable[[Life], bool]:
-        """What waits for the moment of the next kill, and says whether there is to be one."""
+        """Choose a function that waits for the moment of the next kill; it returns False if the run ends first."""
         if self.enough:
             return to_the_end
         saves_missing = self.args.during_save - self.during_save
@@ -194,7 +193,7 @@ class Soak:
         return False
 
     def any_moment(self, life: Life) -> bool:
-        """A random moment of the start, or of the fifth of the training that comes next."""
+        """Wait for a random moment during start-up or the next fifth of the training."""
         length = self.start_up
         if self.random.random() < 0.5 and life.wait_until(saving=True):
             length = self.training / 5
@@ -205,7 +204,7 @@ class Soak:
         return False
 
     def moment_of_a_save(self, life: Life) -> bool:
-        """A random moment of one of the next saves; how long a save takes is seen from the one before."""
+        """Wait for a random moment of one of the next saves; the previous save tells how long one takes."""
         for _ in range(self.random.randint(1, 9)):
             if not life.wait_until(saving=True):
                 return False
@@ -219,10 +218,10 @@ class Soak:
         return True
 
     def live(self, output: Path, wait_for_moment: Callable[[Life], bool]) -> Life | None:
-        """One life of a run. Returns it if it was killed; otherwise the run has reached its end.
+        """Start a run or resume it. Returns its life if it was killed, or None if the run reached its end.
 
         Raises:
-            HarmError: it ended with another exit code than 0.
+            HarmError: it failed with an exit code other than 0.
         """
         stale, log = _identity(output / TEMPORARY_NAME), self.folder / "log"
         with log.open("w") as stream:
@@ -239,47 +238,38 @@ class Soak:
         return life if killed else None
 
     def command(self, output: Path) -> list[str]:
-        """The same for each life of a run: dropout on, float32 on a CPU."""
-        flags = {
-            "model_name_or_path": self.model,
-            "dataset_dir": self.folder / "rows.json",
-            "output_dir": output,
-            "data_cache_dir": self.folder / f"cache-{output.name}",
-            "use_cpu": "true",
-            "lora_nums": 4,
-            "lora_dropout": 0.2,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 4 // self.args.num_processes or 1,
-            "max_steps": self.args.max_steps,
-            "save_steps": self.args.save_steps,
-            "disable_tqdm": "true",
-        }
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.args.num_processes)]
-        program = [*(launcher if self.args.num_processes > 1 else []), "train.py"]
-        return [
-            sys.executable,
-            *program,
-            *(text for name, value in flags.items() for text in (f"--{name}", str(value))),
-        ]
+        """The command of a run, the same for each of its lives."""
+        processes = self.args.num_processes
+        flags = tiny_run(
+            self.folder,
+            self.model,
+            output,
+            data_cache_dir=self.folder / f"cache-{output.name}",
+            learning_rate=1e-2,
+            per_device_train_batch_size=4 // processes or 1,
+            max_steps=self.args.max_steps,
+            save_steps=self.args.save_steps,
+        )
+        return torchrun(processes, "train.py", *flags) if processes > 1 else [sys.executable, "train.py", *flags]
 
     def report_kill(self, life: Life) -> None:
-        """Count a kill and say when it was.
+        """Count a kill and print when it was.
 
         Raises:
-            HarmError: what bears the name of a checkpoint is torn.
+            HarmError: a folder with the name of a checkpoint is incomplete.
         """
         seconds = time.monotonic() - life.start
         self.kills += 1
         self.during_save += life.is_saving
-        checkpoint, torn = find_checkpoint(life.output)
+        checkpoint, incomplete = find_checkpoint(life.output)
         print(
             f"kill {self.kills:2} of {self.args.kills}: {seconds:5.1f} s after the start, "
             f"{'during' if life.is_saving else 'outside'} a save; "
             f"last checkpoint: {checkpoint.name if checkpoint else 'none'}",
             flush=True,
         )
-        if torn:
-            raise HarmError("; ".join(torn))
+        if incomplete:
+            raise HarmError("; ".join(incomplete))
 
 
 def to_the_end(life: Life) -> bool:
@@ -287,33 +277,25 @@ def to_the_end(life: Life) -> bool:
     return False
 
 
-def compare(output: Path, undisturbed: Path) -> None:
-    """Compare a finished run with the undisturbed one.
+def compare(output: Path, uninterrupted: Path) -> None:
+    """Compare a finished run with the uninterrupted one.
 
     Raises:
-        HarmError: the adapters differ, or one folder holds what the other does not.
+        HarmError: the adapters differ, or a file exists in only one of the folders.
     """
-    surplus = {file.name for file in output.iterdir()} ^ {file.name for file in undisturbed.iterdir()}
+    surplus = {file.name for file in output.iterdir()} ^ {file.name for file in uninterrupted.iterdir()}
     if surplus:
-        raise HarmError(f"{output} and {undisturbed} differ in {', '.join(sorted(surplus))}")
-    if (output / WEIGHTS_NAME).read_bytes() != (undisturbed / WEIGHTS_NAME).read_bytes():
-        raise HarmError(f"{output / WEIGHTS_NAME} is not {undisturbed / WEIGHTS_NAME}")
-
-
-def example_rows() -> list[dict]:
-    """Rows of different lengths and both task types."""
-    return [
-        {"instruction": f"Count {'on ' * (index % 5)}from {index}", "output": f"{index + 1}", "task_type": index % 2}
-        for index in range(ROWS)
-    ]
+        raise HarmError(f"{output} and {uninterrupted} differ in {', '.join(sorted(surplus))}")
+    if (output / WEIGHTS_NAME).read_bytes() != (uninterrupted / WEIGHTS_NAME).read_bytes():
+        raise HarmError(f"{output / WEIGHTS_NAME} differs from {uninterrupted / WEIGHTS_NAME}")
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all that descend from it. Each is stopped first, so that it starts no further one."""
+    """Kill a process and its descendants with SIGKILL. Each is stopped first, so that it cannot start another."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
             for child in children.read_text().split():
                 kill_tree(int(child))
     with contextlib.suppress(ProcessLookupError):
@@ -321,7 +303,7 @@ def kill_tree(pid: int) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one that was later made in its place; None where there is none."""
+    """Inode and time of a folder, which differ if it was made again; None if it does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -330,7 +312,4 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_verb(main)

@@ -1,5 +1,6 @@
-"""A tiny random Llama with a tokenizer of single bytes, for checks that are about everything but the model."""
+"""A tiny run of `train.py`: a random Llama with a tokenizer of single bytes, rows and flags."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,10 +8,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from transformers_patch import LlamaLoRAMoEForCausalLM
+from workbench.processes import as_flags
 
 
 def make_tiny_model(folder: Path) -> LlamaLoRAMoEForCausalLM:
-    """Write model and tokenizer into a folder, and return the model. Its widths are such that it can be quantised."""
+    """Write model and tokenizer to a folder and return the model. Its layers are wide enough to be quantised."""
     specials = ["<s>", "</s>"]
     vocabulary = {token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -31,3 +33,26 @@ def make_tiny_model(folder: Path) -> LlamaLoRAMoEForCausalLM:
     model = LlamaLoRAMoEForCausalLM(config)
     model.save_pretrained(folder)
     return model
+
+
+def write_rows(file: Path, count: int) -> None:
+    """Write rows of different lengths and of both task types, 0 (other) and 1 (world knowledge)."""
+    rows = [
+        {"instruction": f"Count {'on ' * (index % 5)}from {index}", "output": f"{index + 1}", "task_type": index % 2}
+        for index in range(count)
+    ]
+    file.write_text(json.dumps(rows))
+
+
+def tiny_run(folder: Path, model: Path, output: Path, **more) -> list[str]:
+    """Flags of `train.py` for a run on the CPU, with dropout, on the `rows.json` of a folder."""
+    return as_flags(
+        model_name_or_path=model,
+        dataset_dir=folder / "rows.json",
+        output_dir=output,
+        use_cpu=True,
+        lora_nums=4,
+        lora_dropout=0.2,
+        disable_tqdm=True,
+        **more,
+    )

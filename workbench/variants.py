@@ -1,10 +1,9 @@
-"""What the benchmark compares: models that share the weights of one base model, and differ in what they add to it.
+"""The models that the benchmark compares: they share the weights of one base model and differ in their adapters.
 
 Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O input and output features.
 """
 
 import copy
-import time
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +16,9 @@ from peft import LoraConfig, LoraLayer, Router, TaskType, get_peft_model
 from transformers_patch import AutoModelForCausalLM, LlamaLoRAMoEForCausalLM
 from transformers_patch.mixin import LoRAMoEOutput
 from transformers_patch.recorder import RoutingRecorder
-from workbench.instruments import peak_memory, return_freed_memory
+from workbench.instruments import return_freed_memory, step_memory
 
-# A Llama so small that --quick spends its time on the benchmark's own code.
+# So small that --quick spends its time on the benchmark's own code.
 QUICK_MODEL = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -31,7 +30,7 @@ QUICK_MODEL = {
 
 
 class PlainLayer(LoraLayer):
-    """The experts stacked, in plain autograd: o = W0 x + (alpha/r) * B (repeat(w, r) * (A dropout(x)))."""
+    """Stacked experts in plain autograd: o = W0 x + (alpha/r) * B (repeat(w, r) * (A dropout(x)))."""
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         experts = self.experts[str(self.active_adapter)]
@@ -44,7 +43,7 @@ class PlainLayer(LoraLayer):
 
 
 class LoopLayer(LoraLayer):
-    """A pair of products and a dropout mask for each expert: o = W0 x + (alpha/r) * sum_n w_n B_n A_n dropout(x)."""
+    """A loop over experts, each with its dropout mask: o = W0 x + (alpha/r) * sum_n w_n B_n A_n dropout(x)."""
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         experts = self.experts[str(self.active_adapter)]
@@ -67,7 +66,7 @@ class PlainRouter(Router):
 
 
 class PlainLlama(LlamaLoRAMoEForCausalLM):
-    """Training as without any care for speed: logits at every position."""
+    """Unoptimized training: logits at every position."""
 
     def forward(self, input_ids, attention_mask, labels, task_types, balance_scale=1.0, **kwargs) -> LoRAMoEOutput:
         with RoutingRecorder(self) as recorder:
@@ -83,13 +82,13 @@ class PlainLlama(LlamaLoRAMoEForCausalLM):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a step.
+    """A way to compute a step.
 
     Args:
         name: `frozen` (the base model alone), `lora` (one expert), `loramoe`, `plain` (its definition in plain
             autograd), `loop` (expert by expert), `top2` (2 experts for a token), `shared_a` (one A for all experts).
         experts: number of experts N.
-        rank: of each.
+        rank: rank of each expert.
         dropout: probability.
     """
 
@@ -99,7 +98,7 @@ class Variant:
     dropout: float = 0.0
 
     def config(self, balances: bool = True) -> LoraConfig:
-        """The adapter; without `balances`, the balance term has no weight."""
+        """The adapter's configuration; without `balances`, `blc_weight` (beta) is 0."""
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=self.rank,
@@ -110,11 +109,11 @@ class Variant:
         )
 
     def model(self, base: PreTrainedModel) -> nn.Module:
-        """A model of this kind in training mode, with modules of its own and the weights of `base`; equal adapters have
+        """Build the variant in training mode, with new modules that share the weights of `base`. Equal adapters have
         equal weights.
 
-        `frozen` is the least that any method costs which trains something below the first layer: the gradient goes
-        through the whole backbone to the output of the embedding, and no weight has one.
+        `frozen` is a lower bound for any method that trains parameters in the first layer: the gradient flows through
+        the entire backbone to the output of the embedding, but no weight gets one.
         """
         tensors = (*base.requires_grad_(False).parameters(), *base.buffers())
         own = copy.deepcopy(base, memo={id(tensor): tensor for tensor in tensors}).train()
@@ -125,20 +124,20 @@ class Variant:
             torch.manual_seed(0)
             model = get_peft_model(own, self.config())
             for layer in model.base_model.layers():
-                # At zero, as a fresh B is, the gradients of A and router would be zero, too.
+                # A fresh B is zero, which would make the gradients of A and router zero, too.
                 nn.init.normal_(layer.experts["default"].lora_B, std=0.01)
         if self.name in LAYER_CLASSES:
             compute_as(model, LAYER_CLASSES[self.name], self.dropout)
         return model
 
 
-# Settings of the adapter that make a variant of its own.
+# Settings of the adapter in which a variant differs from `loramoe`.
 OPTIONS: dict[str, dict] = {"top2": {"lora_top_k": 2}, "shared_a": {"lora_shared_A": True}}
 LAYER_CLASSES = {"plain": PlainLayer, "loop": LoopLayer}
 
 
 def compute_as(model: nn.Module, layer_class: type[LoraLayer], dropout: float) -> None:
-    """Make all adapted Linears of a model compute as `layer_class` does, and its routers in plain autograd."""
+    """Switch all adapted Linears of a model to `layer_class` and its routers to plain autograd."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.__class__, module.dropout_rate = layer_class, dropout
@@ -147,10 +146,10 @@ def compute_as(model: nn.Module, layer_class: type[LoraLayer], dropout: float) -
 
 
 def load_base(folder: str | None) -> PreTrainedModel:
-    """The base model in float32: the folder's, or with None a tiny random Llama.
+    """Load the base model in float32; None gives a tiny random Llama.
 
     Raises:
-        InputError: no model of a supported kind is there.
+        InputError: the folder does not hold a supported model.
     """
     if folder is None:
         torch.manual_seed(0)
@@ -162,7 +161,7 @@ def load_base(folder: str | None) -> PreTrainedModel:
 
 
 def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random tokens, all of them labelled, with task types 0 and 1 in turn."""
+    """Random tokens, all supervised, with alternating task types 0 (other) and 1 (world knowledge)."""
     ids_BT = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
     return {
         "input_ids": ids_BT,
@@ -172,18 +171,7 @@ def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dic
     }
 
 
-def step(model: nn.Module, batch: dict[str, Tensor]) -> float:
-    """Forward and backward pass; gradients are thrown away. Returns the seconds."""
-    start = time.perf_counter()
-    model(**batch).loss.backward()
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
-
-
-def resident_memory(folder: str | None, variant: Variant, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Resident bytes before a step and the most during it, the first step having passed."""
+def resident_memory(folder: str | None, variant: Variant, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Resident memory of a variant's step; see `step_memory`."""
     return_freed_memory()
-    model = variant.model(load_base(folder))
-    step(model, batch)
-    return peak_memory(lambda: step(model, batch))
+    return step_memory(variant.model(load_base(folder)), batch)
