@@ -49,7 +49,6 @@ class RoutingWatch(TrainerCallback):
         self._step_E += shares_BLE.mean(dim=1).sum(dim=0)
 
     def _start(self, shares_LBE: Tensor) -> None:
-        self._started = True
         num_linears, _, num_experts = shares_LBE.shape
         self._sums_KLE = shares_LBE.new_zeros(self.num_task_types + 1, num_linears, num_experts)
         self._counts_K = shares_LBE.new_zeros(self.num_task_types + 1)
