@@ -69,7 +69,7 @@ PROBLEMS = {
     "no such layer": ({"layers_to_transform": [1, 7]}, r"names 7, but there are target modules in layers 0, 1 only"),
     "no layers": ({"layers_to_transform": []}, r"layers_to_transform is \[\], but has to be a list of layer numbers"),
     "no such module": ({"modules_to_save": ["embed"]}, r"'embed' does not exist in the model; did you mean 'embed_tok"),
-    "no weight": ({"modules_to_save": ["mlp"]}, r"'model.layers.0.mlp' .* is a LlamaMLP, which has no weight of its"),
+    "no weight": ({"modules_to_save": ["mlp"]}, r"'model.layers.0.mlp' .* is a LlamaMLP, which has no weight itself"),
     "both": ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "it can be only one of them"),
 }
 
