@@ -1,7 +1,8 @@
 """Atomic writes: what is written appears under its name complete, or not at all.
 
 It is written under a temporary name next to its place, `.NAME.RANDOM.tmp`, flushed to the disk and renamed. Only a
-process that is killed leaves a temporary file or folder; `remove_temporaries` clears it away.
+process that is killed leaves a temporary file or folder; where one process alone writes, `remove_temporaries` clears it
+away.
 """
 
 import json
@@ -46,6 +47,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     with _temporary_folder(folder / "files") as temporary:
         yield temporary
         for file in filter(Path.is_file, list(temporary.rglob("*"))):
+            _flush(file)
             place = folder / file.relative_to(temporary)
             place.parent.mkdir(parents=True, exist_ok=True)
             file.replace(place)

@@ -42,9 +42,9 @@ def balance_coefficients(group_sizes: Sequence[int], blc_alpha: float) -> Tensor
         Tensor of shape (K + 1, E), float32: `balance_coefficients(...)[task_types_B]` has the samples' rows.
     """
     group_of_expert = [group for group, size in enumerate(group_sizes) for _ in range(size)]
-    task_types_K, group_of_expert_E = torch.tensor([*range(len(group_sizes)), -1]), torch.tensor(group_of_expert)
-    matches_KE = task_types_K.unsqueeze(1) == group_of_expert_E
-    pull_KE = torch.where(matches_KE, 1 / (1 - blc_alpha), 1 / (1 + blc_alpha))
+    pull = {True: 1 / (1 - blc_alpha), False: 1 / (1 + blc_alpha)}  # for an expert of the matching group, and another
+    rows = [[pull[group == task_type] for group in group_of_expert] for task_type in (*range(len(group_sizes)), -1)]
+    pull_KE = torch.tensor(rows, dtype=torch.float32, device="cpu")
     return pull_KE.mean(dim=1, keepdim=True) / pull_KE
 
 

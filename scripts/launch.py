@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed_config_file", required=True, metavar="FILE")
     parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
     args = parser.parse_args(argv)
-    if any(flag.startswith("--output_dir") for flag in args.flags):
+    if any(flag.partition("=")[0].replace("-", "_") == "__output_dir" for flag in args.flags):
         sys.exit("error: the run's folder is output_dir/exp_name: set these two variables instead of --output_dir")
     args.num_processes = args.num_processes and whole_number("num_processes", args.num_processes, least=1)
     args.nnodes = whole_number("nnodes", args.nnodes, least=1)
@@ -154,11 +154,12 @@ def step(*arguments: str, stdout: int | None = None) -> str:
 
 
 def start(command: list[str], ignored: Iterable[int] = (), **options) -> subprocess.Popen:
-    """Start a program in its own session, with some signals ignored and none blocked."""
+    """Start a program in its own session, with some signals ignored and none blocked; stop signals act by default."""
 
     def prepare_signals() -> None:
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
+        # A shell has the programs that it runs in the background ignore SIGINT, but a step is to be interrupted by it.
+        for number in STOP_SIGNALS.union(ignored):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS | {signal.SIGCHLD})
 
     return subprocess.Popen(command, start_new_session=True, preexec_fn=prepare_signals, **options)

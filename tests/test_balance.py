@@ -117,6 +117,20 @@ def test_shares_are_float32_whatever_comes_in():
     assert sample_shares(weights, torch.ones(2, 4)).dtype is torch.float32
 
 
+@pytest.fixture
+def bf16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_coefficients_do_not_depend_on_the_defaults_of_torch(bf16_by_default):
+    with torch.device("meta"):
+        found_KE = balance_coefficients([1, 1], 0.1)
+    pull = torch.tensor([[1 / 0.9, 1 / 1.1], [1 / 1.1, 1 / 0.9], [1 / 1.1, 1 / 1.1]], dtype=torch.float32)
+    torch.testing.assert_close(found_KE, pull.mean(dim=1, keepdim=True) / pull, rtol=0, atol=0)
+
+
 def test_without_any_sample_it_is_zero():
     shares = torch.rand(2, 0, 4, requires_grad=True)
     terms = [

@@ -74,6 +74,14 @@ def test_a_signal_before_training_interrupts_the_step_and_waits_for_it(started, 
     assert (tmp_path / "cleaned up").exists()
 
 
+def test_sigterm_interrupts_a_step_of_a_background_job(started, tmp_path):
+    """A shell without job control has its background jobs ignore SIGINT."""
+    script = started(PREPARES_FOR_LONG, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
+    script.terminate()
+    assert script.wait(timeout=10) == 128 + signal.SIGTERM
+    assert (tmp_path / "cleaned up").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_that_comes_early_reaches_the_trainer_in_the_end(started, tmp_path, number):
     script = started(TRAINS_UNTIL_SIGTERM, preexec_fn=partial(signal.signal, number, signal.SIG_DFL))

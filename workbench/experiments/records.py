@@ -25,6 +25,7 @@ IDENTITY = ("cell", "stage", "arm", "size", "knowledge_share", "seed", "learning
 TEXT = ("cell", "stage", "arm", "model", "commit", "machine", "command")
 LISTS = ("checkpoints", "log")
 CURVE = ("step", "routing_cv")
+csv.field_size_limit(2**31 - 1)  # a field holds a digit for each fact and checkpoint
 
 Pair = Annotated[list, Field(min_length=2, max_length=2)]
 
@@ -176,11 +177,10 @@ def _read_table(file: Path) -> Iterator[dict]:
     if not file.is_file():
         return
     with file.open(newline="") as stream:
-        for row in csv.DictReader(stream):
-            try:
-                yield _record(row)
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{file}, cell {row.get('cell')}, is damaged ({error}); restore the file") from None
+        try:
+            yield from map(_record, csv.DictReader(stream))
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file} is damaged ({error}); restore the file") from None
 
 
 def _row(record: dict) -> dict[str, str]:
@@ -204,11 +204,17 @@ def _record(row: dict[str, str]) -> dict:
 
 def _recoded(point: dict, recode: Callable[[str], str]) -> dict[str, str]:
     """`recalled` of a checkpoint in other digits; nothing for a trial without it."""
-    return {"recalled": recode(point["recalled"])} if "recalled" in point else {}
+    return {"recalled": recode(point["recalled"])} if point.get("recalled") is not None else {}
 
 
 def _columns(entries: list[dict]) -> dict:
-    """A list of objects as an object of lists, nested ones too."""
+    """A list of objects as an object of lists, nested ones too.
+
+    Raises:
+        ValueError: the objects have different fields.
+    """
+    if any(entry.keys() != entries[0].keys() for entry in entries):
+        raise ValueError("a record's entries have different fields, so they cannot become columns")
     columns = {name: [entry[name] for entry in entries] for name in (entries[0] if entries else ())}
     return {name: _columns(values) if isinstance(values[0], dict) else values for name, values in columns.items()}
 
