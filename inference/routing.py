@@ -12,6 +12,8 @@ from torch import Tensor
 
 from peft import LoraConfig
 
+PAPERS_TASK_TYPES = ("0 (other tasks)", "1 (world knowledge)")
+
 
 @dataclass
 class Routing:
@@ -115,11 +117,13 @@ def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
     """A small table: one line for each task type, one column for each expert group."""
     if len(config.group_sizes) != config.num_task_types:
         return [f"no groups: {config.lora_nums} experts cannot be split among {config.num_task_types} task types"]
-    lines = [" " * 24 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
+    lines = [" " * 32 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
+    names = config.task_type_names or (
+        PAPERS_TASK_TYPES if config.num_task_types == 2 else range(config.num_task_types)
+    )
     for kind, shares in group_shares(routing, config.group_sizes).items():
-        names = config.task_type_names or list(map(str, range(config.num_task_types)))
-        name = "unlabelled rows" if kind < 0 else f"rows of task type {names[kind]}"
-        lines.append(f"  {name:22}" + "".join(f"{share:16.1%}" for share in shares))
+        name = "no task type" if kind < 0 else f"task type {names[kind]}"
+        lines.append(f"  {name:30}" + "".join(f"{share:16.1%}" for share in shares))
     return lines
 
 

@@ -125,7 +125,7 @@ def test_named_task_types_unequal_groups_and_top_k(runner, capsys):
     assert (config.expert_groups, config.lora_top_k) == ([1, 2, 1], 2)
     shown = capsys.readouterr().out
     assert shown.count("warning: there are evaluation rows of task type code, but no training rows") == 1
-    assert "rows of task type knowledge" in shown
+    assert "  task type knowledge" in shown
     groups = json.loads((run.output / "routing.json").read_text())["group_share_by_task_type"]
     assert set(groups) == {"-1", "0", "1", "2"}
     assert all(sum(shares) == pytest.approx(1, abs=1e-5) and len(shares) == 3 for shares in groups.values())

@@ -160,7 +160,7 @@ def test_the_printed_table_holds_the_share_of_every_group(finished):
     head, *lines = finished.results["routing_table"]
     assert head.split("  ")[-1].strip() == "experts 2-3"
     assert head.index("experts 0-1") < head.index("experts 2-3")
-    names = {"-1": "unlabelled rows", "0": "rows of task type 0", "1": "rows of task type 1"}
+    names = {"-1": "no task type", "0": "task type 0 (other tasks)", "1": "task type 1 (world knowledge)"}
     assert len(lines) == 3
     for line, (kind, name) in zip(lines, names.items(), strict=True):
         shown = [float(cell.rstrip("%")) for cell in line.removeprefix(f"  {name}").split()]

@@ -215,7 +215,7 @@ def test_plot_routing_writes_both_files_for_an_adapter_and_a_prompt(adapter_dir,
     assert len(values["prompt"]["tokens"]) == len(ids)
     assert (output / "routing.png").is_file()
     shown = capsys.readouterr().out
-    assert "rows of task type 1" in shown
+    assert "  task type 1 (world knowledge)" in shown
     assert "coefficient of variation" in shown
 
 

@@ -46,7 +46,7 @@ def log_values(folder: Path, name: str) -> list[float]:
 
 def results_table(shown: str) -> list[str]:
     """The lines of the results that a run prints at its end."""
-    return [line.strip() for line in shown.splitlines() if "held-out" in line or "rows of task type" in line]
+    return [line.strip() for line in shown.splitlines() if "held-out" in line or "  task type" in line]
 
 
 def test_the_main_job_learns_and_repeats_its_results(train, tmp_path):

@@ -94,7 +94,13 @@ def test_a_run_writes_everything_it_promises(run, capsys):
     for shares in routing["group_share_by_task_type"].values():
         assert sum(shares) == pytest.approx(1)
     shown = capsys.readouterr().out
-    for text in ("held-out LM loss", "held-out perplexity", "rows of task type 1", "sample 2", str(run.output)):
+    for text in (
+        "held-out LM loss",
+        "held-out perplexity",
+        "task type 1 (world knowledge)",
+        "sample 2",
+        str(run.output),
+    ):
         assert text in shown
 
 
@@ -497,7 +503,7 @@ def test_full_tuning_takes_the_same_path(run, capsys):
     assert results["eval_lm_loss_after"] < results["eval_lm_loss_before"]
     model = LlamaForCausalLM.from_pretrained(run.output)
     assert model.config.architectures == ["LlamaForCausalLM"]
-    assert "rows of task type" not in capsys.readouterr().out
+    assert "  task type" not in capsys.readouterr().out
     assert not (run.output / "routing.json").exists()
 
 

@@ -86,7 +86,7 @@ def summary_lines(folder: Path, results: dict) -> list[str]:
             f"{results['eval_perplexity_after']:.2f} after training",
         ]
     if results.get("routing_table"):
-        lines += ["mean routing share of each expert group on the held-out rows:", *results["routing_table"]]
+        lines += ["mean routing share of each expert group on the held-out examples:", *results["routing_table"]]
     for number, (prompt, expected, generated) in enumerate(results.get("samples", []), start=1):
         lines += [f"sample {number}", *_indented("prompt", prompt), *_indented("expected", expected)]
         lines += _indented("generated", generated)
