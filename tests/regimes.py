@@ -18,7 +18,7 @@ from training.ending import run_process
 
 
 class Recorder:
-    """What the experts are made of and compute, while it is installed.
+    """Records dtypes and dropout masks of the experts.
 
     Attributes:
         dtypes: names of dtypes by role: `activations`, `parameters`, `products` and `sums`.

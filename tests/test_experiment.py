@@ -1,4 +1,4 @@
-"""The experiments: which cells there are, what they train on, and that an interrupted one goes on at its cell."""
+"""The experiments: their cells, the rows that these train on, and that an interrupted one continues at its cell."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def result(experiment: Experiment, cell: Cell, loss: float = 1.0) -> dict:
-    """What a cell's file holds, as far as running other cells needs it."""
+    """The part of a cell's file that running other cells needs."""
     point = {"step": 0, "rows": 0, "knowledge": 1.0, "knowledge_known": 1.0, "tasks": {}, "task_score": 0.5}
     return {
         "settings": experiment.settings(cell),
@@ -89,7 +89,7 @@ def test_small_sizes_come_first(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("tuning:", "tunign:"), "the field tuning is missing; there is no field tunign"),
+        (("tuning:", "tunign:"), "the field tuning is missing; unknown field tunign"),
         (("    lora: [0.002]\n", ""), "no learning rates for the arm lora"),
         (("model:", "model: ["), "cannot be read"),
         (("loramoe:", "mixture:"), "an arm is named mixture, but has to be one of full, lora, loramoe_beta0, loramoe"),
@@ -101,7 +101,7 @@ def test_small_sizes_come_first(config):
         (("sizes:\n  96: [0, 1]\n  384: [0]", "sizes: [96]"), r"sizes is \[96\]: Input should be a valid dictionary"),
         (
             ("facts: 60", "facts: true\nrowz: 3"),
-            "facts is True: Input should be a valid integer; there is no field rowz",
+            "facts is True: Input should be a valid integer; unknown field rowz",
         ),
         (
             ("knowledge_shares: [0.2]", "knowledge_shares: [x]"),
@@ -111,7 +111,7 @@ def test_small_sizes_come_first(config):
         (("full: {tuning: full}", "full:"), "arms.full is None: Input should be a valid dictionary"),
         (
             ("  seeds: [0]\n", "  seedz: [0]\n"),
-            "the field ablations.seeds is missing; there is no field ablations.seedz",
+            "the field ablations.seeds is missing; unknown field ablations.seedz",
         ),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_mixture_from_prepared_files_is_drawn_by_kind(tmp_path):
     assert sum(row["instruction"].startswith("closed") for row in rows) == 10
     repeated = mixture(Cell("grid", "lora", 200, 0.5, 3), str(tmp_path))
     assert sum(row["instruction"].startswith("closed") for row in repeated) == 100
-    with pytest.raises(InputError, match="has 100 rows of the kinds of task besides closed_book_qa, but 150 are asked"):
+    with pytest.raises(InputError, match="has 100 rows of tasks other than closed_book_qa, but 150 are needed"):
         mixture(Cell("grid", "lora", 200, 0.25, 3), str(tmp_path))
 
 
@@ -214,7 +214,7 @@ def test_more_rows_than_can_be_generated_are_refused_before_anything_is_trained(
     with pytest.raises(InputError, match=r"54,001 different train rows .* only 54,000 can be generated: lower the la"):
         check_rows(replace(experiment, tuning=tuning))
     check_rows(replace(experiment, sizes={600_000: [0]}, knowledge_shares=[0.5]))
-    with pytest.raises(InputError, match=r"100,000 different train rows of each kind of task are asked for"):
+    with pytest.raises(InputError, match=r"100,000 different train rows of each task are needed"):
         check_rows(replace(experiment, sizes={600_000: [0]}, knowledge_shares=[0.5, 0]))
     with pytest.raises(InputError, match=r"5,501 different test rows .* only 5,500 can be generated: lower rows_per_"):
         check_rows(replace(experiment, rows_per_task=MOST_ROWS["test"] - mixture_module.VALIDATION_ROWS + 1))
@@ -222,7 +222,7 @@ def test_more_rows_than_can_be_generated_are_refused_before_anything_is_trained(
 
 @pytest.mark.parametrize("part", MOST_ROWS)
 def test_as_many_rows_as_are_promised_can_be_generated(part):
-    """Of the kind that has the fewest."""
+    """For the task with the fewest."""
     assert len(make_rows("coreference", MOST_ROWS[part], seed=3, part=part)) == MOST_ROWS[part]
 
 
@@ -350,7 +350,7 @@ def test_files_of_another_configuration_are_not_reported(config):
 
 
 def test_cells_go_into_another_folder_where_one_is_named(config, tmp_path, monkeypatch):
-    """So that the finished ones of another base model, in the configuration's folder, do not stand in the way."""
+    """Finished cells of another base model, in the configuration's folder, then do not interfere."""
     called = []
 
     def run(command, **_):
@@ -367,7 +367,7 @@ def test_cells_go_into_another_folder_where_one_is_named(config, tmp_path, monke
     write(own, own.cells()[0], result(own, own.cells()[0]) | {"settings": {}})
     verb.main(["--config", str(config), "--results", str(tmp_path / "other")])
     assert len(called) == len(own.cells()) == len(list((tmp_path / "other" / "cells").iterdir()))
-    with pytest.raises(InputError, match="Name another folder by --results"):
+    with pytest.raises(InputError, match="Choose another folder with --results"):
         verb.main(["--config", str(config)])
 
 
@@ -377,7 +377,7 @@ def test_no_cell_is_started_after_the_last_hour(config, monkeypatch, capsys):
     monkeypatch.setattr(verb, "report", lambda results, work: [])
     verb.main(["--config", str(config), "--max_hours", "1e-9"])
     assert not started
-    assert "have passed; the same command goes on" in capsys.readouterr().out
+    assert "have passed; run the same command to continue" in capsys.readouterr().out
 
 
 def make_tiny(config: Path, model_dir: Path) -> None:
@@ -463,7 +463,7 @@ def test_a_cell_of_other_settings_is_never_taken_for_this_one(config):
 
 
 def test_unknown_cells_and_a_missing_model_are_refused(config):
-    with pytest.raises(InputError, match="there is no nothing; there are base, "):
+    with pytest.raises(InputError, match="--cells: unknown nothing; choose from base, "):
         verb.main(["--config", str(config), "--cells", "nothing"])
     (config.parent / "model").rmdir()
     with pytest.raises(InputError, match="model: no such folder"):

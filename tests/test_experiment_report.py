@@ -207,7 +207,7 @@ def test_differences_that_hold_no_zero_are_bold():
     assert row[3:] == ["2", *[f"**+{gain:.3f} ± 0.000**"] * 4, *["+0.000 ± 0.000"] * 2]
 
 
-def test_knowledge_is_told_by_relation_and_beside_what_guessing_gets():
+def test_knowledge_is_reported_by_relation_with_the_score_of_guessing():
     rows = rows_of(markdown(grid()), "Knowledge by relation")
     trained = len(FORGETTING)
     assert rows[0] == ["0 %", "4,000", "capital", "1", "0.000", "1.000", *["0.000 ± 0.000"] * trained]
@@ -316,7 +316,7 @@ def test_a_value_that_some_runs_lack_is_said():
 
 
 def test_a_base_model_that_knows_no_fact_is_reported():
-    """Of nothing no share is known, lost or kept: these fields are empty, and all others as ever."""
+    """Shares of the known facts are empty, and all other fields as usual."""
     nothing = {"knowledge_known": None, "recalled": "0000"}
     text = markdown([each | {"checkpoints": [point | nothing for point in each["checkpoints"]]} for each in grid()])
     assert {row[7] for row in rows_of(text, "World knowledge and task scores")} == {"-"}
@@ -384,7 +384,7 @@ def without(field: str) -> dict:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_is_no_cell_is_named(tmp_path, content, message):
+def test_a_file_that_is_not_a_cell_is_named(tmp_path, content, message):
     write(tmp_path, [cell("lora", 4000, 0.0, 0)])
     file = tmp_path / "cells" / "wrong.json"
     renamed = {"cell": "wrong"} if "twice" not in message else {}

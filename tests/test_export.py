@@ -160,7 +160,7 @@ def calibrated(rows: torch.Tensor, mask: torch.Tensor) -> tuple[PeftModel, dict,
 
 
 def inputs_of(model, experts, mask) -> dict[str, torch.Tensor]:
-    """What reaches each adapted Linear at the tokens that count."""
+    """The input of each adapted Linear at the tokens that count."""
     found = {}
     hooks = [
         module.register_forward_pre_hook(lambda module, args, name=name: found.update({name: args[0][mask.bool()]}))
@@ -318,7 +318,7 @@ with torch.no_grad():
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", KINDS)
 def test_pypis_peft_loads_the_adapter_and_gives_the_predicted_logits(export, model_dir, tmp_path, weights):
-    """Its package lies in a folder of its own, seen by that program alone; this environment stays without it."""
+    """Its package lies in a separate folder that only that program sees; this environment does not have it."""
     place = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place), "peft==0.21.2"]
     subprocess.run(install, check=True, timeout=600)

@@ -1,4 +1,4 @@
-"""What only a GPU can show. `bash scripts/test.sh -m gpu` on a node with one; skipped everywhere else."""
+"""Tests that need a GPU: `bash scripts/test.sh -m gpu` on a node with one; they are skipped everywhere else."""
 
 import sys
 

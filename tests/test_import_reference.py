@@ -72,7 +72,7 @@ class Checkpoint:
         torch.save(self.tensors, self.folder / "adapter_model.bin")
 
     def looped_logits(self, batch: dict) -> torch.Tensor:
-        """What the checkpoint computes: a stock Llama whose Linears add their experts one by one."""
+        """Output of the checkpoint: a stock Llama whose Linears add their experts one by one."""
         hooks = [self.base.get_submodule(name).register_forward_hook(self.adding(name)) for name in self.modules]
         logits = self.base(batch["input_ids"], batch["attention_mask"]).logits
         for hook in hooks:

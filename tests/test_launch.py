@@ -1,4 +1,4 @@
-"""What needs processes of its own: several ranks, and `run_loramoe.sh`."""
+"""Tests that need separate processes: several ranks, and `run_loramoe.sh`."""
 
 import json
 import os

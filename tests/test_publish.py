@@ -13,7 +13,7 @@ from data import InputError
 
 
 class Hub:
-    """What the hub's HTTP interface answers to a client that makes a repository and commits to it.
+    """Answers of the hub's HTTP interface to a client that makes a repository and commits to it.
 
     Attributes:
         files: content of each committed file by its path.

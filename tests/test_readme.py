@@ -1,4 +1,4 @@
-"""What the README tells people to type is accepted by the programs, and its Python runs."""
+"""The commands of the README are accepted by the programs, and its Python runs."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""Which rows share a batch, whatever the number of processes and micro-batches."""
+"""The rows that share a batch, whatever the number of processes and micro-batches."""
 
 import numpy as np
 import pytest

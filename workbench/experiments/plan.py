@@ -1,4 +1,4 @@
-"""What an experiment consists of: a YAML file as a list of cells, each one training run and its measurements."""
+"""The plan of an experiment: a YAML file as a list of cells, each one training run and its measurements."""
 
 import json
 import math
@@ -34,16 +34,16 @@ Number = Annotated[float, PlainValidator(_number)]  # as it is written: names of
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run (or, for the arm `base`, none) and what is measured of it.
+    """One training run (none for the arm `base`) and its measurements.
 
     Args:
-        stage: `grid`, `tuning` (learning rates, judged on rows of their own) or `ablation`.
+        stage: `grid`, `tuning` (learning rates, judged on separate rows) or `ablation`.
         arm: name of the method.
         size: instruction rows.
         knowledge_share: share of closed-book questions (task type 1) among them.
         seed: of the mixture, its order and the initial weights.
-        flags: of `train.py`, besides the learning rate.
-        learning_rate: None where it is still to be tuned.
+        flags: of `train.py`, except the learning rate.
+        learning_rate: None if it has to be tuned.
     """
 
     stage: str
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As in the name of its file, so without slashes."""
+        """Its name, also of its file: without slashes."""
         if self.arm == BASE:
             return BASE
         parts = [self.arm, self.size, self.knowledge_share, self.seed]
@@ -67,13 +67,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Each arm's learning rate is the one, out of its list, with the lowest validation loss over the other tasks.
+    """Trials of learning rates: each arm takes the one with the lowest validation loss over the other tasks.
 
     Args:
         size: instruction rows of a trial.
         knowledge_share: as in `Cell`.
-        seed: of the trials, none of the grid's.
-        learning_rates: what is tried, by arm.
+        seed: of the trials; different from the grid's.
+        learning_rates: those that are tried, by arm.
     """
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
@@ -86,12 +86,12 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Ablations:
-    """Changes of one arm, at one size; they take its learning rate unless they name one.
+    """Variants of one arm at one size, with its learning rate unless they set one.
 
     Args:
         of: the arm that is changed.
         size: as in `Cell`, as are the others.
-        changes: flags of `train.py`, and perhaps a learning rate, by name of the change.
+        changes: flags of `train.py`, optionally with a learning rate, by name of the change.
     """
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
@@ -110,21 +110,21 @@ class Experiment:
     Args:
         model: base model, a folder or a hub id.
         results: folder that is committed: table of the cells, report, figures.
-        work: folder for what is not: a file of each cell, rows and weights.
+        work: folder that is not committed: a file of each cell, rows and weights.
         arms: flags of `train.py` by arm; `lora_rank: equal` is the rank whose LoRA has as many trainable parameters
-            as the arm `loramoe`, as nearly as can be.
+            as the arm `loramoe`, as nearly as possible.
         train: flags of every arm.
         sizes: seeds by number of instruction rows.
         knowledge_shares: shares of closed-book questions.
         tuning: how learning rates are found.
         ablations: changes of one arm.
-        checkpoints: points along each run, its end included, at which it is measured.
-        facts: probe facts that are asked; None is all.
+        checkpoints: number of points along each run, including its end, at which it is measured.
+        facts: number of probe facts that are asked; None is all.
         rows_per_task: held-out rows of each other task.
-        batch_size: rows that are measured at once.
+        batch_size: rows per batch of a measurement.
         rows: folder of `scripts.prepare_data` to draw the mixture from; None generates it.
         lm_eval: tasks of lm-evaluation-harness, measured at the end of each run.
-        launcher: what stands between `python` and `train.py`, such as `-m torch.distributed.run` and its flags.
+        launcher: arguments between `python` and `train.py`, such as `-m torch.distributed.run` and its flags.
     """
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
@@ -147,7 +147,7 @@ class Experiment:
     launcher: list[str] = field(default_factory=list)
 
     def cells(self) -> list[Cell]:
-        """All cells in the order in which they are run: a run that is cut short has finished the smallest sizes."""
+        """All cells in running order: small sizes first, so that an interrupted experiment has finished those."""
         return [Cell("grid", BASE, 0, 0.0, 0), *self.trials(), *self._grid(), *self._ablations()]
 
     def trials(self) -> list[Cell]:
@@ -181,7 +181,7 @@ class Experiment:
         return self.train | self.arms[arm]
 
     def settings(self, cell: Cell) -> dict:
-        """What has to be the same for a result to be this cell's, as JSON values."""
+        """Everything that a result of this cell depends on, as JSON values."""
         settings = {name: getattr(self, name) for name in ("model", "rows", "facts", "rows_per_task", "checkpoints")}
         settings |= {"model_sha256": weights_sha256(self.model), "facts_sha256": file_hash(FACTS_FILE)}
         settings |= {"rows_sha256": self.rows and rows_sha256(self.rows), "lm_eval": self.lm_eval or None}
@@ -214,7 +214,7 @@ class Experiment:
         if names := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
             other = ", ".join(f"{name} {found.get(name)} instead of {wanted.get(name)}" for name in names)
             raise InputError(
-                f"{file} was made with other settings: {other}. Name another folder by --results, or delete the file"
+                f"{file} was made with other settings: {other}. Choose another folder with --results, or delete it"
             )
         return record
 
@@ -238,23 +238,22 @@ class Experiment:
 
 @cache
 def weights_sha256(model: str) -> list[str]:
-    """SHA-256 of each weight file of a model's folder, which tell one pretrained anew from the one before; none of a
-    hub id."""
+    """SHA-256 of each weight file of a model's folder, to detect that it was pretrained again; empty for a hub id."""
     return [file_hash(file) for file in sorted(Path(model).glob("*.safetensors"))]
 
 
 def rows_sha256(folder: str) -> str | None:
-    """SHA-256 of what `scripts.prepare_data` counted, which tells rows prepared anew from those before; None where
-    the folder is not its."""
+    """SHA-256 of the counts of `scripts.prepare_data`, to detect that rows were prepared again; None if it has not made
+    the folder."""
     counts = Path(folder).parent / COUNTS_NAME
     return file_hash(counts) if counts.is_file() else None
 
 
 def best_rate(trials: dict[float, dict]) -> float | None:
-    """The learning rate of the trial with the lowest validation loss; None where all have diverged.
+    """The learning rate of the trial with the lowest validation loss; None if all have diverged.
 
     Args:
-        trials: what the trials' files say, by learning rate.
+        trials: records of the trials, by learning rate.
     """
     losses = {rate: trial["checkpoints"][-1]["task_loss"] for rate, trial in trials.items()}
     return min((rate for rate in losses if math.isfinite(losses[rate])), key=losses.get, default=None)
@@ -273,7 +272,7 @@ def read_experiment(file: str | Path) -> Experiment:
     """Read a configuration.
 
     Raises:
-        InputError: the file is no YAML, or its fields are not those of `Experiment`, in names or types.
+        InputError: the file is not valid YAML, or its fields differ from those of `Experiment` in name or type.
     """
     try:
         values = yaml.load(Path(file).read_text(), _Loader)
@@ -286,7 +285,7 @@ def read_experiment(file: str | Path) -> Experiment:
     problems = [
         f"no learning rates for the arm {arm}" for arm in experiment.arms.keys() - experiment.tuning.learning_rates
     ]
-    problems += [f"there is no arm {arm}" for arm in experiment.tuning.learning_rates.keys() - experiment.arms]
+    problems += [f"unknown arm {arm}" for arm in experiment.tuning.learning_rates.keys() - experiment.arms]
     if unknown := sorted(experiment.arms.keys() - set(ARMS[1:])):
         problems.append(f"an arm is named {', '.join(unknown)}, but has to be one of {', '.join(ARMS[1:])}")
     every_flag = [experiment.train, *experiment.arms.values()]
@@ -297,7 +296,7 @@ def read_experiment(file: str | Path) -> Experiment:
     if experiment.checkpoints < 2:
         problems.append("checkpoints has to be at least 2")
     if experiment.ablations and experiment.ablations.of not in experiment.arms:
-        problems.append(f"ablations are of {experiment.ablations.of}, which is no arm")
+        problems.append(f"ablations are of {experiment.ablations.of}, which is not an arm")
     changes = experiment.ablations.changes if experiment.ablations else {}
     problems += [
         f"the learning_rate of {name} is {rate!r}, but has to be a number"

@@ -1,6 +1,6 @@
 """The finished cells on disk: one JSON file each in the working folder, and all of them in `cells.csv`.
 
-The table keeps what tables and figures need and where each number comes from: one line a cell, nested values as JSON, a
+The table keeps what tables and figures need, and the origin of each number: one line per cell, nested values as JSON, a
 list of objects as one list for each of their fields (`checkpoints.knowledge`), the digits of `recalled` in hexadecimal
 after a leading 1. Of the training log it keeps the curve of the routing; the losses are in the JSON files only.
 """
@@ -31,7 +31,7 @@ Pair = Annotated[list, Field(min_length=2, max_length=2)]
 
 
 class Checkpoint(BaseModel):
-    """What is measured at one point of a training; a trial that diverged has no knowledge and no score."""
+    """Measurements at one point of a training; a trial that diverged has neither knowledge nor a score."""
 
     model_config = ConfigDict(strict=True)
 
@@ -53,7 +53,7 @@ class Routing(BaseModel):
 
 
 class Record(BaseModel):
-    """The fields of a finished cell that the report reads; only the base model's has the last ones but `lm_eval`."""
+    """The fields of a finished cell that the report reads; `relations` and `guessed...` are those of the base model."""
 
     model_config = ConfigDict(strict=True)
 
@@ -151,7 +151,7 @@ def problem(error: dict) -> str:
     if error["type"] == "missing":
         return f"the field {place} is missing"
     if error["type"] == "unexpected_keyword_argument":
-        return f"there is no field {place}"
+        return f"unknown field {place}"
     if error["type"] == "value_error" and not error["loc"]:
         return str(error["ctx"]["error"])
     return f"{place} is {error['input']!r}: {error['msg']}"
@@ -220,6 +220,6 @@ def _columns(entries: list[dict]) -> dict:
 
 
 def _entries(columns: dict) -> list[dict]:
-    """What `_columns` was given."""
+    """The inverse of `_columns`."""
     lists = [_entries(values) if isinstance(values, dict) else values for values in columns.values()]
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]

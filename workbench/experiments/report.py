@@ -1,4 +1,4 @@
-"""What an experiment has found so far: `table.md` and figures, from the cells that are finished."""
+"""The report of an experiment: `table.md` and figures of the cells that are finished."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -206,8 +206,8 @@ def _columns(by_run: list[tuple]) -> list[str]:
 
 
 def _lost_and_back(known: str, first: dict, last: dict) -> tuple[float | None, float | None]:
-    """Shares of the known facts that a checkpoint does not recall, and of these that a later one does; None where
-    there are none to lose or none lost."""
+    """Shares of the known facts that a checkpoint does not recall, and of these that a later one does; None if
+    there are none to lose, or none were lost."""
     if "1" not in known:
         return None, None
     lost = [number for number, fact in enumerate(known) if fact == "1" and first["recalled"][number] == "0"]
@@ -310,16 +310,16 @@ def _tuning(cells: list[dict]) -> str:
 
 
 def _ablations(cells: list[dict]) -> str:
-    return _scores(_beside_ablations(cells)) if _of_stage(cells, "ablation") else ""
+    return _scores(_with_ablations(cells)) if _of_stage(cells, "ablation") else ""
 
 
 def _ablation_differences(cells: list[dict]) -> str:
     changes = by_arm(_of_stage(cells, "ablation"))
-    return _difference_table(_beside_ablations(cells), [(MIXTURE, change) for change in changes])
+    return _difference_table(_with_ablations(cells), [(MIXTURE, change) for change in changes])
 
 
-def _beside_ablations(cells: list[dict]) -> list[dict]:
-    """The cells of ablations after those of the grid that were trained on as many rows."""
+def _with_ablations(cells: list[dict]) -> list[dict]:
+    """The cells of the grid that were trained on as many rows as the ablations, followed by the ablations."""
     changed = _of_stage(cells, "ablation")
     places = by_place(changed)
     return [cell for cell in _of_stage(cells, "grid") if (cell["knowledge_share"], cell["size"]) in places] + changed
@@ -372,7 +372,7 @@ def _percent(share: float) -> str:
 
 
 def _all(texts: Iterable[str]) -> str:
-    """The different ones of the texts: usually one, since the runs of an arm share their settings."""
+    """The distinct texts: usually one, since the runs of an arm share their settings."""
     return ", ".join(dict.fromkeys(texts)) or NOTHING
 
 
@@ -387,7 +387,7 @@ def _text(values: list[float | None], sign: str = "", with_interval: bool = True
 
 
 def _difference(values: list[float | None]) -> str:
-    """Mean and interval with a sign, in bold where the interval does not hold 0."""
+    """Mean and interval with a sign, in bold if the interval does not contain 0."""
     found = estimate(values)
     is_clear = found and found.half is not None and abs(found.mean) > found.half
     return f"**{_text(values, '+')}**" if is_clear else _text(values, "+")

@@ -1,4 +1,4 @@
-"""The finished cells of an experiment, grouped and summed up over seeds."""
+"""The finished cells of an experiment, grouped and averaged over seeds."""
 
 import math
 import re
@@ -12,9 +12,9 @@ from scipy.stats import t
 from workbench.experiments.records import ARMS, BASE
 
 CONFIDENCE = 0.95
-HARNESS_METRICS = ("exact_match", "acc_norm", "acc", "f1")  # the first one that a task has stands for it
+HARNESS_METRICS = ("exact_match", "acc_norm", "acc", "f1")  # the first one of a task represents it
 
-# How well the tasks are done, with what picks the better and the worse of several values.
+# Measures of the tasks, with functions that pick the best and the worst of several values.
 MEASURES = (("task_score", max, min), ("task_loss", min, max))
 
 Place = tuple[float, int]  # share of type 1 rows, instruction rows
@@ -68,7 +68,7 @@ class Estimate:
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
-    """Mean and interval of the values that are there; None where none is."""
+    """Mean and interval of the values that are not None; None if there are none."""
     found = [value for value in values if value is not None]
     if not found:
         return None
@@ -79,13 +79,13 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
 
 
 def main_metric(numbers: dict) -> str | None:
-    """Which of the numbers of lm-evaluation-harness stands for a task.
+    """The metric of lm-evaluation-harness that represents a task.
 
     Args:
-        numbers: by the harness's names, a metric and its filter, as `acc,none`.
+        numbers: by the harness's names, a metric and its filter, such as `acc,none`.
 
     Returns:
-        The name of the first of `HARNESS_METRICS` that is there, else of the first number; None where there is none.
+        The name of the first of `HARNESS_METRICS` that it has, else of the first number; None if it has none.
     """
     names = [
         name
@@ -97,9 +97,9 @@ def main_metric(numbers: dict) -> str | None:
 
 
 def matching_targets(runs: list[dict]) -> dict[str, float]:
-    """Where runs are compared, by measure: the worst, over the runs, of the best value that each one reaches.
+    """Targets at which runs are compared, by measure: the worst, over the runs, of the best value that each reaches.
 
-    A measure is left out where some run is nowhere better than the base model, which itself would be compared.
+    A measure is left out if a run is never better than the base model: the target would be the base model's value.
 
     Args:
         runs: of all arms and seeds, with the base model or without.
@@ -117,10 +117,10 @@ def matching_targets(runs: list[dict]) -> dict[str, float]:
 
 
 def matched_knowledge(checkpoints: list[dict], measure: str, target: float | None) -> float | None:
-    """Knowledge where a measure first crosses the target, linear between checkpoints.
+    """Knowledge at the point where a measure first crosses the target, interpolated linearly between checkpoints.
 
-    None where it never does, and where it has done so by the first checkpoint of the training: between that and the
-    base model nothing was measured, and most is lost there.
+    None if it never does, or if it has done so by the first checkpoint of the training: most knowledge is lost before
+    that checkpoint, and nothing was measured in between.
 
     Args:
         checkpoints: the base model, then those of the training.
@@ -138,7 +138,7 @@ def matched_knowledge(checkpoints: list[dict], measure: str, target: float | Non
 
 
 def outcome(run: dict, targets: dict[str, float]) -> dict[str, float | None]:
-    """What a run ends with, and as `matched_...` its knowledge where each measure is at its target."""
+    """Final values of a run, and as `matched_...` its knowledge at the target of each measure."""
     last = run["checkpoints"][-1]
     ends = {name: last[name] for name in ("knowledge", "knowledge_known", "task_score", "task_loss")}
     matched = {
@@ -152,7 +152,7 @@ def runs_over_sizes(cells: list[dict]) -> dict[Place, list[dict]]:
     """The ends of the runs of one arm, share and seed as one run over sizes, for comparisons at a target.
 
     All of its checkpoints are trained to their end, whereas the learning rate falls along one training. Only sizes
-    count that each arm has with each seed.
+    that each arm has with each seed count.
 
     Returns:
         Runs by share of type 1 rows and largest size; shares with fewer than two sizes are left out.
@@ -185,7 +185,7 @@ def guessed_share(base: dict) -> float:
 
 def paired_growth(runs: list[dict], sizes: tuple[int, int], field: str) -> list[float | None]:
     """`field` of `outcome` at the second size minus that at the first, for every seed that both have; size 0 is the
-    base model, which has one run for all seeds; None where a run lacks it."""
+    base model, which has one run for all seeds; None if a run lacks it."""
     first, second = ({run["seed"]: outcome(run, {})[field] for run in runs if run["size"] == size} for size in sizes)
     if sizes[0] == 0:
         first = dict.fromkeys(second, *first.values())
@@ -195,7 +195,7 @@ def paired_growth(runs: list[dict], sizes: tuple[int, int], field: str) -> list[
 def paired_differences(
     runs: list[dict], arms: tuple[str, str], field: str, targets: dict[str, float]
 ) -> list[float | None]:
-    """`field` of `outcome`, first arm minus second, for every seed that both have; None where a run lacks it."""
+    """`field` of `outcome`, first arm minus second, for every seed that both have; None if a run lacks it."""
     first, second = ({run["seed"]: outcome(run, targets)[field] for run in runs if run["arm"] == arm} for arm in arms)
     return _difference_by_seed(first, second)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The chain of the experiments in minutes, on a model of seconds:   bash workbench/experiments/smoke.sh
-# It runs twice; the second time every cell is finished, and only table and figures are written.
+# Every step of an experiment within minutes, on a model that trains in seconds:   bash workbench/experiments/smoke.sh
+# The experiment runs twice; the second time every cell is finished, and only the table and figures are written.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
