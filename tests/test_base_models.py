@@ -137,7 +137,7 @@ PROBLEMS = {
     "names": ({"task_types": "a,a"}, r"--task_type_names is \['a', 'a'\], but has to be 2 different names"),
     "names and number": ({"task_types": "a,b", "num_task_types": 4}, r"--task_type_names is .* 4 different names"),
     "top 1": ({"lora_top_k": 1}, r"--lora_top_k is 1, but has to be from 2 to --lora_nums, 4"),
-    "expression": ({"trainable": "(q"}, r"--trainable '\(q' is no regular expression"),
+    "expression": ({"trainable": "(q"}, r"--trainable '\(q' is not a regular expression"),
     "unknown type": ({"task_types": "a,b"}, r"'task_type' is \"c\", but has to be one of a, b, or 0 or 1"),
 }
 

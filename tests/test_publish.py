@@ -109,7 +109,7 @@ def test_a_repository_that_cannot_be_opened_is_found_before_any_training(run, hu
     hub.refusals["/api/"] = 403
     with pytest.raises(InputError, match="--push_to_hub: the repository someone/mine cannot be opened"):
         run(**ONLINE, hub_model_id="someone/mine")
-    with pytest.raises(InputError, match="--hub_strategy: --push_to_hub uploads a run once, at its end"):
+    with pytest.raises(InputError, match="--hub_strategy: --push_to_hub uploads a run once, after it has finished"):
         run(**ONLINE, hub_strategy="every_save")
 
 

@@ -100,5 +100,5 @@ def test_a_run_that_resumes_inside_the_profiled_steps_profiles_the_rest(tmp_path
 
 @pytest.mark.parametrize("steps", ["0", "3-2", "first", "2-"])
 def test_profile_steps_that_cannot_be(run, steps):
-    with pytest.raises(InputError, match=r"--profile_steps is .* but has to be one step or a range, as 5 or 5-7"):
+    with pytest.raises(InputError, match=r"--profile_steps is .* but has to be a step or a range, such as 5 or 5-7"):
         run(profile_steps=steps)
