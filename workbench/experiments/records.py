@@ -176,11 +176,13 @@ def _read_json(file: Path) -> dict:
 def _read_table(file: Path) -> Iterator[dict]:
     if not file.is_file():
         return
+    row: dict[str, str] = {}
     with file.open(newline="") as stream:
         try:
-            yield from map(_record, csv.DictReader(stream))
+            for row in csv.DictReader(stream):
+                yield _record(row)
         except (csv.Error, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file} is damaged ({error}); restore the file") from None
+            raise InputError(f"{file}, cell {row.get('cell')}, is damaged ({error}); restore the file") from None
 
 
 def _row(record: dict) -> dict[str, str]:
