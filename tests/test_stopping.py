@@ -12,6 +12,7 @@ from typing import NoReturn
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from test_train import Runner
 from transformers import Trainer, TrainerControl, TrainerState
@@ -270,9 +271,8 @@ def test_a_gradient_that_is_not_finite_is_a_fault_at_once_where_the_step_was_mad
 def test_a_step_that_a_fused_optimizer_skips_for_the_loss_scaler_is_no_fault(tmp_path):
     """The scaler calls a fused optimizer in any case, which finds the overflow itself."""
     weight = torch.nn.Parameter(torch.ones(2))
-    accelerator = Accelerator(cpu=True)
-    optimizer = accelerator.prepare(torch.optim.AdamW([weight], fused=True))
-    optimizer.scaler = torch.amp.GradScaler("cpu")
+    Accelerator(cpu=True)  # sets the state that its optimizers look at
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW([weight], fused=True), scaler=torch.amp.GradScaler("cpu"))
     optimizer.scaler.scale(weight.sum()).backward()
     weight.grad.fill_(float("inf"))
     signals = StopSignals()
