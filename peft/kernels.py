@@ -12,13 +12,22 @@ Shape suffixes: T tokens, E experts, R rank of one expert, S = E*R stacked rank,
 A), I input features. In kernels, EP, HP and SP are E, H and S padded to a power of two of at least 16, as `tl.dot` needs.
 """
 
+import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+HALVES = (torch.bfloat16, torch.float16)
+LEAST_TOKENS = 64  # below, as in decoding, launches count and plain products are as good
+MOST_EXPERTS, MOST_FEATURES = 32, 128  # the sums of a program are held in registers
+SHARED_MEMORY = (
+    112 * 2**10
+)  # of a program, in bytes, for its loads; 160 KiB of the device, as of A100 and later, suffice
 # The fewest rounds with which Philox4x32 passes BigCrush (Salmon et al., SC 2011). Each call serves eight elements.
 ROUNDS = tl.constexpr(7)
 
@@ -59,7 +68,7 @@ class Shape(NamedTuple):
     @property
     def bytes_of_bits(self) -> int:
         """Bytes that hold the dropout mask of a token."""
-        return triton.cdiv(self.in_features, 8)
+        return self.in_features // 8
 
     def constants(self) -> dict[str, int]:
         """The compile-time arguments that all kernels take."""
@@ -70,6 +79,89 @@ class Shape(NamedTuple):
 
 def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
+
+
+def supports(x: Tensor, dtype: torch.dtype, weights: list[Tensor], shape: Shape) -> bool:
+    """True if the kernels can compute an adapter's features of x, with products in `dtype`; else torch has to.
+
+    On a GPU the products are those of tensor cores, in half precision. Rows have to begin at multiples of 16 bytes.
+    """
+    return (
+        _can_run(x.device)
+        and not torch.compiler.is_compiling()
+        and (dtype in HALVES or (dtype is torch.float32 and x.device.type == "cpu"))
+        and {x.dtype, *(weight.dtype for weight in weights)} <= {dtype, torch.float32}
+        and shape.in_features % 8 == 0
+        and x.numel() >= LEAST_TOKENS * shape.in_features
+        and shape.experts <= MOST_EXPERTS
+        and shape.experts * shape.rank <= MOST_FEATURES
+    )
+
+
+@cache
+def _can_run(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return bool(triton.knobs.runtime.interpret)
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 2**10
+
+
+def routed_features(
+    x: Tensor, W_EI: Tensor | None, A_HI: Tensor, shape: Shape, scale: float, dtype: torch.dtype, owned: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """All that reads x: x itself for the base layer, the router's weights w, and scale * repeat(w, R) * (A dropout(x)).
+
+    The base layer has to be called with the x returned here. Its gradient of x then comes here first, and what router
+    and A contribute is added to it. Second derivatives are not available.
+
+    Args:
+        x: of shape (..., I), for which `supports` holds.
+        scale: the adapter's scaling; what dropout asks for comes on top.
+        owned: nothing else holds the base layer's gradient of x, so that it may be added to in place.
+    """
+    scale /= 1 - shape.dropped / 2**16
+    passed, weights, gated = _RoutedFeatures.apply(x, W_EI, A_HI, shape, scale, dtype, owned)
+    return x if passed is None else passed, weights, gated
+
+
+class _RoutedFeatures(torch.autograd.Function):
+    """Keeps x, the mask's bits and thin tensors, and the parameters themselves: ZeRO-3 frees their storage and gathers it
+    again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, W_EI, A_HI, shape, scale, dtype, owned):
+        needs_x, *needs_weights = ctx.needs_input_grad[:3]
+        passed, x = x if needs_x else None, x.contiguous()
+        gate, hidden, gated, bits = features(x, W_EI, A_HI, shape, scale, dtype)
+        ctx.save_for_backward(x if any(needs_weights) else None, W_EI, A_HI, gate, hidden, bits)
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.scale, ctx.owned = shape, scale, owned
+        return passed, gate, gated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dgate, dgated):
+        x, W_EI, A_HI, gate, hidden, bits = ctx.saved_tensors
+        shape = ctx.shape
+        if dgated is None:
+            dgated = hidden.new_zeros(*hidden.shape[:-1], shape.experts * shape.rank)
+        if W_EI is None:
+            dlogits, dhidden = None, ctx.scale * dgated
+        else:
+            dgate = None if dgate is None else dgate.contiguous()
+            dlogits, dhidden = thin_gradients(dgated.contiguous(), dgate, gate, hidden, shape, ctx.scale)
+        dW = dA = None
+        if ctx.needs_input_grad[0]:
+            dx = own(dx, ctx.owned) if dx is not None else hidden.new_zeros(*hidden.shape[:-1], shape.in_features)
+            add_to_input(dx, W_EI, A_HI, dlogits, dhidden, bits, shape)
+        if x is not None:
+            dW, dA = weight_gradients(x, dlogits, dhidden, bits, shape)
+            dW, dA = None if dW is None else dW.to(W_EI.dtype), dA.to(A_HI.dtype)
+        return dx, dW, dA, None, None, None, None
+
+
+def own(x: Tensor, owned: bool) -> Tensor:
+    """x if it may be changed in place, else a copy."""
+    return x if owned and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit
@@ -145,18 +237,17 @@ def _features(
     x_p, W_p, A_p, gate_p, hidden_p, gated_p, bits_p, parts_p, T, BYTES, seed, scale,
     I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, TOP_K: tl.constexpr, DROPPED: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, n): tile t of tokens, part n of the input features."""
+    """Program (t, n): tile t of tokens, SPAN input features from n * SPAN on; it writes part n of the sums."""
     dtype = hidden_p.dtype.element_ty
-    SPAN: tl.constexpr = COLUMNS * ((I + COLUMNS * SPLITS - 1) // (COLUMNS * SPLITS))
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     places = tl.minimum(rows, T - 1).to(tl.int64)[:, None] * I
     experts, features = tl.arange(0, EP), tl.arange(0, HP)
     logits = tl.zeros((ROWS, EP), tl.float32)
     hidden = tl.zeros((ROWS, HP), tl.float32)
-    first = tl.program_id(1) * SPAN
-    for start in range(first, tl.minimum(first + SPAN, I), COLUMNS):
+    for offset in range(0, SPAN, COLUMNS):
+        start = tl.program_id(1) * SPAN + offset
         columns = start + tl.arange(0, COLUMNS)
         inside = (columns < I)[None, :]
         x = tl.load(x_p + places + columns[None, :], inside, other=0.0).to(dtype)
@@ -171,7 +262,7 @@ def _features(
             tl.store(bits_p + rows.to(tl.int64)[:, None] * BYTES + bytes[None, :], packed, stays)
             x = tl.where(_unpacked(packed, ROWS, COLUMNS // 8), x, 0.0)
         hidden = tl.dot(x, tl.trans(A.to(dtype)), hidden, input_precision="ieee")
-    if SPLITS == 1:
+    if SPAN >= I:
         _write_features(logits, hidden, rows, T, scale, gate_p, hidden_p, gated_p, E, R, H, EP, HP, SP, TOP_K)
     else:
         part_p = parts_p + (tl.program_id(1) * T + rows).to(tl.int64)[:, None] * (EP + HP)
@@ -233,7 +324,7 @@ def _add_to_input(
 ):  # fmt: skip
     """Program (t, n): tile t of tokens, tile n of input features."""
     dtype = dhidden_p.dtype.element_ty
-    BYTES: tl.constexpr = (I + 7) // 8
+    BYTES: tl.constexpr = I // 8
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     of_rows, of_columns = (rows < T)[:, None], (columns < I)[None, :]
@@ -255,27 +346,25 @@ def _add_to_input(
     tl.store(dx_p, (dx.to(tl.float32) + added).to(dx_p.dtype.element_ty), of_rows & of_columns)
 
 
-@triton.jit(do_not_specialize=["T", "SPAN"])
+@triton.jit(do_not_specialize=["T"])
 def _weight_gradients(
-    x_p, dlogits_p, dhidden_p, bits_p, parts_p, T, SPAN,
+    x_p, dlogits_p, dhidden_p, bits_p, parts_p, T,
     I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, DROPPED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program (n, s): tile n of input features, SPAN tokens from s * SPAN on; it writes part s of the sum."""
     dtype = dhidden_p.dtype.element_ty
-    BYTES: tl.constexpr = (I + 7) // 8
+    BYTES: tl.constexpr = I // 8
     ROWS_OF_W: tl.constexpr = E if E > 1 else 0
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     of_columns = (columns < I)[None, :]
     experts, features = tl.arange(0, EP), tl.arange(0, HP)
     dW = tl.zeros((EP, COLUMNS), tl.float32)
     dA = tl.zeros((HP, COLUMNS), tl.float32)
-    first = tl.program_id(1) * SPAN
-    end = tl.minimum(first + SPAN, T)
-    for start in range(first, end, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        of_rows = (rows < end)[:, None]
+    for offset in range(0, SPAN, ROWS):
+        rows = tl.program_id(1) * SPAN + offset + tl.arange(0, ROWS)
+        of_rows = (rows < T)[:, None]
         rows = rows.to(tl.int64)[:, None]
         x = tl.load(x_p + rows * I + columns[None, :], of_rows & of_columns, other=0.0).to(dtype)
         if E > 1:
@@ -296,26 +385,30 @@ def _weight_gradients(
 def features(
     x_TI: Tensor, W_EI: Tensor | None, A_HI: Tensor, shape: Shape, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Router weights (T, E), float32; A dropout(x) (T, H); scale * repeat(w, R) * A dropout(x) (T, S); the mask's bits.
+    """Router weights w (T, E), float32; hidden = A dropout(x) (T, H); scale * repeat(w, R) * hidden (T, S); mask's bits.
 
     Without a router there are no weights. Without dropout there is no mask; else a byte has that of eight features, the
-    lowest bit first: (T, ceil(I / 8)). The seed is drawn from the generator of the CPU, which is not waited for and which
+    lowest bit first: (T, I / 8). The seed is drawn from the generator of the CPU, which nothing waits for and which
     checkpointing restores.
     """
-    T, S = len(x_TI), shape.experts * shape.rank
-    gate = x_TI.new_empty(T, shape.experts, dtype=torch.float32) if W_EI is not None else None
-    hidden, gated = (x_TI.new_empty(T, width, dtype=dtype) for width in (shape.rows_of_A, S))
-    bits, seed = None, 0
-    if shape.dropped:
-        bits = x_TI.new_empty(T, shape.bytes_of_bits, dtype=torch.uint8)
-        seed = int(torch.randint(2**31 - 1, (), device="cpu"))
+    *leading, I = x_TI.shape  # noqa: E741
+    T, sizes = x_TI.numel() // I, FEATURES
+    gate = None if W_EI is None else x_TI.new_empty(*leading, shape.experts, dtype=torch.float32)
+    hidden = x_TI.new_empty(*leading, shape.rows_of_A, dtype=dtype)
+    gated = x_TI.new_empty(*leading, shape.experts * shape.rank, dtype=dtype)
+    bits = x_TI.new_empty(T, shape.bytes_of_bits, dtype=torch.uint8) if shape.dropped else None
+    seed = int(torch.randint(2**31 - 1, (), device="cpu")) if shape.dropped else 0
     constants = shape.constants() | {"TOP_K": shape.top_k}
-    tiles = triton.cdiv(T, FEATURES.rows)
-    splits = _splits(tiles, FEATURES, triton.cdiv(shape.in_features, FEATURES.columns), x_TI.device)
-    parts = x_TI.new_empty(splits, T, constants["EP"] + constants["HP"], dtype=torch.float32) if splits > 1 else None
+    thin = constants["EP"] + constants["HP"]
+    columns = _fitting(sizes.columns, (sizes.rows * x_TI.itemsize + thin * A_HI.itemsize) * sizes.stages)
+    tiles = triton.cdiv(T, sizes.rows)
+    span = _span(tiles, I, columns, sizes, x_TI.device)
+    splits = triton.cdiv(I, span)
+    parts = x_TI.new_empty(splits, T, thin, dtype=torch.float32) if splits > 1 else None
     _features[tiles, splits](
         x_TI, W_EI, A_HI, gate, hidden, gated, bits, parts, T, shape.bytes_of_bits, seed, scale, **constants,
-        DROPPED=shape.dropped, SPLITS=splits, ROWS=FEATURES.rows, COLUMNS=FEATURES.columns, num_warps=FEATURES.warps, num_stages=FEATURES.stages,
+        DROPPED=shape.dropped, SPAN=span, ROWS=sizes.rows, COLUMNS=columns,
+        num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     if splits > 1:
         _sum_features[(triton.cdiv(T, THIN.rows),)](
@@ -328,7 +421,7 @@ def thin_gradients(
     dgated_TS: Tensor, dgate_TE: Tensor | None, gate_TE: Tensor, hidden_TH: Tensor, shape: Shape, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the logits (T, E) and of A dropout(x) (T, H); `dgate_TE` is what reaches the weights from outside."""
-    T = len(gate_TE)
+    T = gate_TE.numel() // shape.experts
     dlogits, dhidden = torch.empty_like(gate_TE, dtype=hidden_TH.dtype), torch.empty_like(hidden_TH)
     _thin_gradients[(triton.cdiv(T, THIN.rows),)](
         dgated_TS, dgate_TE, gate_TE, hidden_TH, dlogits, dhidden, T, scale, **shape.constants(),
@@ -342,7 +435,8 @@ def add_to_input(
     bits: Tensor | None, shape: Shape,
 ) -> None:  # fmt: skip
     """dx += dlogits W + mask * (dhidden A), in place."""
-    T, I = dx_TI.shape  # noqa: E741
+    I = shape.in_features  # noqa: E741
+    T = dx_TI.numel() // I
     _add_to_input[triton.cdiv(T, INPUT.rows), triton.cdiv(I, INPUT.columns)](
         dx_TI, W_EI, A_HI, dlogits_TE, dhidden_TH, bits, T, **shape.constants(), DROPPED=shape.dropped,
         ROWS=INPUT.rows, COLUMNS=INPUT.columns, num_warps=INPUT.warps, num_stages=INPUT.stages,
@@ -353,23 +447,40 @@ def weight_gradients(
     x_TI: Tensor, dlogits_TE: Tensor | None, dhidden_TH: Tensor, bits: Tensor | None, shape: Shape
 ) -> tuple[Tensor | None, Tensor]:
     """dlogits^T x (E, I) and dhidden^T (mask * x) (H, I), float32."""
-    T, I = x_TI.shape  # noqa: E741
-    tiles, rows_of_W = triton.cdiv(I, WEIGHTS.columns), 0 if dlogits_TE is None else shape.experts
-    splits = _splits(tiles, WEIGHTS, triton.cdiv(T, WEIGHTS.rows), x_TI.device)
-    span = WEIGHTS.rows * triton.cdiv(T, WEIGHTS.rows * splits)
+    I = shape.in_features  # noqa: E741
+    T = x_TI.numel() // I
+    constants, sizes = shape.constants(), WEIGHTS
+    rows_of_W = 0 if dlogits_TE is None else shape.experts
+    thin = (constants["EP"] + constants["HP"]) * dhidden_TH.itemsize
+    rows = _fitting(sizes.rows, (sizes.columns * x_TI.itemsize + thin) * sizes.stages)
+    tiles = triton.cdiv(I, sizes.columns)
+    span = _span(tiles, T, rows, sizes, x_TI.device)
+    splits = triton.cdiv(T, span)
     parts = x_TI.new_empty(splits, rows_of_W + shape.rows_of_A, I, dtype=torch.float32)
     _weight_gradients[tiles, splits](
-        x_TI, dlogits_TE, dhidden_TH, bits, parts, T, span, **shape.constants(), DROPPED=shape.dropped,
-        ROWS=WEIGHTS.rows, COLUMNS=WEIGHTS.columns, num_warps=WEIGHTS.warps, num_stages=WEIGHTS.stages,
+        x_TI, dlogits_TE, dhidden_TH, bits, parts, T, **constants, DROPPED=shape.dropped,
+        SPAN=span, ROWS=rows, COLUMNS=sizes.columns, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     total = parts[0] if splits == 1 else parts.sum(dim=0)
     return (total[:rows_of_W] if rows_of_W else None), total[rows_of_W:]
 
 
-def _splits(tiles: int, sizes: Sizes, steps: int, device: torch.device) -> int:
-    """Parts of a sum of `steps` steps that give each multiprocessor its programs: a power of two."""
-    wanted = triton.cdiv(sizes.programs * _multiprocessors(device), tiles)
-    return min(triton.next_power_of_2(wanted), 16, 1 << (steps.bit_length() - 1))
+def _fitting(size: int, bytes_of_one: int) -> int:
+    """A tile's size, halved until its loads fit into SHARED_MEMORY."""
+    while size > 16 and size * bytes_of_one > SHARED_MEMORY:
+        size //= 2
+    return size
+
+
+def _span(tiles: int, length: int, step: int, sizes: Sizes, device: torch.device) -> int:
+    """How much of a sum over `length` a program takes, so that `tiles` sums give each multiprocessor its programs.
+
+    A power of two of steps: kernels are compiled for few spans, whatever the number of tokens.
+    """
+    steps = triton.cdiv(length, step)
+    most = 1 << (steps - 1).bit_length()
+    wanted = steps * tiles / (sizes.programs * _multiprocessors(device))
+    return step * min(most, 1 << max(0, round(math.log2(wanted))))
 
 
 def _multiprocessors(device: torch.device) -> int:
