@@ -4,13 +4,15 @@ Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O inpu
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from peft.config import LoraConfig
-from peft.functions import dropout_mask, gated_sum, thin_product
-from peft.linear import linear_size
+from peft.dropout import dropout_mask
+from peft.functions import gated_sum, input_products
+from peft.linear import linear_size, makes_new_tensors
 from peft.router import Router
 
 
@@ -41,15 +43,21 @@ class LoraExperts(nn.Module):
         self.dropout = config.lora_dropout
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x_BTI: Tensor, output_BTO: Tensor) -> Tensor:
-        """output + delta(x), shape (B, T, O), in the dtype of `output`."""
-        mask_BTI, scale = None, self.scaling
+    def forward(self, x_BTI: Tensor, base_layer: Callable[[Tensor], Tensor]) -> Tensor:
+        """The adapted Linear, base_layer(x) + delta(x): shape (B, T, O), in the dtype of the base layer's output."""
+        mask_BTI, scale, owned = None, self.scaling, makes_new_tensors(base_layer)
         if self.training and self.dropout:
             mask_BTI, kept = dropout_mask(x_BTI, self.dropout)
             scale /= kept
-        weights_BTE = self.router(x_BTI) if self.router is not None else None
-        hidden = thin_product(x_BTI, self.lora_A, mask_BTI)
-        return gated_sum(output_BTO, hidden, weights_BTE, self.lora_B, scale)
+
+        def product(x: Tensor, router_EI: Tensor | None) -> Tensor | None:
+            nonlocal x_BTI, hidden
+            x_BTI, logits_BTE, hidden = input_products(x, router_EI, self.lora_A, mask_BTI, owned)
+            return logits_BTE
+
+        hidden = x_BTI
+        weights_BTE = product(x_BTI, None) if self.router is None else self.router(x_BTI, product)
+        return gated_sum(base_layer(x_BTI), hidden, weights_BTE, self.lora_B, scale, owned)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
@@ -89,7 +97,6 @@ class LoraLayer(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        output_BTO = self.base_layer(x_BTI)
         if self.active_adapter is None:
-            return output_BTO
-        return self.experts[self.active_adapter](x_BTI, output_BTO)
+            return self.base_layer(x_BTI)
+        return self.experts[self.active_adapter](x_BTI, self.base_layer)
