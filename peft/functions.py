@@ -22,17 +22,21 @@ def input_products(
     """All that reads x: x itself, for the base layer; the logits W_g x, if there is a router; hidden = A (mask * x).
 
     The gradient of the x that is returned comes here first, where the contributions of router and A are added to it.
-    Products are in autocast's dtype if it is on, else in that of x, also for a float32 adapter on a bf16 model.
 
     Args:
         owned: nothing else holds that gradient.
     """
-    kind = x_TI.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TI.dtype
+    dtype = product_dtype(x_TI)
     if not torch.is_grad_enabled():  # a Function costs as much as the products themselves for a single token
         return x_TI, *_thin_products(x_TI, router_EI, lora_A, mask_TI, dtype)
     passed_TI, logits_TE, hidden = _InputProducts.apply(x_TI, router_EI, lora_A, mask_TI, dtype, owned)
     return x_TI if passed_TI is None else passed_TI, logits_TE, hidden
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype if it is on, else that of x, also for a float32 adapter on a bf16 model."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def gated_sum(

@@ -1,3 +1,4 @@
+# ruff: noqa: E741
 """Fused kernels (Triton) for the experts of one Linear: each large tensor is passed over once.
 
     features          reads x: router logits, softmax, A dropout(x) and gating; keeps the dropout mask as bits
@@ -5,29 +6,27 @@
     add_to_input      adds the gradients of x by router and A to that by the base Linear, in place
     weight_gradients  reads x: gradients of router and A
 
-They compute what `peft/functions.py` does, in the same dtype, with sums in float32. Sums that several programs share are
-written as parts and added in a fixed order, so that a run can be repeated to the bit. `supports` says what they can do.
+They compute what `peft/functions.py` does, in the same dtype, with sums in float32. Sums that several programs share
+are written as parts and added in a fixed order, so that a run can be repeated to the bit. `peft/fused.py` calls them.
 
-Shape suffixes: T tokens, E experts, R rank of one expert, S = E*R stacked rank, H rows of A (S, or R if the experts share
-A), I input features. In kernels, EP, HP and SP are E, H and S padded to a power of two of at least 16, as `tl.dot` needs.
+Shape suffixes: T tokens, E experts, R rank of one expert, S = E*R stacked rank, H rows of A (S, or R if the experts
+share A), I input features. In kernels, EP, HP and SP are E, H and S padded to a power of two, at least the 16 that
+`tl.dot` needs.
 """
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-HALVES = (torch.bfloat16, torch.float16)
-LEAST_TOKENS = 64  # below, as in decoding, launches count and plain products are as good
-MOST_EXPERTS, MOST_FEATURES = 32, 128  # the sums of a program are held in registers
-SHARED_MEMORY = (
-    112 * 2**10
-)  # of a program, in bytes, for its loads; 160 KiB of the device, as of A100 and later, suffice
+from peft.fused import Shape
+
+# Of a program for its loads, in bytes. With what else it takes, 160 KiB of a multiprocessor, as of A100, suffice.
+SHARED_MEMORY = 112 * 2**10
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # on a CPU, for tests
 # The fewest rounds with which Philox4x32 passes BigCrush (Salmon et al., SC 2011). Each call serves eight elements.
 ROUNDS = tl.constexpr(7)
 
@@ -49,119 +48,6 @@ FEATURES = Sizes(rows=64, columns=128)
 THIN = Sizes(rows=32, columns=0)
 INPUT = Sizes(rows=64, columns=128)
 WEIGHTS = Sizes(rows=64, columns=128)
-
-
-class Shape(NamedTuple):
-    """What the kernels know of an adapter when they are compiled."""
-
-    in_features: int
-    experts: int
-    rank: int
-    shares_A: bool
-    top_k: int
-    dropped: int  # of 65536 elements
-
-    @property
-    def rows_of_A(self) -> int:
-        return self.rank * (1 if self.shares_A else self.experts)
-
-    @property
-    def bytes_of_bits(self) -> int:
-        """Bytes that hold the dropout mask of a token."""
-        return self.in_features // 8
-
-    def constants(self) -> dict[str, int]:
-        """The compile-time arguments that all kernels take."""
-        E, S, H = self.experts, self.experts * self.rank, self.rows_of_A
-        padded = {"EP": _padded(E), "SP": _padded(S), "HP": _padded(H)}
-        return {"I": self.in_features, "E": E, "R": self.rank, "H": H, **padded}
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
-def supports(x: Tensor, dtype: torch.dtype, weights: list[Tensor], shape: Shape) -> bool:
-    """True if the kernels can compute an adapter's features of x, with products in `dtype`; else torch has to.
-
-    On a GPU the products are those of tensor cores, in half precision. Rows have to begin at multiples of 16 bytes.
-    """
-    return (
-        _can_run(x.device)
-        and not torch.compiler.is_compiling()
-        and (dtype in HALVES or (dtype is torch.float32 and x.device.type == "cpu"))
-        and {x.dtype, *(weight.dtype for weight in weights)} <= {dtype, torch.float32}
-        and shape.in_features % 8 == 0
-        and x.numel() >= LEAST_TOKENS * shape.in_features
-        and shape.experts <= MOST_EXPERTS
-        and shape.experts * shape.rank <= MOST_FEATURES
-    )
-
-
-@cache
-def _can_run(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return bool(triton.knobs.runtime.interpret)
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 2**10
-
-
-def routed_features(
-    x: Tensor, W_EI: Tensor | None, A_HI: Tensor, shape: Shape, scale: float, dtype: torch.dtype, owned: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """All that reads x: x itself for the base layer, the router's weights w, and scale * repeat(w, R) * (A dropout(x)).
-
-    The base layer has to be called with the x returned here. Its gradient of x then comes here first, and what router
-    and A contribute is added to it. Second derivatives are not available.
-
-    Args:
-        x: of shape (..., I), for which `supports` holds.
-        scale: the adapter's scaling; what dropout asks for comes on top.
-        owned: nothing else holds the base layer's gradient of x, so that it may be added to in place.
-    """
-    scale /= 1 - shape.dropped / 2**16
-    passed, weights, gated = _RoutedFeatures.apply(x, W_EI, A_HI, shape, scale, dtype, owned)
-    return x if passed is None else passed, weights, gated
-
-
-class _RoutedFeatures(torch.autograd.Function):
-    """Keeps x, the mask's bits and thin tensors, and the parameters themselves: ZeRO-3 frees their storage and gathers it
-    again for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, W_EI, A_HI, shape, scale, dtype, owned):
-        needs_x, *needs_weights = ctx.needs_input_grad[:3]
-        passed, x = x if needs_x else None, x.contiguous()
-        gate, hidden, gated, bits = features(x, W_EI, A_HI, shape, scale, dtype)
-        ctx.save_for_backward(x if any(needs_weights) else None, W_EI, A_HI, gate, hidden, bits)
-        ctx.set_materialize_grads(False)
-        ctx.shape, ctx.scale, ctx.owned = shape, scale, owned
-        return passed, gate, gated
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx, dgate, dgated):
-        x, W_EI, A_HI, gate, hidden, bits = ctx.saved_tensors
-        shape = ctx.shape
-        if dgated is None:
-            dgated = hidden.new_zeros(*hidden.shape[:-1], shape.experts * shape.rank)
-        if W_EI is None:
-            dlogits, dhidden = None, ctx.scale * dgated
-        else:
-            dgate = None if dgate is None else dgate.contiguous()
-            dlogits, dhidden = thin_gradients(dgated.contiguous(), dgate, gate, hidden, shape, ctx.scale)
-        dW = dA = None
-        if ctx.needs_input_grad[0]:
-            dx = own(dx, ctx.owned) if dx is not None else hidden.new_zeros(*hidden.shape[:-1], shape.in_features)
-            add_to_input(dx, W_EI, A_HI, dlogits, dhidden, bits, shape)
-        if x is not None:
-            dW, dA = weight_gradients(x, dlogits, dhidden, bits, shape)
-            dW, dA = None if dW is None else dW.to(W_EI.dtype), dA.to(A_HI.dtype)
-        return dx, dW, dA, None, None, None, None
-
-
-def own(x: Tensor, owned: bool) -> Tensor:
-    """x if it may be changed in place, else a copy."""
-    return x if owned and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit
@@ -385,18 +271,18 @@ def _weight_gradients(
 def features(
     x_TI: Tensor, W_EI: Tensor | None, A_HI: Tensor, shape: Shape, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Router weights w (T, E), float32; hidden = A dropout(x) (T, H); scale * repeat(w, R) * hidden (T, S); mask's bits.
+    """Router weights w (T, E), float32; hidden = A dropout(x) (T, H); scale * repeat(w, R) * hidden (T, S); bits.
 
-    Without a router there are no weights. Without dropout there is no mask; else a byte has that of eight features, the
+    Without a router there are no weights. Bits are None without dropout, else its mask, eight features to a byte, the
     lowest bit first: (T, I / 8). The seed is drawn from the generator of the CPU, which nothing waits for and which
     checkpointing restores.
     """
-    *leading, I = x_TI.shape  # noqa: E741
+    *leading, I = x_TI.shape
     T, sizes = x_TI.numel() // I, FEATURES
     gate = None if W_EI is None else x_TI.new_empty(*leading, shape.experts, dtype=torch.float32)
-    hidden = x_TI.new_empty(*leading, shape.rows_of_A, dtype=dtype)
-    gated = x_TI.new_empty(*leading, shape.experts * shape.rank, dtype=dtype)
-    bits = x_TI.new_empty(T, shape.bytes_of_bits, dtype=torch.uint8) if shape.dropped else None
+    hidden = x_TI.new_empty(*leading, shape.rows_of_a, dtype=dtype)
+    gated = x_TI.new_empty(*leading, shape.stacked_rank, dtype=dtype)
+    bits = x_TI.new_empty(T, I // 8, dtype=torch.uint8) if shape.dropped else None
     seed = int(torch.randint(2**31 - 1, (), device="cpu")) if shape.dropped else 0
     constants = shape.constants() | {"TOP_K": shape.top_k}
     thin = constants["EP"] + constants["HP"]
@@ -406,7 +292,7 @@ def features(
     splits = triton.cdiv(I, span)
     parts = x_TI.new_empty(splits, T, thin, dtype=torch.float32) if splits > 1 else None
     _features[tiles, splits](
-        x_TI, W_EI, A_HI, gate, hidden, gated, bits, parts, T, shape.bytes_of_bits, seed, scale, **constants,
+        x_TI, W_EI, A_HI, gate, hidden, gated, bits, parts, T, I // 8, seed, scale, **constants,
         DROPPED=shape.dropped, SPAN=span, ROWS=sizes.rows, COLUMNS=columns,
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -420,7 +306,7 @@ def features(
 def thin_gradients(
     dgated_TS: Tensor, dgate_TE: Tensor | None, gate_TE: Tensor, hidden_TH: Tensor, shape: Shape, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the logits (T, E) and of A dropout(x) (T, H); `dgate_TE` is what reaches the weights from outside."""
+    """Gradients of the logits (T, E) and of A dropout(x) (T, H); `dgate_TE` comes from what else uses the weights."""
     T = gate_TE.numel() // shape.experts
     dlogits, dhidden = torch.empty_like(gate_TE, dtype=hidden_TH.dtype), torch.empty_like(hidden_TH)
     _thin_gradients[(triton.cdiv(T, THIN.rows),)](
@@ -435,7 +321,7 @@ def add_to_input(
     bits: Tensor | None, shape: Shape,
 ) -> None:  # fmt: skip
     """dx += dlogits W + mask * (dhidden A), in place."""
-    I = shape.in_features  # noqa: E741
+    I = shape.in_features
     T = dx_TI.numel() // I
     _add_to_input[triton.cdiv(T, INPUT.rows), triton.cdiv(I, INPUT.columns)](
         dx_TI, W_EI, A_HI, dlogits_TE, dhidden_TH, bits, T, **shape.constants(), DROPPED=shape.dropped,
@@ -447,7 +333,7 @@ def weight_gradients(
     x_TI: Tensor, dlogits_TE: Tensor | None, dhidden_TH: Tensor, bits: Tensor | None, shape: Shape
 ) -> tuple[Tensor | None, Tensor]:
     """dlogits^T x (E, I) and dhidden^T (mask * x) (H, I), float32."""
-    I = shape.in_features  # noqa: E741
+    I = shape.in_features
     T = x_TI.numel() // I
     constants, sizes = shape.constants(), WEIGHTS
     rows_of_W = 0 if dlogits_TE is None else shape.experts
@@ -456,7 +342,7 @@ def weight_gradients(
     tiles = triton.cdiv(I, sizes.columns)
     span = _span(tiles, T, rows, sizes, x_TI.device)
     splits = triton.cdiv(T, span)
-    parts = x_TI.new_empty(splits, rows_of_W + shape.rows_of_A, I, dtype=torch.float32)
+    parts = x_TI.new_empty(splits, rows_of_W + shape.rows_of_a, I, dtype=torch.float32)
     _weight_gradients[tiles, splits](
         x_TI, dlogits_TE, dhidden_TH, bits, parts, T, **constants, DROPPED=shape.dropped,
         SPAN=span, ROWS=rows, COLUMNS=sizes.columns, num_warps=sizes.warps, num_stages=sizes.stages,

@@ -61,7 +61,7 @@ class LoopLayer(LoraLayer):
 class PlainRouter(Router):
     """w = softmax(W_g x) in plain autograd."""
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
+    def forward(self, x_BTI: Tensor, routed=None) -> Tensor:
         return torch.softmax(F.linear(x_BTI, self.weight), dim=-1, dtype=torch.float32)
 
 
