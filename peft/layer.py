@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from peft.config import LoraConfig
 from peft.dropout import dropout_mask
 from peft.functions import gated_sum, input_products
-from peft.linear import linear_size, makes_new_tensors
+from peft.linear import linear_size
+from peft.products import makes_new_tensors
 from peft.router import Router
 
 
@@ -45,7 +46,8 @@ class LoraExperts(nn.Module):
 
     def forward(self, x_BTI: Tensor, base_layer: Callable[[Tensor], Tensor]) -> Tensor:
         """The adapted Linear, base_layer(x) + delta(x): shape (B, T, O), in the dtype of the base layer's output."""
-        mask_BTI, scale, owned = None, self.scaling, makes_new_tensors(base_layer)
+        owned = makes_new_tensors(base_layer)
+        mask_BTI, scale, hidden = None, self.scaling, x_BTI
         if self.training and self.dropout:
             mask_BTI, kept = dropout_mask(x_BTI, self.dropout)
             scale /= kept
@@ -55,7 +57,6 @@ class LoraExperts(nn.Module):
             x_BTI, logits_BTE, hidden = input_products(x, router_EI, self.lora_A, mask_BTI, owned)
             return logits_BTE
 
-        hidden = x_BTI
         weights_BTE = product(x_BTI, None) if self.router is None else self.router(x_BTI, product)
         return gated_sum(base_layer(x_BTI), hidden, weights_BTE, self.lora_B, scale, owned)
 

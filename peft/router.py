@@ -31,8 +31,7 @@ class Router(nn.Linear):
     def forward(self, x_BTI: Tensor, product: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
         """Weights of shape (B, T, E), float32, each token's summing to 1.
 
-        Args:
-            product: computes W_g x; called from here since ZeRO-3 gathers a module's parameters when it is called.
+        `product` computes W_g x: from here, since ZeRO-3 gathers a module's parameters when that module is called.
         """
         logits_BTE = product(x_BTI, self.weight)
         if self.top_k is not None:
