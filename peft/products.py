@@ -1,4 +1,4 @@
-"""Sums in place: where they are safe, and products that are added so."""
+"""Matrix products that are added to a tensor in place, and where that is safe."""
 
 from collections.abc import Callable
 
@@ -17,6 +17,12 @@ def makes_new_tensors(layer: Callable[[Tensor], Tensor]) -> bool:
     is_product = type(layer).forward is nn.Linear.forward or type(layer).__module__.startswith("bitsandbytes.")
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return is_product and not any(hooks) and not nn.modules.module._has_any_global_hook()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype if it is on, else that of x: a float32 adapter on a bf16 model computes in bf16, too."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def own(x: Tensor, owned: bool) -> Tensor:
@@ -43,3 +49,8 @@ def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 def as_rows(x: Tensor) -> Tensor:
     """x as a matrix, whatever its leading dimensions."""
     return x.reshape(-1, x.shape[-1])
+
+
+def stacked(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """The parts as one tensor; one alone as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
