@@ -5,13 +5,21 @@ from torch import Tensor
 
 
 def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
-    """A mask of the elements of x that stay, of its shape and a byte for each, and the exact probability of staying.
+    """A mask of the elements of x that stay, of its shape and a byte for each, and the exact probability of staying."""
+    return (byte_mask if x.device.type == "cpu" else bool_mask)(x, probability)
 
-    On a CPU, random 64-bit words are read as 16-bit lanes, one for each element, and compared with a threshold: several
-    times faster there than drawing one number for each. The probability is thus rounded to a multiple of 1/65536.
+
+def bool_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
+    """`dropout_mask` on a GPU."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - probability), 1 - probability
+
+
+def byte_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
+    """`dropout_mask` on a CPU, as uint8.
+
+    Random 64-bit words are read as 16-bit lanes, one for each element, and compared with a threshold: several times
+    faster there than drawing one number for each. The probability is thus rounded to a multiple of 1/65536.
     """
-    if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - probability), 1 - probability
     dropped = min(round(probability * 2**16), 2**16 - 1)
     size = ((x.numel() + 3) // 4,)
     if torch.compiler.is_compiling():  # random_ cannot be traced; randint has other words for the same seed

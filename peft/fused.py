@@ -7,6 +7,7 @@ Shape suffixes: E experts, R rank of one expert, S = E*R stacked rank, H rows of
 """
 
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft.functions import _own, product_dtype
+from peft.functions import gated_sum
+from peft.products import own, product_dtype
 
 if TYPE_CHECKING:
     from peft.layer import LoraExperts
@@ -92,17 +94,35 @@ def supports(x: Tensor, dtype: torch.dtype, weights: list[Tensor], shape: Shape)
     )
 
 
+def fused_linear(
+    experts: "LoraExperts", x: Tensor, base_layer: Callable[[Tensor], Tensor], shape: Shape, owned: bool
+) -> Tensor:
+    """base_layer(x) + delta(x), as `LoraExperts.forward` computes it, without second derivatives.
+
+    Args:
+        x: of shape (..., I), for which `fused_shape` has given `shape`.
+        owned: nothing else holds the base layer's output, nor its gradient of x.
+    """
+    gated = x
+
+    def routed(x_: Tensor, W_EI: Tensor | None) -> Tensor | None:
+        nonlocal x, gated
+        x, weights, gated = routed_features(x_, W_EI, experts.lora_A, shape, experts.scaling, owned)
+        return weights
+
+    routed(x, None) if experts.router is None else experts.router(x, routed)
+    return gated_sum(base_layer(x), gated, None, experts.lora_B, 1, owned)
+
+
 def routed_features(
     x: Tensor, W_EI: Tensor | None, A_HI: Tensor, shape: Shape, scale: float, owned: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """All that reads x: x itself, for the base layer; the router's weights w; scale * repeat(w, R) * (A dropout(x)).
 
     The gradient of the x that is returned comes here first, where the contributions of router and A are added to it.
-    There are no second derivatives.
 
     Args:
-        x: of shape (..., I), for which `supports` holds.
-        scale: the adapter's scaling; division by the probability of staying comes on top.
+        scale: the adapter's scaling; dropout's factor comes on top.
         owned: nothing else holds that gradient.
     """
     scale /= 1 - shape.dropped / 2**16
@@ -137,7 +157,7 @@ class _RoutedFeatures(torch.autograd.Function):
             dlogits, dhidden = _kernels().thin_gradients(dgated, dweights, weights, hidden, shape, ctx.scale)
         dW = dA = None
         if ctx.needs_input_grad[0]:
-            dx = hidden.new_zeros(*leading, shape.in_features) if dx is None else _own(dx, ctx.owned)
+            dx = hidden.new_zeros(*leading, shape.in_features) if dx is None else own(dx, ctx.owned)
             _kernels().add_to_input(dx, W_EI, A_HI, dlogits, dhidden, bits, shape)
         if x is not None:
             dW, dA = _kernels().weight_gradients(x, dlogits, dhidden, bits, shape)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from peft.config import LoraConfig
 from peft.dropout import dropout_mask
 from peft.functions import gated_sum, input_products
-from peft.fused import fused_shape, routed_features
-from peft.linear import linear_size, makes_new_tensors
+from peft.fused import fused_linear, fused_shape
+from peft.linear import linear_size
+from peft.products import makes_new_tensors
 from peft.router import Router
 
 
@@ -46,27 +47,21 @@ class LoraExperts(nn.Module):
 
     def forward(self, x_BTI: Tensor, base_layer: Callable[[Tensor], Tensor]) -> Tensor:
         """The adapted Linear, base_layer(x) + delta(x): shape (B, T, O), in the dtype of the base layer's output."""
-        mask_BTI, scale, owned = None, self.scaling, makes_new_tensors(base_layer)
-        shape = fused_shape(self, x_BTI)
-        if self.training and self.dropout and shape is None:
+        owned = makes_new_tensors(base_layer)
+        if (shape := fused_shape(self, x_BTI)) is not None:
+            return fused_linear(self, x_BTI, base_layer, shape, owned)
+        mask_BTI, scale, hidden = None, self.scaling, x_BTI
+        if self.training and self.dropout:
             mask_BTI, kept = dropout_mask(x_BTI, self.dropout)
             scale /= kept
 
-        hidden = x_BTI
-
         def routed(x: Tensor, router_EI: Tensor | None) -> Tensor | None:
             nonlocal x_BTI, hidden
-            if shape is not None:
-                x_BTI, weights_BTE, hidden = routed_features(x, router_EI, self.lora_A, shape, scale, owned)
-                return weights_BTE
             x_BTI, logits_BTE, hidden = input_products(x, router_EI, self.lora_A, mask_BTI, owned)
             return None if self.router is None or logits_BTE is None else self.router.softmax(logits_BTE)
 
         weights_BTE = routed(x_BTI, None) if self.router is None else self.router(x_BTI, routed)
-        output_BTO = base_layer(x_BTI)
-        if shape is not None:  # the features are gated and scaled
-            return gated_sum(output_BTO, hidden, None, self.lora_B, 1, owned)
-        return gated_sum(output_BTO, hidden, weights_BTE, self.lora_B, scale, owned)
+        return gated_sum(base_layer(x_BTI), hidden, weights_BTE, self.lora_B, scale, owned)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"

@@ -1,8 +1,6 @@
 """Linears under their several names."""
 
-from collections.abc import Callable
-
-from torch import Tensor, nn
+from torch import nn
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
@@ -17,16 +15,3 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
         if all(hasattr(module, name) for name in names):
             return tuple(getattr(module, name) for name in names)
     return None
-
-
-def makes_new_tensors(layer: Callable[[Tensor], Tensor]) -> bool:
-    """True if nothing else holds the output of a layer, nor the gradient that it computes of its input.
-
-    That is so for products, quantised or not, unless hooks see their tensors. Other layers could return their input, or
-    pass on the gradient of their output.
-    """
-    if not isinstance(layer, nn.Linear) or "forward" in vars(layer):
-        return False
-    is_product = type(layer).forward is nn.Linear.forward or type(layer).__module__.startswith("bitsandbytes.")
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return is_product and not any(hooks)

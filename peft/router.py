@@ -29,18 +29,12 @@ class Router(nn.Linear):
         self.top_k = top_k
 
     def forward(self, x_BTI: Tensor, routed: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Weights of shape (B, T, E), float32, each token's summing to 1.
-
-        Args:
-            routed: computes them from x and W_g; called from here since ZeRO-3 gathers a module's parameters when it is
-                called.
-        """
-        if routed is not None:
-            return routed(x_BTI, self.weight)
-        return self.softmax(F.linear(x_BTI, self.weight))
+        """Weights of shape (B, T, E), float32, each token's summing to 1. If given, `routed` computes them of x and W_g:
+        from here, since ZeRO-3 gathers a module's parameters when that module is called."""
+        return self.softmax(F.linear(x_BTI, self.weight)) if routed is None else routed(x_BTI, self.weight)
 
     def softmax(self, logits_BTE: Tensor) -> Tensor:
-        """Weights of shape (B, T, E) from the logits W_g x."""
+        """The weights from the logits W_g x."""
         if self.top_k is not None:
             kept_BTK = logits_BTE.topk(self.top_k, dim=-1).indices
             dropped_BTE = torch.ones_like(logits_BTE, dtype=torch.bool).scatter(-1, kept_BTK, False)
