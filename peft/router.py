@@ -29,7 +29,7 @@ class Router(nn.Linear):
         self.top_k = top_k
 
     def forward(self, x_BTI: Tensor, routed: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Weights of shape (B, T, E), float32, each token's summing to 1. If given, `routed` computes them of x and W_g:
+        """Weights of shape (B, T, E), float32, each token's summing to 1. `routed`, if given, computes them of x, W_g:
         from here, since ZeRO-3 gathers a module's parameters when that module is called."""
         return self.softmax(F.linear(x_BTI, self.weight)) if routed is None else routed(x_BTI, self.weight)
 
