@@ -45,8 +45,8 @@ class Sizes(NamedTuple):
     programs: int = 2
 
 
-# 64 rows are the least that the matrix units of Hopper take, 128 features of 16 bits two full lines of memory. No kernel
-# spills registers with these, on sm_90 (tests/compile_kernels.py).
+# 64 rows are the least that the matrix units of Hopper take, 128 features of 16 bits two full lines of memory; so no
+# kernel spills registers there.
 FEATURES = Sizes(rows=64, columns=128, warps=8)
 THIN = Sizes(rows=32, columns=0)
 INPUT = Sizes(rows=64, columns=128)

@@ -24,9 +24,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 from peft import kernels  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def bits(monkeypatch) -> list[Tensor]:
-    """Chooses the kernels; the list gets the bits of each mask that they draw, and counts their calls."""
+def choose_kernels(monkeypatch) -> list[Tensor]:
+    """The list gets the bits of each mask that they draw, and counts their calls."""
     drawn, features = [], kernels.features
 
     def keep(*arguments):
@@ -37,6 +36,11 @@ def bits(monkeypatch) -> list[Tensor]:
     monkeypatch.setenv("LORAMOE_KERNELS", "triton")
     monkeypatch.setattr(kernels, "features", keep)
     return drawn
+
+
+@pytest.fixture(autouse=True)
+def bits(monkeypatch) -> list[Tensor]:
+    return choose_kernels(monkeypatch)
 
 
 def make_layer(features: int, experts: int = 8, rank: int = 4, dropout: float = 0.0, **settings) -> LoraLayer:
@@ -53,13 +57,15 @@ def mask_of(bits: Tensor | None, x: Tensor, dropout: float) -> Tensor | float:
     """What x is multiplied with."""
     if bits is None:
         return 1
-    return (bits[:, :, None].int() >> torch.arange(8) & 1).view(x.shape) / (1 - round(dropout * 2**16) / 2**16)
+    return (bits[:, :, None].int() >> torch.arange(8, device=x.device) & 1).view(x.shape) / (
+        1 - round(dropout * 2**16) / 2**16
+    )
 
 
 def objective(output: Tensor, weights: list[Tensor]) -> Tensor:
     """The router's weights have a gradient from outside, as by the balance term."""
     parts = [part.double() for part in (output, *weights)]
-    return sum((part * torch.arange(part.numel()).view(part.shape).sin()).sum() for part in parts)
+    return sum((part * torch.arange(part.numel(), device=part.device).view(part.shape).sin()).sum() for part in parts)
 
 
 def assert_equal_to_the_loop(layer: LoraLayer, x: Tensor, bits: list, tolerance: float = 1e-5, autocast=False) -> None:
