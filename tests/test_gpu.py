@@ -99,3 +99,14 @@ def test_zero2_with_one_process_trains_on_the_gpu(run):
     assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-3000:]
     losses = [entry["eval_lm_loss"] for entry in run.log() if "eval_lm_loss" in entry]
     assert losses[-1] < losses[0]
+
+
+@needs_bf16
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("settings", [{}, {"experts": 6}, {"lora_shared_A": True}, {"rank": 16}])
+def test_fused_kernels(monkeypatch, settings, dropout):
+    tests = pytest.importorskip("test_kernels", reason="needs triton")
+    layer = tests.make_layer(1536, dropout=dropout, **settings).cuda()
+    layer.base_layer.bfloat16()
+    x = torch.randn(3, 111, 1536, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    tests.assert_equal_to_the_loop(layer, x, tests.choose_kernels(monkeypatch), tolerance=2e-2)
