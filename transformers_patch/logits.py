@@ -88,10 +88,7 @@ def can_wait(head: nn.Module) -> bool:
 def in_chunks(logits_1NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The logits of successive rows in float32, (C, V), and the parts of other tensors for the same rows."""
     vocabulary = logits_1NV.shape[-1]
-    if isinstance(logits_1NV, UnformedLogits):
-        chunks = logits_1NV.chunks()
-    else:
-        chunks = iter(_chunks(logits_1NV[0], vocabulary))
+    chunks = logits_1NV.chunks() if isinstance(logits_1NV, UnformedLogits) else iter(_chunks(logits_1NV[0], vocabulary))
     for logits_CV, *rest in zip(chunks, *(_chunks(each, vocabulary) for each in others), strict=True):
         yield logits_CV.float(), *rest
 
