@@ -41,6 +41,8 @@ class UnformedLogits(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func.__name__ == "__get__":  # shape, dtype, device
             return super().__torch_function__(func, types, args, kwargs)
+        if func is Tensor.contiguous:
+            return args[0]
         if func is Tensor.float:
             return cls(args[0].rows_NH, args[0].head, torch.float32)
         args, kwargs = tree_map(lambda value: value.formed() if isinstance(value, cls) else value, (args, kwargs or {}))
