@@ -68,8 +68,8 @@ class UnformedLogits(Tensor):
         if torch.is_grad_enabled() and self.rows_NH.requires_grad:
             return _CrossEntropy.apply(self.rows_NH, *self._parameters(), targets_N, divisor)
         parts = in_chunks(self, targets_N)
-        nll_N = torch.cat([F.cross_entropy(logits_CV, targets_C, reduction="none") for logits_CV, targets_C in parts])
-        return nll_N.sum() / divisor
+        sums = [F.cross_entropy(logits_CV, targets_C, reduction="sum") for logits_CV, targets_C in parts]
+        return torch.stack(sums).sum() / divisor
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         weight_VH, bias_V, dtype = self.head.weight, self.head.bias, self.rows_NH.dtype
@@ -108,16 +108,18 @@ class _CrossEntropy(torch.autograd.Function):
         # Probabilities over a large divisor would underflow in float16. The power of 2 in it waits for the backward
         # pass, where it rounds nothing.
         mantissa, exponent = torch.frexp(divisor)
-        log_p_N1 = rows_NH.new_empty(len(rows_NH), 1, dtype=torch.float32)
+        factor = 1 / mantissa
+        nll = torch.zeros_like(divisor)
         gradient_NH = torch.empty_like(rows_NH)
-        parts = (_chunks(each, len(weight_VH)) for each in (rows_NH, targets_N[:, None], log_p_N1, gradient_NH))
-        for rows_CH, targets_C1, log_p_C1, gradient_CH in zip(*parts, strict=True):
+        parts = (_chunks(each, len(weight_VH)) for each in (rows_NH, targets_N, gradient_NH))
+        for rows_CH, targets_C, gradient_CH in zip(*parts, strict=True):
             log_p_CV = F.linear(rows_CH, weight_VH, bias_V).log_softmax(dim=-1, dtype=torch.float32)
-            torch.gather(log_p_CV, 1, targets_C1, out=log_p_C1)
-            slope_CV = log_p_CV.exp_().scatter_(1, targets_C1, log_p_C1.expm1()).div_(mantissa)
+            nll += F.nll_loss(log_p_CV, targets_C, reduction="sum")
+            slope_CV = log_p_CV.exp_().mul_(factor)
+            slope_CV.scatter_add_(1, targets_C[:, None], -factor.expand(len(targets_C), 1))
             torch.mm(slope_CV.to(rows_NH.dtype), weight_VH, out=gradient_CH)
         ctx.save_for_backward(gradient_NH, exponent)
-        return -log_p_N1.sum() / divisor
+        return nll / divisor
 
     @staticmethod
     @once_differentiable
