@@ -160,7 +160,7 @@ def load_base(folder: str | None) -> PreTrainedModel:
         raise InputError(f"no base model could be loaded from {folder}: {error}") from error
 
 
-def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dict:
     """Random tokens, all supervised, with alternating task types 0 (other) and 1 (world knowledge)."""
     ids_BT = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
     return {
@@ -171,7 +171,7 @@ def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dic
     }
 
 
-def resident_memory(folder: str | None, variant: Variant, batch: dict[str, Tensor]) -> dict[str, int]:
+def resident_memory(folder: str | None, variant: Variant, batch: dict) -> dict[str, int]:
     """Resident memory of a variant's step; see `step_memory`."""
     return_freed_memory()
     return step_memory(variant.model(load_base(folder)), batch)
