@@ -188,20 +188,21 @@ def step_memory(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
     level = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     step(model, batch)
-    own = _storages((*model.parameters(), *model.buffers())).values()
-    return {"peak_allocated": sum(storage.nbytes() for storage in own) + torch.cuda.max_memory_allocated(device) - level}
+    own = sum(storage.nbytes() for storage in _storages((*model.parameters(), *model.buffers())).values())
+    return {"peak_allocated": own + torch.cuda.max_memory_allocated(device) - level}
 
 
 def step_kernels(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, float], str]:
-    """Launches of a step on a GPU and the seconds in which it is busy; also the profiler's table of the kernels."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    """Launches of a step on a GPU and the seconds of their kernels (0 on a CPU); also the profiler's table."""
+    on_gpu = batch["input_ids"].device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         step(model, batch)
-    on_gpu = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    events = [event for event in on_gpu if not event.is_user_annotation]
+    all_events = (event for event in profiler.events() if not event.is_user_annotation)
+    events = [event for event in all_events if event.device_type == torch.autograd.DeviceType.CUDA]
     copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in events)
     busy = sum(event.self_device_time_total for event in events) / 1e6
     table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90)
-    return {"kernels": len(events) - copies, "copies": copies, "busy_seconds": busy}, table
+    return {"launches": len(events) - copies, "copies": copies, "busy_seconds": busy}, table
 
 
 @contextmanager

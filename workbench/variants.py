@@ -5,14 +5,14 @@ Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O inpu
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data import InputError
 from peft import LoraConfig, LoraLayer, Router, TaskType, get_peft_model
@@ -21,6 +21,8 @@ from transformers_patch.mixin import LoRAMoEOutput
 from transformers_patch.recorder import RoutingRecorder
 from workbench.architectures import find_architecture
 from workbench.instruments import default_dtype, return_freed_memory, step_memory
+
+T = TypeVar("T")
 
 # So small that --quick spends its time on the benchmark's own code.
 QUICK_MODEL = {
@@ -144,18 +146,23 @@ class Variant:
                 parameter.data = parameter.data.to(base.dtype)
         return model
 
-    @contextmanager
-    def switched(self) -> Iterator[None]:
-        """A context in which the experts run in the kernels of this variant."""
-        before = os.environ.get("LORAMOE_KERNELS")
-        if self.kernels:
-            os.environ["LORAMOE_KERNELS"] = self.kernels
-        try:
-            yield
-        finally:
-            if self.kernels:
-                os.environ.pop("LORAMOE_KERNELS")
-                os.environ |= {"LORAMOE_KERNELS": before} if before else {}
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.kernels}" if self.kernels else self.name
+
+    def running(self, run: Callable[[], T]) -> Callable[[], T]:
+        """`run` with the experts in the kernels of this variant."""
+
+        def switched() -> T:
+            before = dict(os.environ)
+            os.environ |= {"LORAMOE_KERNELS": self.kernels} if self.kernels else {}
+            try:
+                return run()
+            finally:
+                os.environ.pop("LORAMOE_KERNELS", None)
+                os.environ |= before
+
+        return switched
 
 
 # Settings of the adapter in which a variant differs from `loramoe`.
@@ -180,26 +187,30 @@ def load_base(folder: str | None) -> PreTrainedModel:
     """
     if folder is None:
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(LlamaConfig(**QUICK_MODEL))
+        return AutoModelForCausalLM.from_config(base_config(None))
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise InputError(f"no base model could be loaded from {folder}: {error}") from error
 
 
+def base_config(architecture: str | None) -> PretrainedConfig:
+    """The configuration of an architecture that `find_architecture` knows; None is a tiny Llama."""
+    return LlamaConfig(**QUICK_MODEL) if architecture is None else find_architecture(architecture)
+
+
 def random_base(architecture: str | None, device: torch.device) -> PreTrainedModel:
     """A model with random weights in bf16, made on the device.
 
     Args:
-        architecture: a name that `find_architecture` knows; None is a tiny Llama.
+        architecture: see `base_config`.
 
     Raises:
         InputError: there is no such architecture.
     """
-    config = LlamaConfig(**QUICK_MODEL) if architecture is None else find_architecture(architecture)
     torch.manual_seed(0)
     with default_dtype(torch.bfloat16), device:
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(base_config(architecture))
 
 
 def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
@@ -213,7 +224,7 @@ def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dic
     }
 
 
-def resident_memory(folder: str | None, variant: Variant, batch: dict[str, Tensor]) -> dict[str, int]:
-    """Resident memory of a variant's step; see `step_memory`."""
+def resident_memory(load: Callable[[], PreTrainedModel], variant: Variant, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Resident memory of a variant's step on the base model that `load` gives; see `step_memory`."""
     return_freed_memory()
-    return step_memory(variant.model(load_base(folder)), batch)
+    return step_memory(variant.model(load()), batch)
