@@ -3,6 +3,7 @@
 A row is written as soon as it is measured; a variant that does not fit the memory gets a row with the error.
 """
 
+import datetime
 import gc
 import importlib.metadata
 import time
@@ -89,7 +90,8 @@ def ceilings(benchmark: "Benchmark") -> dict:
     """The machine, and the ceilings of its memory and of its matrix products."""
     device = benchmark.device
     versions = {name: next((d.version for d in importlib.metadata.distributions(name=name)), None) for name in PACKAGES}
-    row = {"section": "device", **benchmark.origin, "packages": versions}
+    today = datetime.date.today().isoformat()
+    row = {"section": "device", "date": today, **benchmark.origin, "packages": versions}
     is_gpu = device.type == "cuda"
     if is_gpu:
         found = torch.cuda.get_device_properties(device)
