@@ -69,8 +69,8 @@ def _steps(rows: Rows) -> str:
     header = ["variant", "experts x rank", "dropout", "step / frozen", "step, ms", "tokens/s", "peak, GiB", "rounds"]
     parts = [
         "A step is a forward and a backward pass in bf16, with a bf16 adapter and no optimizer. Ratios are medians "
-        "over rounds, with quartiles in brackets. A second `frozen` is in the process of PyPI's peft, whose ratio refers to "
-        "it. The peak is that of weights, adapter and step."
+        "over rounds, with quartiles in brackets. The second `frozen` is in the process of PyPI's peft, whose ratios "
+        "refer to it. The peak is that of weights, adapter and step."
     ]
     for setting in dict.fromkeys(_setting(row) for row in _of(rows, "step")):
         lines = []
