@@ -185,7 +185,7 @@ class Plan:
         """What works. Nothing of this is timed, so the planner can run at the same time, on the CPU."""
         log, adapter = self.folder / "logs" / "check_node_full.log", f"--adapter={self.folder / 'runs' / 'main'}"
         workers = ("--numprocesses=3",) if find_spec("xdist") else ()
-        tests = ("python", "-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider", *workers, "tests")
+        tests = ("python", "-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider", *workers)
         prompt = ("--prompt=Question: What is the capital of Kenya?", "--compare_base")
         evaluation = ("--base", "--metrics=lm_loss", f"--output={self.folder / 'evaluation.json'}")
         return [
@@ -193,9 +193,9 @@ class Plan:
             [
                 self.job("main", 240, "^held-out"),
                 Stage("generate", ("python", "-m", "scripts.generate", adapter, *prompt), 90, "."),
-                Stage("evaluate", ("python", "-m", "scripts.evaluate", adapter, *evaluation), 90, "lm_loss|LM loss"),
+                Stage("evaluate", ("python", "-m", "scripts.evaluate", adapter, *evaluation), 90, "^adapter|^base"),
             ],
-            [Stage("pytest -m gpu", tests, 200, "^(PASSED|FAILED|SKIPPED)|passed|skipped|failed")],
+            [Stage("pytest -m gpu", tests, 200, "^PASSED|^FAILED|^ERROR|passed|failed|skipped|error")],
             *([self.job(name, 150, "^{'loss'", *FEW_STEPS, **variables)] for name, variables in SHORT_JOBS.items()),
             [self.benchmark("planner", 240, "planner", CUDA_VISIBLE_DEVICES="")],
             [Stage("plan of the large run", self.plan_of_large_run(), 240, "peak|per step")],
