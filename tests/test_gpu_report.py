@@ -32,7 +32,7 @@ def python(name: str, code: str, seconds: float = 30) -> Stage:
 
 
 def stages(report: Report) -> dict[str, dict]:
-    rows = [json.loads(line) for line in report.lines.read_text().splitlines()]
+    rows = [json.loads(line) for line in (report.results / "stages.jsonl").read_text().splitlines()]
     return {row["name"]: row for row in rows if row["section"] == "stage"}
 
 
@@ -138,7 +138,7 @@ def test_without_a_gpu_there_is_one_message(tmp_path):
 @pytest.mark.slow
 def test_the_rehearsal_passes_every_stage(tmp_path):
     main(["--quick", "--output", str(tmp_path), "--seconds", "1200"])
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "results" / "stages.jsonl").read_text().splitlines()]
     states = {row["name"]: row["state"] for row in rows if row["section"] == "stage"}
     assert len(states) == 16
     assert set(states.values()) == {"PASS"}

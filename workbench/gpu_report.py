@@ -1,8 +1,8 @@
 """Try and measure everything on one GPU in under 10 minutes, and write one report: `bash workbench/gpu_report.sh`.
 
-The output folder gets `report.md`, the measurements as lines of JSON in `results.jsonl`, the kernels of some steps, and
-a log of each stage. A stage that fails or runs out of time does not stop the others. The parts of a chain run one after
-the other, chains of a group at the same time; nothing runs beside a measurement.
+The output folder gets `report.md`, the measurements as lines of JSON and the kernels of some steps in `results`, and a
+log of each stage in `logs`. A stage that fails or runs out of time does not stop the others. The parts of a chain run
+one after the other, chains of a group at the same time; nothing runs beside a measurement.
 """
 
 import argparse
@@ -68,8 +68,9 @@ class Report:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.lines, self.logs = folder, folder / "results.jsonl", folder / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.folder, self.results, self.logs = folder, folder / "results", folder / "logs"
+        for each in (self.results, self.logs):
+            each.mkdir(parents=True, exist_ok=True)
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
@@ -97,6 +98,7 @@ class Report:
         start = time.monotonic()
         command = [sys.executable if part == "python" else part for part in stage.command]
         log = self.logs / f"{stage.name.replace(' ', '_')}.log"
+        (self.results / f"{stage.name}.jsonl").unlink(missing_ok=True)  # of an earlier run
         with log.open("w") as stream:
             program = subprocess.Popen(
                 command,
@@ -124,19 +126,23 @@ class Report:
             self.note(stage, "PASS", time.monotonic() - start, "\n".join(shown))
 
     def note(self, stage: Stage, state: str, seconds: float, detail: str) -> None:
-        self.add({"section": "stage", "name": stage.name, "state": state, "seconds": seconds, "detail": detail[-4000:]})
+        row = {"section": "stage", "name": stage.name, "state": state, "seconds": seconds, "detail": detail[-4000:]}
+        self.add("stages", row)
         last = detail.splitlines()[-1] if detail else ""
         print(f"{state:8}  {stage.name:24}  {seconds:4.0f} s  {last}"[:160], flush=True)
 
-    def add(self, row: dict) -> None:
-        with self.lines.open("a") as file:
+    def add(self, name: str, row: dict) -> None:
+        with (self.results / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def write(self) -> Path:
         """Write the report of all rows. Returns its file."""
-        file = self.folder / "report.md"
-        file.write_text(markdown([json.loads(line) for line in self.lines.read_text().splitlines()]))
-        return file
+        order = {name: number for number, name in enumerate(("measure", "peers"))}
+        files = sorted(self.results.glob("*.jsonl"), key=lambda file: order.get(file.stem, len(order)))
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        report = self.folder / "report.md"
+        report.write_text(markdown(rows))
+        return report
 
 
 def _end(program: subprocess.Popen) -> None:
@@ -192,23 +198,28 @@ class Plan:
             [Stage("check_node", module("check_node", f"--log={log}"), 240, "^PASS|^FAIL|^SKIP|passed")],
             [
                 self.job("main", 240, "^held-out"),
-                Stage("generate", ("python", "-m", "scripts.generate", adapter, *prompt), 90, "."),
+                Stage(
+                    "generate",
+                    ("python", "-m", "scripts.generate", adapter, *prompt),
+                    90,
+                    r"^(?!Loading|\[transformers\]).",
+                ),
                 Stage("evaluate", ("python", "-m", "scripts.evaluate", adapter, *evaluation), 90, "^adapter|^base"),
             ],
             [Stage("pytest -m gpu", tests, 200, "^PASSED|^FAILED|^ERROR|passed|failed|skipped|error")],
             *([self.job(name, 150, "^{'loss'", *FEW_STEPS, **variables)] for name, variables in SHORT_JOBS.items()),
-            [self.benchmark("planner", 240, "planner", CUDA_VISIBLE_DEVICES="")],
-            [Stage("plan of the large run", self.plan_of_large_run(), 240, "peak|per step")],
+            [self.benchmark("planner", 240, "planner", **NO_GPU)],
+            [Stage("plan of the large run", self.plan_of_large_run(), 240, "peak|per step", NO_GPU)],
         ]
 
     def measuring(self) -> Chain:
         """Steps and decoding, then the peers, which find the GPU empty."""
-        part = {"grid": 0.23, "peers": 0.08}
+        part = {"grid": 0.26, "peers": 0.08}
         seconds = {name: f"--seconds={share * self.flags.seconds:.0f}" for name, share in part.items()}
         kernels = [f"--kernels={self.flags.kernels}"] if self.flags.kernels else []
         return [
-            self.benchmark("measure", 260, "ceilings,grid,decode", seconds["grid"], *kernels),
-            self.benchmark("peers", 90, "peers", seconds["peers"]),
+            self.benchmark("measure", 300, "ceilings,grid,decode", seconds["grid"], *kernels),
+            self.benchmark("peers", 100, "peers", seconds["peers"]),
         ]
 
     def large_run(self) -> Chain:
@@ -233,16 +244,25 @@ class Plan:
         values = {"pretrained_model": self.small, "output_dir": self.folder / "runs", "exp_name": name} | variables
         values |= {"LORAMOE_PYTHON": sys.executable}
         quick = ("--max_steps=2", "--max_seq_length=64") if self.flags.quick else ()
-        command = ("bash", "run_loramoe.sh", f"--data_cache_dir={self.work / 'cache'}", *flags, *quick)
+        command = (
+            "bash",
+            "run_loramoe.sh",
+            f"--data_cache_dir={self.work / 'cache'}",
+            "--restart=true",
+            *flags,
+            *quick,
+        )
         return Stage(name, command, seconds, shown, {key: str(value) for key, value in values.items()})
 
     def benchmark(self, name: str, seconds: float, sections: str, *flags: str, **variables: str) -> Stage:
         shape = ("--quick",) if self.flags.quick else (f"--model={self.flags.model}", "--rounds=7")
-        lines = f"--lines={self.folder / 'results.jsonl'}"
+        lines = f"--lines={self.folder / 'results' / name}.jsonl"
         command = module("benchmark", "--random", *shape, f"--sections={sections}", lines, *flags)
         return Stage(name, command, seconds, "rounds: |left out", variables)
 
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+ANSWERS = r"^(?!Loading|\[transformers\])."
 NOTHING = "(?!)"  # a pattern that matches nowhere
 FEW_STEPS = ("--max_steps=3", "--logging_steps=1")
 SHORT_JOBS: dict[str, dict[str, object]] = {
@@ -282,7 +302,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=int, default=SECONDS, help="after which nothing runs (default: %(default)s)")
     add("--model", choices=ARCHITECTURES, default="Llama-2-7B", help="shapes to measure at (default: %(default)s)")
     add("--kernels", help="values of LORAMOE_KERNELS to compare: torch,triton")
-    add("--stages", help="names of the stages to run, separated by commas; results of earlier ones are kept")
+    add("--stages", help="names of the stages to run, separated by commas; results of others in the folder are kept")
     add("--quick", action="store_true", help="rehearse with tiny shapes, also on a CPU")
     flags = parser.parse_args(argv)
     refuse(range_problems(flags, [at_least(30, "seconds")]))
@@ -311,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             shutil.rmtree(plan.large)
     if row := training_row(folder / "runs" / "large"):
-        report.add(row)
+        report.add("large", row)
     print(report.write())
 
 

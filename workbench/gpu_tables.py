@@ -43,8 +43,11 @@ def _machine(rows: Rows) -> str:
 
 
 def _stages(rows: Rows) -> str:
-    found = _of(rows, "stage")
-    lines = [[row["name"], row["state"], f"{row['seconds']:.0f}", *row["detail"].splitlines()[-1:]] for row in found]
+    found = list({row["name"]: row for row in _of(rows, "stage")}.values())
+    lines = [
+        [row["name"], row["state"], f"{row['seconds']:.0f}", (row["detail"].splitlines() or [""])[-1][:100]]
+        for row in found
+    ]
     lines += [[row["name"], "LEFT OUT", "0", "no time was left"] for row in _of(rows, "left out")]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     parts = [table(["stage", "state", "seconds", "last line"], escaped)] if lines else []
@@ -92,22 +95,21 @@ def _steps(rows: Rows) -> str:
 
 
 def _kernels(rows: Rows) -> str:
-    header = ["variant", "experts x rank", "dropout", "kernels", "copies and fills", "GPU busy, ms", "busy / step"]
+    header = ["variant", "dropout", "setting", "kernels", "copies and fills", "kernels' ms", "of the step"]
     lines = [
         [
             f"`{_label(row)}`",
-            f"{row['experts']} x {row['rank']}",
             row["dropout"],
+            _setting(row),
             row["launches"],
             row["copies"],
             f"{1e3 * row['busy_seconds']:.1f}",
-            f"{row['busy_seconds'] / row['step_seconds']:.2f}",
+            f"{row['busy_seconds'] / row['step_seconds']:.0%}",
         ]
         for row in _of(rows, "step")
         if "launches" in row and "error" not in row
     ]
-    text = f"Counted by torch's profiler in one step, {_setting(_of(rows, 'step')[0])}." if lines else ""
-    return f"{text}\n\n{table(header, lines)}" if lines else ""
+    return f"Counted by torch's profiler in one step.\n\n{table(header, lines)}" if lines else ""
 
 
 def _decode(rows: Rows) -> str:

@@ -29,6 +29,18 @@ if TYPE_CHECKING:
 DROPOUTS = (0.05, 0.0)
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "bitsandbytes", "flash_attn", "peft")
 Row = dict
+# By number of the setting.
+PROFILED = (
+    {
+        Variant("frozen"),
+        Variant("loramoe", dropout=0.05),
+        Variant("loramoe"),
+        Variant("lora", 1, 32, 0.05),
+        Variant("peft_lora", 1, 32, 0.05),
+        Variant("plain", dropout=0.05),
+    },
+    {Variant("loop", dropout=0.05)},
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Setting:
 
 
 class Limit:
-    """The end of a section: `seconds` from now, which its parts share equally."""
+    """The end of a section, `seconds` from now."""
 
     def __init__(self, seconds: float):
         self._end = time.monotonic() + seconds
@@ -53,9 +65,11 @@ class Limit:
     def is_over(self) -> bool:
         return time.monotonic() > self._end
 
-    def of_part(self, parts_left: int) -> float:
+    def of_setting(self, number: int, count: int) -> float:
+        """The end of a setting, which gets its share of the time that is left; the first, with more variants, twice."""
         now = time.monotonic()
-        return now + (self._end - now) / parts_left
+        shares = (2 if number == 0 else 1) / (count - number + (number == 0))
+        return now + shares * (self._end - now)
 
 
 def settings(batch: int, length: int) -> list[Setting]:
@@ -141,6 +155,7 @@ def grid(benchmark: "Benchmark") -> dict:
 
         def build(variant: Variant, batch: dict[str, Tensor] = batch) -> Built:
             model = variant.model(benchmark.base)
+            model.config.use_cache = False  # as the Trainer has it
 
             def kernels() -> Row:
                 counts, table = step_kernels(model, batch)
@@ -154,7 +169,7 @@ def grid(benchmark: "Benchmark") -> dict:
             return Built(running(partial(step, model, batch)), running(memory), running(kernels))
 
         variants = ours(setting, benchmark.kernels, is_first=number == 0)
-        measure(benchmark, setting, variants, build, limit.of_part(len(places) - number), number == 0)
+        measure(benchmark, setting, variants, build, limit.of_setting(number, len(places)), number)
     return {}
 
 
@@ -163,7 +178,8 @@ def peers(benchmark: "Benchmark") -> dict:
     config = base_config(benchmark.folder)
     limit, places = Limit(benchmark.seconds), settings(benchmark.batch, benchmark.length)
     try:
-        peer = Peer(config.to_dict() if benchmark.random or benchmark.folder is None else benchmark.folder)
+        random = config.to_dict() | {"use_cache": False}
+        peer = Peer(random if benchmark.random or benchmark.folder is None else benchmark.folder)
     except PeerError as error:
         benchmark.say(f"PyPI's peft is left out: {error}")
         return {}
@@ -179,7 +195,7 @@ def peers(benchmark: "Benchmark") -> dict:
                 ask = variant, batch
                 return Built(partial(peer.step, *ask), partial(peer.memory, *ask), partial(peer.kernels, *ask))
 
-            measure(benchmark, setting, theirs(setting), build, limit.of_part(len(places) - number), number == 0)
+            measure(benchmark, setting, theirs(setting), build, limit.of_setting(number, len(places)), number)
             peer.drop()
     finally:
         peer.close()
@@ -192,13 +208,14 @@ def measure(
     variants: list[Variant],
     build: Callable[[Variant], Built],
     end: float,
-    counts_kernels: bool,
+    number: int,
 ) -> None:
     """Add a row for each of some variants that take turns. The ratios refer to the first. A variant that fails, out of
     memory above all, is left out of the rounds.
 
     Args:
         end: see `Times`.
+        number: of the setting, from 0.
     """
     runs, rows = {}, {}
     for variant in variants:
@@ -207,7 +224,7 @@ def measure(
         try:
             built = build(variant)
             row |= built.memory()
-            row |= built.kernels() if counts_kernels else {}
+            row |= built.kernels() if _is_profiled(variant, number) else {}
             runs[variant], rows[variant] = built.step, row
         except (RuntimeError, ValueError) as error:
             benchmark.add(row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
@@ -219,6 +236,12 @@ def measure(
         row |= times.row(variant, variants[0])
         benchmark.add(row | {"tokens_per_second": setting.batch * setting.length / row["step_seconds"]})
     benchmark.say(f"{len(rows)} variants, {len(times.rounds[variants[0]])} rounds: {setting}")
+
+
+def _is_profiled(variant: Variant, number: int) -> bool:
+    """Whether kernels are counted, which takes seconds: of few variants, of the loop where it may fit the memory."""
+    plain = replace(variant, kernels="", checkpointing=False)
+    return plain in PROFILED[number] if number < len(PROFILED) else False
 
 
 def _free() -> None:

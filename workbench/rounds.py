@@ -11,7 +11,7 @@ from workbench.variants import Variant
 
 # Much slower than the others, so they run in every third round only.
 SLOW = ("loop", "xlora")
-LEAST_ROUNDS = 2
+LEAST_ROUNDS = 3
 
 
 class Times:
