@@ -200,7 +200,7 @@ def step_kernels(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, 
     all_events = (event for event in profiler.events() if not event.is_user_annotation)
     events = [event for event in all_events if event.device_type == torch.autograd.DeviceType.CUDA]
     copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in events)
-    busy = sum(event.self_device_time_total for event in events) / 1e6
+    busy = sum(event.time_range.elapsed_us() for event in events) / 1e6
     table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90)
     return {"launches": len(events) - copies, "copies": copies, "busy_seconds": busy}, table
 
