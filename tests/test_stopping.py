@@ -11,6 +11,8 @@ from typing import NoReturn
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from test_train import Runner
 from transformers import Trainer, TrainerControl, TrainerState
@@ -264,3 +266,21 @@ def test_a_gradient_that_is_not_finite_is_a_fault_at_once_where_the_step_was_mad
     else:
         with pytest.raises(InputError, match="the gradient of step 1 is not finite; its rows were row 1"):
             signals.on_step_end(args, state, TrainerControl(), optimizer)
+
+
+def test_a_step_that_a_fused_optimizer_skips_for_the_loss_scaler_is_no_fault(tmp_path):
+    """The scaler calls a fused optimizer in any case, which finds the overflow itself."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    Accelerator(cpu=True)  # sets the state that its optimizers look at
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW([weight], fused=True), scaler=torch.amp.GradScaler("cpu"))
+    optimizer.scaler.scale(weight.sum()).backward()
+    weight.grad.fill_(float("inf"))
+    signals = StopSignals()
+    signals.watch(torch.tensor(1.0), ["row 1"])
+    signals.gradient_norm = torch.tensor(float("inf"))
+    args, state = SimpleNamespace(fp16=True, output_dir=tmp_path), TrainerState(epoch=0.5, global_step=1, max_steps=9)
+    signals.on_step_begin(args, state, TrainerControl(), optimizer)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(2))
+    assert not optimizer.step_was_skipped
+    signals.on_step_end(args, state, TrainerControl(), optimizer)

@@ -46,6 +46,7 @@ class StopSignals(TrainerCallback):
         self.stopped = False
         self.gradient_norm: Tensor | float | None = None
         self._terminated = False
+        self._scale = 0.0  # of fp16's loss scaler, at the start of the step
         self._losses: list[tuple[Tensor, list[str]]] = []
 
     @contextmanager
@@ -82,9 +83,13 @@ class StopSignals(TrainerCallback):
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.raise_if_terminated(args.device)
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer, **kwargs):
+        self._scale = _loss_scale(optimizer)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer, **kwargs):
         bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._losses]))
-        skipped = torch.tensor(optimizer.step_was_skipped, device=bad.device)
+        # accelerate misses what a fused optimizer skips inside its own step; the scale shrinks then, and only then.
+        skipped = torch.tensor(optimizer.step_was_skipped or _loss_scale(optimizer) < self._scale, device=bad.device)
         norm = 0.0 if self.gradient_norm is None else self.gradient_norm
         bad_gradient = ~skipped & ~torch.isfinite(torch.as_tensor(norm, device=bad.device))
         flags = torch.stack([bad.any(), bad_gradient, skipped, torch.tensor(self._terminated, device=bad.device)]).int()
@@ -118,6 +123,11 @@ class StopSignals(TrainerCallback):
 
     def _terminate(self, number, frame):
         self._terminated = True
+
+
+def _loss_scale(optimizer) -> float:
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler.get_scale() if scaler is not None else 0.0
 
 
 def _note_due(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
