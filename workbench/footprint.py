@@ -4,8 +4,7 @@ forward and backward under `FakeTensorMode`, measured by the instruments of the 
 Shape suffixes: B samples, T tokens, N supervised tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, LoraLayer, PeftModel, get_peft_model
 from transformers_patch.labels import SupervisedTokens
-from workbench.instruments import LiveBytes, SavedBytes, count_flops
+from workbench.instruments import LiveBytes, SavedBytes, count_flops, default_dtype
 
 # Without padding no mask is needed, and attention is one fused kernel. transformers detects this from the values of
 # masks and positions, which fake tensors do not have; it skips the test for attention functions without a mask type.
@@ -92,7 +91,8 @@ def count_step(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> F
     Raises:
         ValueError: the adapter's target modules do not exist.
     """
-    with FakeTensorMode(), _default_dtype(shape.dtype):
+    # `.to()` does not work on fake parameters.
+    with FakeTensorMode(), default_dtype(shape.dtype):
         model = _adapted_model(config, adapter, shape)
         step = _Step(model, shape)
         saved, live = SavedBytes(model), LiveBytes()
@@ -181,14 +181,3 @@ def _sizes(model: PeftModel) -> dict[str, int]:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A context in which new models have this dtype, since `.to()` does not work on fake parameters."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

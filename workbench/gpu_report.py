@@ -1,0 +1,335 @@
+"""Try and measure everything on one GPU in under 10 minutes, and write one report: `bash workbench/gpu_report.sh`.
+
+The output folder gets `report.md`, the measurements as lines of JSON and the kernels of some steps in `results`, and a
+log of each stage in `logs`. A stage that fails or runs out of time does not stop the others. The parts of a chain run
+one after the other, chains of a group at the same time; nothing runs beside a measurement.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from data import InputError
+from loading.command_line import at_least, range_problems, refuse, run_verb
+from loading.provenance import ROOT
+from scripts.fetch_base_model import DEFAULT_OUTPUT, is_complete
+from workbench.architectures import ARCHITECTURES
+from workbench.check_node import last_error
+from workbench.gpu_tables import markdown
+
+SECONDS = 570
+SECONDS_TO_END = 10  # from SIGTERM to SIGKILL
+LEAST_SECONDS = 10  # with fewer, no stage begins
+BYTES_OF_LARGE_MODEL = 16 * 2**30
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A program and its time limit.
+
+    Args:
+        name: also that of its log.
+        command: arguments; `python` as the first stands for this interpreter.
+        seconds: limit.
+        shown: pattern of the lines of its log that the report shows.
+        variables: additional environment variables.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    shown: str
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+Chain = list[Stage]
+
+
+class Report:
+    """Runs stages and notes how they end.
+
+    Args:
+        folder: gets results and logs.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.results, self.logs = folder, folder / "results", folder / "logs"
+        for each in (self.results, self.logs):
+            each.mkdir(parents=True, exist_ok=True)
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def run(self, group: Iterable[Chain], end: float) -> None:
+        """Run chains at the same time, as many as half the CPU cores, until `end` of `time.monotonic`."""
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as threads:
+            try:
+                list(threads.map(lambda chain: self._run_chain(chain, end), group))
+            except BaseException:  # Ctrl-C, SIGTERM
+                self._stopped = True
+                for program in self._running.copy():
+                    _end(program)
+                raise
+
+    def _run_chain(self, chain: Chain, end: float) -> None:
+        for stage in chain:
+            left = end - time.monotonic()
+            if self._stopped or left < LEAST_SECONDS:
+                self.note(stage, "LEFT OUT", 0, "no time was left")
+            else:
+                self._run_stage(stage, min(left, stage.seconds))
+
+    def _run_stage(self, stage: Stage, seconds: float) -> None:
+        """Run a program in its own session for at most some seconds."""
+        start = time.monotonic()
+        command = [sys.executable if part == "python" else part for part in stage.command]
+        log = self.logs / f"{stage.name.replace(' ', '_')}.log"
+        (self.results / f"{stage.name}.jsonl").unlink(missing_ok=True)  # of an earlier run
+        with log.open("w") as stream:
+            program = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | stage.variables,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+            self._running.add(program)
+            try:
+                code: int | None = program.wait(seconds)
+            except subprocess.TimeoutExpired:
+                code = None
+            _end(program)
+            self._running.discard(program)
+        text = log.read_text(errors="replace")
+        if code is None:
+            self.note(stage, "TIME OUT", time.monotonic() - start, f"stopped after {seconds:.0f} s")
+        elif code:
+            self.note(stage, "FAIL", time.monotonic() - start, last_error(text))
+        else:
+            shown = re.findall(f"^.*(?:{stage.shown}).*$", text, re.MULTILINE)
+            self.note(stage, "PASS", time.monotonic() - start, "\n".join(shown))
+
+    def note(self, stage: Stage, state: str, seconds: float, detail: str) -> None:
+        row = {"section": "stage", "name": stage.name, "state": state, "seconds": seconds, "detail": detail[-4000:]}
+        self.add("stages", row)
+        last = detail.splitlines()[-1] if detail else ""
+        print(f"{state:8}  {stage.name:24}  {seconds:4.0f} s  {last}"[:160], flush=True)
+
+    def add(self, name: str, row: dict) -> None:
+        with (self.results / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def write(self) -> Path:
+        """Write the report of all rows. Returns its file."""
+        order = {name: number for number, name in enumerate(("measure", "peers"))}
+        files = sorted(self.results.glob("*.jsonl"), key=lambda file: order.get(file.stem, len(order)))
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        report = self.folder / "report.md"
+        report.write_text(markdown(rows))
+        return report
+
+
+def _end(program: subprocess.Popen) -> None:
+    """End what is left of a program's session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(program.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            program.wait(SECONDS_TO_END)
+        os.killpg(program.pid, signal.SIGKILL)
+    program.wait()
+
+
+class Plan:
+    """The stages.
+
+    Args:
+        flags: the command line.
+        folder: the output folder.
+        work: a temporary folder.
+    """
+
+    def __init__(self, flags: argparse.Namespace, folder: Path, work: Path):
+        self.flags, self.folder, self.work = flags, folder, work
+        self.small = DEFAULT_OUTPUT if is_complete(DEFAULT_OUTPUT) and not flags.quick else work / "small"
+        in_memory = Path("/dev/shm")
+        has_room = in_memory.exists() and shutil.disk_usage(in_memory).free > BYTES_OF_LARGE_MODEL
+        self.large = Path(tempfile.mkdtemp(prefix="gpu_report-", dir=in_memory if has_room else work))
+
+    def groups(self) -> list[tuple[float, list[Chain]]]:
+        """Groups in order, each with the share of the time at which it has to end."""
+        found = [(0.1, [self.model()]), (0.42, self.checks()), (1.0, [self.measuring()]), (1.0, [self.large_run()])]
+        wanted = self.flags.stages and set(self.flags.stages.split(","))
+        return [
+            (share, [[stage for stage in chain if not wanted or stage.name in wanted] for chain in group])
+            for share, group in found
+        ]
+
+    def model(self) -> Chain:
+        """A random model in place of the small base model, if that is not here."""
+        if self.small == DEFAULT_OUTPUT:
+            return []
+        shape = () if self.flags.quick else ("--model=SmolLM2-135M",)
+        return [Stage("small random model", module("random_model", *shape, f"--output={self.small}"), 60, NOTHING)]
+
+    def checks(self) -> list[Chain]:
+        """What works. Nothing of this is timed, so the planner can run at the same time, on the CPU."""
+        log, adapter = self.folder / "logs" / "check_node_full.log", f"--adapter={self.folder / 'runs' / 'main'}"
+        workers = ("--numprocesses=3",) if find_spec("xdist") else ()
+        tests = ("python", "-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider", *workers)
+        prompt = ("--prompt=Question: What is the capital of Kenya?", "--compare_base")
+        evaluation = ("--base", "--metrics=lm_loss", f"--output={self.folder / 'evaluation.json'}")
+        return [
+            [Stage("check_node", module("check_node", f"--log={log}"), 240, "^PASS|^FAIL|^SKIP|passed")],
+            [
+                self.job("main", 240, "^held-out"),
+                Stage("generate", ("python", "-m", "scripts.generate", adapter, *prompt), 90, ANSWERS),
+                Stage("evaluate", ("python", "-m", "scripts.evaluate", adapter, *evaluation), 90, "^adapter|^base"),
+            ],
+            [Stage("pytest -m gpu", tests, 200, "^PASSED|^FAILED|^ERROR|passed|failed|skipped|error")],
+            *([self.job(name, 150, "^{'loss'", *FEW_STEPS, **variables)] for name, variables in SHORT_JOBS.items()),
+            [self.benchmark("planner", 240, "planner", **NO_GPU)],
+            [Stage("plan of the large run", self.plan_of_large_run(), 240, "peak|per step", NO_GPU)],
+        ]
+
+    def measuring(self) -> Chain:
+        """Steps and decoding, then the peers, which find the GPU empty."""
+        part = {"grid": 0.28, "peers": 0.08}
+        seconds = {name: f"--seconds={share * self.flags.seconds:.0f}" for name, share in part.items()}
+        kernels = [f"--kernels={self.flags.kernels}"] if self.flags.kernels else []
+        return [
+            self.benchmark("measure", 300, "ceilings,grid,decode", seconds["grid"], *kernels),
+            self.benchmark("peers", 100, "peers", seconds["peers"]),
+        ]
+
+    def large_run(self) -> Chain:
+        """train.py at the shapes of the large model, as users start it."""
+        shape = () if self.flags.quick else (f"--model={self.flags.model}",)
+        variables = {"pretrained_model": self.large, "dataset_dir": self.large / "rows.json", "lora_nums": 8}
+        variables |= {"per_device_train_batch_size": 2 if self.flags.quick else 4}
+        steps = 2 if self.flags.quick else 30
+        flags = (f"--max_steps={steps}", "--logging_steps=5", "--save_strategy=no", "--num_train_epochs=9")
+        return [
+            Stage("large random model", module("random_model", *shape, f"--output={self.large}"), 90, NOTHING),
+            self.job("large", 150, "^{'loss'", *flags, **variables),
+        ]
+
+    def plan_of_large_run(self) -> tuple[str, ...]:
+        size = () if self.flags.quick else ("--batch=4", "--length=1024")
+        settings = ("--lora_nums=8", "--zero=2", "--gpu=H100", f"--json={self.folder / 'plan.json'}")
+        return module("plan", "--model", self.flags.model, *size, *settings)
+
+    def job(self, name: str, seconds: float, shown: str, *flags: str, **variables: object) -> Stage:
+        """The main job, as users call it, on the small base model."""
+        values = {"pretrained_model": self.small, "output_dir": self.folder / "runs", "exp_name": name} | variables
+        values |= {"LORAMOE_PYTHON": sys.executable}
+        quick = ("--max_steps=2", "--max_seq_length=64") if self.flags.quick else ()
+        command = (
+            "bash",
+            "run_loramoe.sh",
+            f"--data_cache_dir={self.work / 'cache'}",
+            "--restart=true",
+            *flags,
+            *quick,
+        )
+        return Stage(name, command, seconds, shown, {key: str(value) for key, value in values.items()})
+
+    def benchmark(self, name: str, seconds: float, sections: str, *flags: str, **variables: str) -> Stage:
+        shape = ("--quick",) if self.flags.quick else (f"--model={self.flags.model}", "--rounds=7")
+        lines = f"--lines={self.folder / 'results' / name}.jsonl"
+        command = module("benchmark", "--random", *shape, f"--sections={sections}", lines, *flags)
+        return Stage(name, command, seconds, "rounds: |left out", variables)
+
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+ANSWERS = r"^(?!Loading|\[transformers\])."
+NOTHING = "(?!)"  # a pattern that matches nowhere
+FEW_STEPS = ("--max_steps=3", "--logging_steps=1")
+SHORT_JOBS: dict[str, dict[str, object]] = {
+    "nf4": {"load_in_kbits": 4, "validation_file": ""},
+    "int8": {"load_in_kbits": 8, "validation_file": ""},
+    "offload": {"deepspeed_config_file": "scripts/deepspeed/zero3_offload.json", "validation_file": ""},
+    "checkpointing": {"deepspeed_config_file": "", "gradient_checkpointing": "true", "validation_file": ""},
+}
+
+
+def module(name: str, *flags: str) -> tuple[str, ...]:
+    """The command of a program of the workbench."""
+    return ("python", "-m", f"workbench.{name}", *flags)
+
+
+def training_row(run: Path) -> dict | None:
+    """What the last log line of a run says of its speed and memory, or None."""
+    state = run / "trainer_state.json"
+    if not state.exists():
+        return None
+    found = [entry for entry in json.loads(state.read_text())["log_history"] if "tokens_per_second" in entry]
+    names = ("tokens_per_second", "peak_memory_gib", "mfu")
+    return {"section": "train"} | {name: found[-1][name] for name in names if name in found[-1]} if found else None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+    parser = argparse.ArgumentParser(
+        prog="bash workbench/gpu_report.sh", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("outputs/gpu_report"), help="folder (default: %(default)s)")
+    add("--seconds", type=int, default=SECONDS, help="after which nothing runs (default: %(default)s)")
+    add("--model", choices=ARCHITECTURES, default="Llama-2-7B", help="shapes to measure at (default: %(default)s)")
+    add("--kernels", help="values of LORAMOE_KERNELS to compare: torch,triton")
+    add("--stages", help="names of the stages to run, separated by commas; results of others in the folder are kept")
+    add("--quick", action="store_true", help="rehearse with tiny shapes, also on a CPU")
+    flags = parser.parse_args(argv)
+    refuse(range_problems(flags, [at_least(30, "seconds")]))
+    return flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stages and write the report.
+
+    Raises:
+        InputError: there is no GPU, or see `parse`.
+    """
+    flags = parse(argv)
+    start = time.monotonic()
+    if not torch.cuda.device_count() and not flags.quick:
+        raise InputError("torch sees no GPU here; --quick rehearses the report on a CPU, with tiny shapes")
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    folder = flags.output.resolve()
+    report = Report(folder)
+    with tempfile.TemporaryDirectory(prefix="gpu_report-") as work:
+        plan = Plan(flags, folder, Path(work))
+        try:
+            for share, group in plan.groups():
+                report.run(group, start + share * flags.seconds)
+        finally:
+            shutil.rmtree(plan.large)
+    if row := training_row(folder / "runs" / "large"):
+        report.add("large", row)
+    print(report.write())
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    run_verb(main)
