@@ -52,6 +52,8 @@ def graphed_decoding(model: nn.Module, settings: GenerationConfig, prompt_length
         yield
     finally:
         del vars(base)["get_compiled_call"]
+        # Or the next cache is at least as long, and what is computed with it differs in the last bits.
+        vars(base).pop("_previous_max_cache_length", None)
 
 
 def can_be_captured(model: nn.Module) -> bool:
