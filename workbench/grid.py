@@ -217,6 +217,7 @@ def measure(
         end: see `Times`.
         number: of the setting, from 0.
     """
+    _free()
     runs, rows = {}, {}
     for variant in variants:
         fields = asdict(variant)
@@ -228,10 +229,10 @@ def measure(
             runs[variant], rows[variant] = built.step, row
         except (RuntimeError, ValueError) as error:
             benchmark.add(row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
-        _free()
+            _free()
     if variants[0] not in runs:
         return
-    times = Times(runs, benchmark.rounds, end)
+    times = Times(runs, benchmark.rounds, end, is_warm=True)
     for variant, row in rows.items():
         row |= times.row(variant, variants[0])
         benchmark.add(row | {"tokens_per_second": setting.batch * setting.length / row["step_seconds"]})
