@@ -176,17 +176,12 @@ class Plan:
 
     def groups(self) -> list[tuple[float, list[Chain]]]:
         """Groups in order, each with the share of the time at which it has to end."""
-        found = [
-            (0.1, [self.model()]),
-            (SHARE_OF_CHECKS, self.checks()),
-            (1.0, [self.measuring()]),
-            (1.0, [self.large_run()]),
-        ]
-        wanted = self.flags.stages and set(self.flags.stages.split(","))
-        return [
-            (share, [[stage for stage in chain if not wanted or stage.name in wanted] for chain in group])
-            for share, group in found
-        ]
+        found = [(0.1, [self.model()]), (SHARE_OF_CHECKS, self.checks())]
+        found += [(1.0, [self.measuring()]), (1.0, [self.large_run()])]
+        if not self.flags.stages:
+            return found
+        wanted = self.flags.stages.split(",")
+        return [(1.0, [[stage for stage in chain if stage.name in wanted] for chain in group]) for _, group in found]
 
     def model(self) -> Chain:
         """A random model in place of the small base model, if that is not here."""

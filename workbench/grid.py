@@ -227,7 +227,7 @@ def measure(
             row |= built.memory()
             row |= built.kernels() if _is_profiled(variant, number) else {}
             runs[variant], rows[variant] = built.step, row
-        except (RuntimeError, ValueError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             benchmark.add(row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
             _free()
     if variants[0] not in runs:
