@@ -301,6 +301,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--kernels", help="values of LORAMOE_KERNELS to compare: torch,triton")
     add("--stages", help="names of the stages to run, separated by commas; results of others in the folder are kept")
     add("--quick", action="store_true", help="rehearse with tiny shapes, also on a CPU")
+    add("--rewrite", action="store_true", help="only write report.md again from the results in the folder")
     flags = parser.parse_args(argv)
     refuse(range_problems(flags, [at_least(30, "seconds")]))
     return flags
@@ -314,6 +315,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     flags = parse(argv)
     start = time.monotonic()
+    if flags.rewrite:
+        print(Report(flags.output).write())
+        return
     if not torch.cuda.device_count() and not flags.quick:
         raise InputError("torch sees no GPU here; --quick rehearses the report on a CPU, with tiny shapes")
     folder = flags.output.resolve()

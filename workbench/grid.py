@@ -191,9 +191,9 @@ def peers(benchmark: "Benchmark") -> dict:
             batch = random_batch(config.vocab_size, setting.batch, setting.length)
 
             def build(variant: Variant, batch: dict[str, Tensor] = batch) -> Built:
-                peer.build(variant)
+                package = {"peft": peer.build(variant)["version"]}
                 ask = variant, batch
-                return Built(partial(peer.step, *ask), partial(peer.memory, *ask), partial(peer.kernels, *ask))
+                return Built(partial(peer.step, *ask), lambda: package | peer.memory(*ask), partial(peer.kernels, *ask))
 
             measure(benchmark, setting, theirs(setting), build, limit.of_setting(number, len(places)), number)
             peer.drop()
