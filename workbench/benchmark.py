@@ -68,7 +68,7 @@ class Benchmark:
         experts: numbers of experts to compare.
         random: `folder` is the name of an architecture, whose weights are random and in bf16.
         kernels: values of LORAMOE_KERNELS that the grid and decoding compare; by default the environment's.
-        seconds: after which the grid and the peers start no further round, and each batch of decoding after a quarter.
+        seconds: after which the grid and the peers start no further round, and decoding with a batch after an eighth.
         lines: file to which each row of some sections is appended as JSON as soon as it is measured.
         origin: see `provenance`.
     """
@@ -170,7 +170,7 @@ class Benchmark:
         models = {variant: variant.model(self.base).eval() for variant in variants}
         for batch in (1, 32 if self.device.type == "cuda" else 8):
             prompt = random_batch(self.base.config.vocab_size, batch, 32)["input_ids"].to(self.device)
-            end = time.monotonic() + self.seconds / 4
+            end = time.monotonic() + self.seconds / 8
             times = Times({v: v.running(partial(generate, models[v], prompt)) for v in variants}, self.rounds, end)
             for variant in variants:
                 row = times.row(variant, variants[0])

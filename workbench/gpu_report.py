@@ -33,6 +33,7 @@ from workbench.check_node import last_error
 from workbench.gpu_tables import markdown
 
 SECONDS = 570
+SHARE_OF_CHECKS = 0.42  # of the time
 SECONDS_TO_END = 10  # from SIGTERM to SIGKILL
 LEAST_SECONDS = 10  # with fewer, no stage begins
 BYTES_OF_LARGE_MODEL = 16 * 2**30
@@ -65,9 +66,11 @@ class Report:
 
     Args:
         folder: gets results and logs.
+        variables: environment variables of all stages.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **variables: str):
+        self.variables = variables
         self.folder, self.results, self.logs = folder, folder / "results", folder / "logs"
         for each in (self.results, self.logs):
             each.mkdir(parents=True, exist_ok=True)
@@ -103,7 +106,7 @@ class Report:
             program = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | stage.variables,
+                env=os.environ | self.variables | stage.variables,
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
@@ -173,12 +176,12 @@ class Plan:
 
     def groups(self) -> list[tuple[float, list[Chain]]]:
         """Groups in order, each with the share of the time at which it has to end."""
-        found = [(0.1, [self.model()]), (0.42, self.checks()), (1.0, [self.measuring()]), (1.0, [self.large_run()])]
-        wanted = self.flags.stages and set(self.flags.stages.split(","))
-        return [
-            (share, [[stage for stage in chain if not wanted or stage.name in wanted] for chain in group])
-            for share, group in found
-        ]
+        found = [(0.1, [self.model()]), (SHARE_OF_CHECKS, self.checks())]
+        found += [(1.0, [self.measuring()]), (1.0, [self.large_run()])]
+        if not self.flags.stages:
+            return found
+        wanted = self.flags.stages.split(",")
+        return [(1.0, [[stage for stage in chain if stage.name in wanted] for chain in group]) for _, group in found]
 
     def model(self) -> Chain:
         """A random model in place of the small base model, if that is not here."""
@@ -209,12 +212,11 @@ class Plan:
 
     def measuring(self) -> Chain:
         """Steps and decoding, then the peers, which find the GPU empty."""
-        part = {"grid": 0.28, "peers": 0.08}
-        seconds = {name: f"--seconds={share * self.flags.seconds:.0f}" for name, share in part.items()}
+        left = self.flags.seconds * (1 if self.flags.stages else 1 - SHARE_OF_CHECKS)
         kernels = [f"--kernels={self.flags.kernels}"] if self.flags.kernels else []
         return [
-            self.benchmark("measure", 300, "ceilings,grid,decode", seconds["grid"], *kernels),
-            self.benchmark("peers", 100, "peers", seconds["peers"]),
+            self.benchmark("measure", 300, "ceilings,grid,decode", f"--seconds={left / 2:.0f}", *kernels),
+            self.benchmark("peers", 100, "peers", f"--seconds={left / 7:.0f}"),
         ]
 
     def large_run(self) -> Chain:
@@ -299,6 +301,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--kernels", help="values of LORAMOE_KERNELS to compare: torch,triton")
     add("--stages", help="names of the stages to run, separated by commas; results of others in the folder are kept")
     add("--quick", action="store_true", help="rehearse with tiny shapes, also on a CPU")
+    add("--rewrite", action="store_true", help="only write report.md again from the results in the folder")
     flags = parser.parse_args(argv)
     refuse(range_problems(flags, [at_least(30, "seconds")]))
     return flags
@@ -312,12 +315,14 @@ def main(argv: list[str] | None = None) -> None:
     """
     flags = parse(argv)
     start = time.monotonic()
+    if flags.rewrite:
+        print(Report(flags.output).write())
+        return
     if not torch.cuda.device_count() and not flags.quick:
         raise InputError("torch sees no GPU here; --quick rehearses the report on a CPU, with tiny shapes")
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     folder = flags.output.resolve()
-    report = Report(folder)
+    one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    report = Report(folder, CUDA_VISIBLE_DEVICES=one_gpu, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory(prefix="gpu_report-") as work:
         plan = Plan(flags, folder, Path(work))
         try:

@@ -61,7 +61,9 @@ def _peak(row: dict) -> int:
 
 
 def _label(row: dict) -> str:
-    return f"{row['variant']}, {row['kernels']}" if row["kernels"] else row["variant"]
+    """The variant's name, with its kernels or the version of PyPI's `peft`."""
+    more = row["kernels"] or (f"peft {row['peft']}" if "peft" in row else "")
+    return f"{row['variant']}, {more}" if more else row["variant"]
 
 
 def _setting(row: dict) -> str:
@@ -72,8 +74,8 @@ def _steps(rows: Rows) -> str:
     header = ["variant", "experts x rank", "dropout", "step / frozen", "step, ms", "tokens/s", "peak, GiB", "rounds"]
     parts = [
         "A step is a forward and a backward pass in bf16, with a bf16 adapter and no optimizer. Ratios are medians "
-        "over rounds, with quartiles in brackets. The second `frozen` is in the process of PyPI's peft, whose ratios "
-        "refer to it. The peak is that of weights, adapter and step."
+        "over rounds, with quartiles in brackets. Rows with a version are from the process of PyPI's peft, "
+        "and their ratios refer to its frozen model. The peak is that of weights, adapter and step."
     ]
     for setting in dict.fromkeys(_setting(row) for row in _of(rows, "step")):
         lines = []

@@ -191,9 +191,9 @@ def peers(benchmark: "Benchmark") -> dict:
             batch = random_batch(config.vocab_size, setting.batch, setting.length)
 
             def build(variant: Variant, batch: dict[str, Tensor] = batch) -> Built:
-                peer.build(variant)
+                package = {"peft": peer.build(variant)["version"]}
                 ask = variant, batch
-                return Built(partial(peer.step, *ask), partial(peer.memory, *ask), partial(peer.kernels, *ask))
+                return Built(partial(peer.step, *ask), lambda: package | peer.memory(*ask), partial(peer.kernels, *ask))
 
             measure(benchmark, setting, theirs(setting), build, limit.of_setting(number, len(places)), number)
             peer.drop()
@@ -217,6 +217,7 @@ def measure(
         end: see `Times`.
         number: of the setting, from 0.
     """
+    _free()
     runs, rows = {}, {}
     for variant in variants:
         fields = asdict(variant)
@@ -226,12 +227,12 @@ def measure(
             row |= built.memory()
             row |= built.kernels() if _is_profiled(variant, number) else {}
             runs[variant], rows[variant] = built.step, row
-        except (RuntimeError, ValueError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             benchmark.add(row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
-        _free()
+            _free()
     if variants[0] not in runs:
         return
-    times = Times(runs, benchmark.rounds, end)
+    times = Times(runs, benchmark.rounds, end, is_warm=True)
     for variant, row in rows.items():
         row |= times.row(variant, variants[0])
         benchmark.add(row | {"tokens_per_second": setting.batch * setting.length / row["step_seconds"]})

@@ -21,12 +21,19 @@ class Times:
         runs: for every variant, a function that runs it once and returns the seconds.
         rounds: number of rounds; each variant runs once per round.
         end: time of `time.monotonic` after which no round begins but the first LEAST_ROUNDS.
+        is_warm: every variant has run before; otherwise a first round is not counted.
     """
 
-    def __init__(self, runs: dict[Variant, Callable[[], float]], rounds: int, end: float = float("inf")):
+    def __init__(
+        self,
+        runs: dict[Variant, Callable[[], float]],
+        rounds: int,
+        end: float = float("inf"),
+        is_warm: bool = False,
+    ):
         self.rounds: dict[Variant, dict[int, float]] = {variant: {} for variant in runs}
         order = list(runs)
-        for number in range(-1, rounds):  # the first round warms up
+        for number in range(0 if is_warm else -1, rounds):
             if number >= LEAST_ROUNDS and time.monotonic() > end:
                 break
             for variant in order:
