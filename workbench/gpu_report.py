@@ -211,12 +211,12 @@ class Plan:
         ]
 
     def measuring(self) -> Chain:
-        """Steps and decoding, then the peers, which find the GPU empty."""
+        """The peers, then steps and decoding, of which a lack of time takes the last rows alone."""
         left = self.flags.seconds * (1 if self.flags.stages else 1 - SHARE_OF_CHECKS)
         kernels = [f"--kernels={self.flags.kernels}"] if self.flags.kernels else []
         return [
-            self.benchmark("measure", 300, "ceilings,grid,decode", f"--seconds={left / 2:.0f}", *kernels),
             self.benchmark("peers", 100, "peers", f"--seconds={left / 7:.0f}"),
+            self.benchmark("measure", 300, "ceilings,grid,decode", f"--seconds={left / 2:.0f}", *kernels),
         ]
 
     def large_run(self) -> Chain:
