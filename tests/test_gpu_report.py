@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_launch import call
 
+from data import InputError
 from workbench.benchmark import main as benchmark
 from workbench.gpu_report import Report, Stage, main
 from workbench.gpu_tables import markdown
@@ -137,6 +138,11 @@ def test_without_a_gpu_there_is_one_message(tmp_path):
     assert outcome.returncode == 1
     assert outcome.stderr == "error: torch sees no GPU here; --quick rehearses the report on a CPU, with tiny shapes\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_stage_is_refused(tmp_path):
+    with pytest.raises(InputError, match="unknown: grid; choose from .*check_node, main, generate, .*, large"):
+        main(["--quick", "--stages", "grid,peers", "--output", str(tmp_path)])
 
 
 @pytest.mark.slow
