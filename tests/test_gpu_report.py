@@ -141,7 +141,7 @@ def test_without_a_gpu_there_is_one_message(tmp_path):
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(InputError, match="unknown: grid; choose from .*check_node, main, generate, .*, large"):
+    with pytest.raises(InputError, match=r"unknown: grid; choose from .*check_node, main, generate, .*, large"):
         main(["--quick", "--stages", "grid,peers", "--output", str(tmp_path)])
 
 
