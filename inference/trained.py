@@ -23,7 +23,7 @@ from loading.arguments import KBITS, DataArguments
 from loading.base_model import check_base_model, load_tokenizer, other_base_warning, quantization
 from loading.command_line import at_least, flag, listed, one_of, range_problems, refuse
 from loading.run_files import CHECKPOINT_NAME, PUBLISHED, RUN_CONFIG_NAME, with_current_names
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, LoraLayer, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
@@ -164,10 +164,13 @@ def read_run_config(folder: Path) -> dict:
     return config
 
 
-def load_trained(args: InferenceArguments) -> TrainedModel:
+def load_trained(args: InferenceArguments, casts_experts: bool = True) -> TrainedModel:
     """Load an adapter on its base model, or a complete model. Everything is checked before any weights are loaded.
 
     The tokenizer is that of the folder, or else the base model's.
+
+    Args:
+        casts_experts: see `cast_experts`; for a model that is only run.
 
     Raises:
         InputError: the folder or hub id does not exist or is not an adapter, its base model is missing or does not fit
@@ -190,7 +193,21 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
     model = _load_weights(base, args)
     proposed = model.generation_config
     drop_proposed_settings(model, tokenizer.pad_token_id)
-    return TrainedModel(put_adapter(model).eval(), tokenizer, run_config, base, proposed)
+    model = put_adapter(model).eval()
+    if casts_experts:
+        cast_experts(model)
+    return TrainedModel(model, tokenizer, run_config, base, proposed)
+
+
+def cast_experts(model: nn.Module) -> None:
+    """Give the experts and routers of each half-precision Linear its dtype, once instead of in every call.
+
+    The products are those of the call bit for bit, and the softmax of the routers stays float32. Quantised Linears are
+    left alone.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and module.weight.dtype in (torch.float16, torch.bfloat16):
+            module.experts.to(module.weight.dtype)
 
 
 def _local_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Instruments: bytes kept for backward, live bytes, FLOPs, time, memory and kernels.
+"""Instruments: bytes kept for backward, live bytes, bytes moved, FLOPs, time, memory and kernels.
 
 The counters work on real and fake tensors. This file imports only torch, so that other environments can use it, too.
 """
@@ -8,6 +8,7 @@ import gc
 import re
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,13 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+# Operations that launch nothing, and those that write their first argument without reading it.
+WITHOUT_KERNEL = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "empty", "empty_like", "expand",
+    "lift_fresh", "new_empty", "permute", "promote_types", "select", "slice", "split", "split_with_sizes", "squeeze",
+    "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+WITHOUT_READING = {"bernoulli_", "copy_", "fill_", "random_", "zero_"}
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 MMAP_THRESHOLD = 64 * 1024  # bytes; larger blocks are allocated outside the heap
 
@@ -124,6 +132,33 @@ class LiveBytes(TorchDispatchMode):
         self._references[identity] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+class Traffic(TorchDispatchMode):
+    """Context manager that counts what the operations inside it launch, and the bytes that they read and write.
+
+    Each operation counts as one kernel that reads its arguments and writes its results once.
+
+    Attributes:
+        launches: kernels by the operation's name.
+        moved: bytes by the number of elements of the tensor.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.moved: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name not in WITHOUT_KERNEL:
+            self.launches[name] += 1
+            for tensor in tree_leaves((args[name in WITHOUT_READING :], kwargs, result)):
+                if isinstance(tensor, Tensor):
+                    self.moved[tensor.numel()] += tensor.numel() * tensor.element_size()
+        return result
 
 
 def count_flops(run: Callable[[], object]) -> int:

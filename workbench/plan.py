@@ -141,6 +141,7 @@ def plan(config: PretrainedConfig, flags: argparse.Namespace) -> dict:
         dtype=torch.bfloat16 if flags.dtype == "bf16" else torch.float32,
         casts_adapter=flags.zero > 0,
         checkpointing=flags.gradient_checkpointing,
+        forms_logits=flags.zero == 3,
     )
     try:
         with damage_refused(f"config.json of {flags.model}"):
@@ -234,7 +235,7 @@ def check(folder: str) -> tuple[list[list[str]], float, float]:
         # The last token of an example predicts nothing.
         shape = Shape(batch, length, batch * (length - 1), torch.float32, casts_adapter=False, checkpointing=False)
         counts = count_step(config, variant.config(balances=False), shape)
-        tensors = random_batch(base.config.vocab_size, batch, length)
+        tensors = random_batch(base.config.vocab_size, batch, length) | {"return_logits": False}
         with SavedBytes(model) as saved:
             model(**tensors)
         resident = run_alone(resident_memory, partial(load_base, folder), variant, tensors)

@@ -68,8 +68,8 @@ class LoopLayer(LoraLayer):
 class PlainRouter(Router):
     """w = softmax(W_g x) in plain autograd."""
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        return torch.softmax(F.linear(x_BTI, self.weight), dim=-1, dtype=torch.float32)
+    def softmax(self, logits_BTE: Tensor) -> Tensor:
+        return torch.softmax(logits_BTE, dim=-1, dtype=torch.float32)
 
 
 class PlainLlama(LlamaLoRAMoEForCausalLM):
