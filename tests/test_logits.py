@@ -93,7 +93,12 @@ def fully_trained(model):
 
 
 def watched(model):
-    model.get_output_embeddings().register_forward_hook(lambda *args: None)
+    model.get_output_embeddings().register_full_backward_hook(lambda *args: None)
+
+
+def partitioned(model):
+    """ZeRO-3 frees a weight after its module's forward."""
+    model.get_output_embeddings().weight.ds_id = 0
 
 
 def moved(model):
@@ -105,13 +110,26 @@ def scored_otherwise(model):
     model.get_base_model().loss_function = lambda logits, shift_labels, **kwargs: logits.float().square().mean()
 
 
-@pytest.mark.parametrize("change", [fully_trained, watched, moved, scored_otherwise])
+@pytest.mark.parametrize("change", [fully_trained, watched, partitioned, moved, scored_otherwise])
 def test_what_needs_the_logits_gets_them(chunked, change):
     model, batch = filled_model().train(), make_batch()
     change(model)
     expected = loss_and_gradients(model, batch)
     assert_equal(loss_and_gradients(model, batch, return_logits=False), expected)
     assert not chunked
+
+
+def test_a_hook_sees_the_logits_and_changes_nothing(chunked):
+    """As transformers' search for overflows (--debug underflow_overflow) has one for every module."""
+    model, batch, seen = filled_model().train(), make_batch(), []
+    expected = loss_and_gradients(model, batch, return_logits=False)
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(output.abs().amax(-1))
+    )
+    found = loss_and_gradients(model, batch, return_logits=False)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(chunked) == 2
+    assert seen[0].shape == (1, (batch["labels"][:, 1:] != -100).sum())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -95,4 +95,5 @@ class SupervisedTokens:
         def unformed(module, inputs, logits_10V):
             return UnformedLogits(rows_1NH.pop()[0].to(logits_10V.dtype), head, logits_10V.dtype)
 
-        return [head.register_forward_pre_hook(none), head.register_forward_hook(unformed)]
+        # Hooks of others see what they would see otherwise.
+        return [head.register_forward_pre_hook(none), head.register_forward_hook(unformed, prepend=True)]

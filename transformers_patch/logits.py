@@ -77,11 +77,12 @@ class UnformedLogits(Tensor):
 
 
 def can_wait(head: nn.Module) -> bool:
-    """True if the output layer is a plain Linear that nobody trains or watches, so that its product can be put off."""
+    """True if the output layer is a plain Linear whose product can be put off: its gradients are nobody's concern."""
     return (
         type(head) is nn.Linear
         and not any(parameter.requires_grad for parameter in head.parameters())
-        and not (head._forward_pre_hooks or head._forward_hooks or head._backward_pre_hooks or head._backward_hooks)
+        and not (head._backward_pre_hooks or head._backward_hooks)
+        and not hasattr(head.weight, "ds_id")  # ZeRO-3 frees the weight once the output layer has been called
         and "forward" not in vars(head)  # accelerate's, on several devices
         and not torch.compiler.is_compiling()
     )

@@ -61,7 +61,7 @@ def load_base(model: str) -> nn.Module:
         return base.to(DEVICE)
     config = transformers.AutoConfig.for_model(**model)
     with instruments.default_dtype(torch.bfloat16), DEVICE:
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def build(request: dict) -> nn.Module:
