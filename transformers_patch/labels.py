@@ -4,17 +4,17 @@ Shape suffixes: B samples, T tokens, N supervised tokens of the batch, H hidden 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data import supervised_indices
 from peft import Router
-from transformers_patch.logits import UnformedLogits, can_wait, in_chunks
+from transformers_patch.logits import UnformedLogits, can_wait, in_chunks, put_off
 
 
 class SupervisedTokens:
@@ -45,17 +45,15 @@ class SupervisedTokens:
         layer needs complete rows for its routing shares; its positions are selected afterwards.
         """
         head = model.get_output_embeddings()
-        if may_wait and can_wait(head):
-            hooks = self._put_off(head)
-        elif any(isinstance(module, Router) for module in head.modules()):
-            hooks = [head.register_forward_hook(lambda module, inputs, logits_BTV: self._take(logits_BTV))]
+        if any(isinstance(module, Router) for module in head.modules()):
+            hook = head.register_forward_hook(lambda module, inputs, logits_BTV: self._take(logits_BTV))
         else:
-            hooks = [head.register_forward_pre_hook(lambda module, inputs: self._take(inputs[0]))]
+            hook = head.register_forward_pre_hook(lambda module, inputs: self._take(inputs[0]))
         try:
-            yield
+            with put_off(head) if may_wait and can_wait(head) else nullcontext():
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
     def loss(self, model: PreTrainedModel, logits_1NV: Tensor, **kwargs) -> Tensor:
         """The stock loss over these positions; without any, a 0 that still has gradients (zeros), not 0 / 0."""
@@ -83,17 +81,3 @@ class SupervisedTokens:
         if x_BTH.shape[:2] != self._shape:
             raise ValueError(f"labels have shape {tuple(self._shape)}; this batch needs {tuple(x_BTH.shape[:2])}")
         return x_BTH.flatten(0, 1).index_select(0, self._indices_N.to(x_BTH.device)).unsqueeze(0)
-
-    def _put_off(self, head: nn.Linear) -> list:
-        """Hooks by which the output layer multiplies no row and hands on all of them."""
-        rows_1NH: list[Tensor] = []
-
-        def none(module, inputs):
-            rows_1NH[:] = [self._take(inputs[0])]
-            return rows_1NH[0][:, :0]
-
-        def unformed(module, inputs, logits_10V):
-            return UnformedLogits(rows_1NH.pop()[0].to(logits_10V.dtype), head, logits_10V.dtype)
-
-        # Hooks of others see what they would see otherwise.
-        return [head.register_forward_pre_hook(none), head.register_forward_hook(unformed, prepend=True)]

@@ -4,12 +4,15 @@ Shape suffixes: N rows, C rows of a chunk, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
+
+from peft.products import product_dtype
 
 # Logits of a chunk: 128 MiB in float32. Copies (log-softmax, half precision) take up to twice that at the same time.
 CHUNK = 2**25
@@ -86,6 +89,21 @@ def can_wait(head: nn.Module) -> bool:
         and "forward" not in vars(head)  # accelerate's, on several devices
         and not torch.compiler.is_compiling()
     )
+
+
+@contextmanager
+def put_off(head: nn.Linear) -> Iterator[None]:
+    """While open, an output layer for which `can_wait` holds returns `UnformedLogits`. Its hooks see them, too."""
+
+    def forward(rows_1NH: Tensor) -> UnformedLogits:
+        dtype = product_dtype(rows_1NH)
+        return UnformedLogits(rows_1NH[0].to(dtype), head, dtype)
+
+    head.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del head.__dict__["forward"]
 
 
 def in_chunks(logits_1NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
