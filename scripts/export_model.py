@@ -16,13 +16,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from data import InputError
 from data.atomic import atomic_folder
 from data.errors import writing
 from inference.standalone import compare
 from inference.standalone.folder import stock_classes, write_card, write_code, write_config, write_generation_config
-from inference.standalone.weights import exported_tensors, load_offloaded, put_adapter, write_shards
+from inference.standalone.weights import exported_tensors, load_offloaded, routed_in_float32, write_shards
 from inference.trained import TrainedFolder, find_trained
 from loading.command_line import flag, output_problem, parse_flags, run_verb
 from peft.saving import load_adapter_weights
@@ -59,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     with (
         writing(f"{args.output} cannot be written", "once it can, run the same command again"),
         atomic_folder(Path(args.output)) as folder,
+        TemporaryDirectory(dir=folder) as scratch,
     ):
-        with TemporaryDirectory(dir=folder) as scratch:
-            write_model(trained, folder, Path(scratch))
-        with TemporaryDirectory(dir=folder) as scratch:
-            line = check_logits(trained, folder, Path(scratch))
+        base = load_offloaded(trained.base_model, Path(scratch))
+        write_model(base, trained, folder)
+        line = check_logits(base, trained, folder, Path(scratch))
     print(line, f"saved a model in {args.output}", sep="\n")
 
 
@@ -88,9 +89,8 @@ def check_export(trained: TrainedFolder, output: Path) -> None:
         )
 
 
-def write_model(trained: TrainedFolder, folder: Path, scratch: Path) -> None:
+def write_model(base: PreTrainedModel, trained: TrainedFolder, folder: Path) -> None:
     """Write all files of the export."""
-    base = load_offloaded(trained.base_model, "auto", scratch)
     write_shards(exported_tensors(base, load_adapter_weights(trained.folder)), folder)
     write_code(base, folder)
     write_config(base, trained, folder)
@@ -99,7 +99,7 @@ def write_model(trained: TrainedFolder, folder: Path, scratch: Path) -> None:
     write_card(trained, folder)
 
 
-def check_logits(trained: TrainedFolder, folder: Path, scratch: Path) -> str:
+def check_logits(base: PreTrainedModel, trained: TrainedFolder, folder: Path, scratch: Path) -> str:
     """Load the export in a process that does not see this repository, and compare its logits with the routed model's.
 
     Returns:
@@ -108,9 +108,10 @@ def check_logits(trained: TrainedFolder, folder: Path, scratch: Path) -> str:
     Raises:
         InputError: it cannot be loaded, or the logits differ.
     """
+    compare.give_freed_memory_back()
     ids = trained.tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
-        logits = put_adapter(load_offloaded(trained.base_model, torch.float32, scratch), trained)(ids).logits
+        logits = routed_in_float32(base, trained)(ids).logits
     save_file({"input_ids": ids, "logits": logits}, scratch / "expected.safetensors")
     result = subprocess.run(
         [sys.executable, "-I", compare.__file__, folder, scratch / "expected.safetensors"],

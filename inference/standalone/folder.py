@@ -82,7 +82,7 @@ def write_config(base: PreTrainedModel, trained: TrainedFolder, folder: Path) ->
     targets, adapter = target_names(load_adapter_weights(trained.folder)), trained.config
     assert adapter is not None
     config = base.config.to_diff_dict()
-    if base.get_output_embeddings() is base.get_submodule(targets[-1]):
+    if any(base.get_submodule(name) is base.get_output_embeddings() for name in targets):
         config["tie_word_embeddings"] = False  # the adapted output layer stores its weight under another name
     config |= {
         "architectures": ["LoraMixtureForCausalLM"],

@@ -1,6 +1,7 @@
 """The tensors of an exported model: read one at a time, renamed, and written in shards."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,31 +44,37 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-def load_offloaded(base: str, dtype: torch.dtype | str, scratch: Path) -> PreTrainedModel:
-    """A base model whose weights stay on the disk: each module reads its own when it is called.
+def load_offloaded(base: str, scratch: Path) -> PreTrainedModel:
+    """A base model, in the dtype of its checkpoint, whose weights stay on the disk: each module reads its own when it
+    is called, cast to the dtype that the model then has.
 
     Args:
-        dtype: what the weights are cast to as they are read; `auto` is the checkpoint's.
         scratch: a folder for the weights that the checkpoint stores in another form (the experts of some bases).
 
     Raises:
         InputError: the weights are missing or damaged.
     """
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns that weights are on the disk
     try:
         return AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, device_map={"": "disk"}, offload_folder=str(scratch)
-        ).eval()
+            base, dtype="auto", device_map={"": "disk"}, offload_folder=str(scratch)
+        )
     except (OSError, SafetensorError) as error:
         raise InputError(f"the weights of {base} could not be read: {first_line(error)}") from error
 
 
-def put_adapter(base: PreTrainedModel, trained: TrainedFolder) -> PeftModel:
-    """The routed model on a base model whose weights stay on the disk; the adapter's own are in memory."""
-    model = PeftModel.from_pretrained(base, trained.folder, config=trained.config)
+def routed_in_float32(base: PreTrainedModel, trained: TrainedFolder) -> PeftModel:
+    """The routed model on a base model whose weights stay on the disk; the adapter's own are in memory.
+
+    All weights are rounded to the dtype of the base model, as a loader of the export rounds them, and then used in
+    float32: in bfloat16, small faults would be lost among rounding errors.
+    """
+    dtype = base.dtype
+    model = PeftModel.from_pretrained(base.float(), trained.folder, config=trained.config)
     for module in model.modules():
         if isinstance(module, TrainedCopy):
             remove_hook_from_submodules(module.trained)  # they would read the base model's weights
-    tensors = load_adapter_weights(trained.folder)
+    tensors = {key: tensor.to(dtype).float() for key, tensor in load_adapter_weights(trained.folder).items()}
     keys = {parameter: key for key, parameter in adapter_parameters(model, model.active_adapter).items()}
     named = model.named_parameters(remove_duplicate=False)
     state = {name: tensors[keys[parameter]] for name, parameter in named if parameter in keys}
