@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from data import encode_target
+from inference.cuda_graph import graphed_decoding
 from loading.command_line import a_seed, at_least, flag, range_problems
 from transformers_patch.auto import base_of, most_positions
 
@@ -127,7 +128,7 @@ def _generate_batch(
     settings = copy.copy(settings)
     settings.max_new_tokens = room
     input_ids_BT, mask_BT = left_padded(prompts, settings.pad_token_id)
-    with torch.no_grad():
+    with torch.no_grad(), graphed_decoding(model, settings, input_ids_BT.shape[1]):
         output_BT = model.generate(
             input_ids=input_ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),

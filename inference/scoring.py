@@ -43,11 +43,8 @@ def score_answers(
         positions = SupervisedTokens(batch["labels"], batch["supervised_indices"])
         with torch.no_grad(), positions.only(model):
             logits_1NV = model(**inputs).logits
-        matches_B = positions.matches(logits_1NV).tolist()
-        return [
-            AnswerScore(nll, int(tokens), matches)
-            for (nll, tokens), matches in zip(positions.likelihood(logits_1NV).tolist(), matches_B, strict=True)
-        ]
+        scores = positions.scores(logits_1NV).tolist()
+        return [AnswerScore(nll, int(tokens), matches=not wrong) for nll, tokens, wrong in scores]
 
     return in_batches(score, rows, [len(row["input_ids"]) for row in rows], batch_size, progress)
 

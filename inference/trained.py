@@ -23,7 +23,7 @@ from loading.arguments import KBITS, DataArguments
 from loading.base_model import check_base_model, load_tokenizer, other_base_warning, quantization
 from loading.command_line import at_least, flag, listed, one_of, range_problems, refuse
 from loading.run_files import CHECKPOINT_NAME, PUBLISHED, RUN_CONFIG_NAME, with_current_names
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, LoraLayer, PeftModel
 from peft.config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.model import keep_4bit_packing
 from transformers_patch.auto import AutoModelForCausalLM
@@ -209,8 +209,11 @@ def find_trained(adapter: str, base_model: str | None = None) -> TrainedFolder:
     return TrainedFolder(folder, config, base, tokenizer, skeleton)
 
 
-def load_trained(args: InferenceArguments) -> TrainedModel:
+def load_trained(args: InferenceArguments, casts_experts: bool = True) -> TrainedModel:
     """Load an adapter on its base model, or a complete model. Everything is checked before any weights are loaded.
+
+    Args:
+        casts_experts: see `cast_experts`; for a model that is only run.
 
     Raises:
         InputError: see `find_trained`; or the weights of the base model cannot be read.
@@ -220,12 +223,25 @@ def load_trained(args: InferenceArguments) -> TrainedModel:
     model = _load_weights(found.base_model, args)
     proposed = model.generation_config
     drop_proposed_settings(model, found.tokenizer.pad_token_id)
-    model = _put_adapter(model, found.folder, found.config)
-    return TrainedModel(model.eval(), found.tokenizer, run_config, found.base_model, proposed)
+    model = _put_adapter(model, found.folder, found.config).eval()
+    if casts_experts:
+        cast_experts(model)
+    return TrainedModel(model, found.tokenizer, run_config, found.base_model, proposed)
 
 
 def _put_adapter(model: nn.Module, folder: Path, config: LoraConfig | None) -> nn.Module:
     return PeftModel.from_pretrained(model, folder, config=config) if config else model.eval()
+
+
+def cast_experts(model: nn.Module) -> None:
+    """Give the experts and routers of each half-precision Linear its dtype, once instead of in every call.
+
+    The products are those of the call bit for bit, and the softmax of the routers stays float32. Quantised Linears are
+    left alone.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and module.weight.dtype in (torch.float16, torch.bfloat16):
+            module.experts.to(module.weight.dtype)
 
 
 def _local_folder(name: str) -> Path:

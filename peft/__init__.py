@@ -1,8 +1,8 @@
 """Mixtures of LoRA experts with a localized balancing constraint, under the public names of PEFT.
 
-Read in this order: `router.py`, `layer.py`, `balance.py` are the method, `functions.py` its products; `inject.py` and
-`model.py` put it onto a base model; `config.py` and `saving.py` are what goes to disk; `static.py` makes plain LoRAs of
-mixtures.
+Read in this order: `router.py`, `layer.py`, `balance.py` are the method, `functions.py` its computations, with
+help from `products.py` and `dropout.py`; `inject.py` and `model.py` put it onto a base model; `config.py` and
+`saving.py` are what goes to disk; `static.py` makes plain LoRAs of mixtures.
 """
 
 from peft.balance import balance_coefficients, localized_balance_term, sample_shares

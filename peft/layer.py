@@ -4,13 +4,17 @@ Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O inpu
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from peft.config import LoraConfig
-from peft.functions import dropout_mask, gated_sum, thin_product
+from peft.dropout import dropout_mask
+from peft.functions import gated_sum, input_products
+from peft.fused import fused_linear, fused_shape
 from peft.linear import linear_size
+from peft.products import makes_new_tensors
 from peft.router import Router
 
 
@@ -41,15 +45,23 @@ class LoraExperts(nn.Module):
         self.dropout = config.lora_dropout
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x_BTI: Tensor, output_BTO: Tensor) -> Tensor:
-        """output + delta(x), shape (B, T, O), in the dtype of `output`."""
-        mask_BTI, scale = None, self.scaling
+    def forward(self, x_BTI: Tensor, base_layer: Callable[[Tensor], Tensor]) -> Tensor:
+        """The adapted Linear, base_layer(x) + delta(x): shape (B, T, O), in the dtype of the base layer's output."""
+        owned = makes_new_tensors(base_layer)
+        if (shape := fused_shape(self, x_BTI)) is not None:
+            return fused_linear(self, x_BTI, base_layer, shape, owned)
+        mask_BTI, scale, hidden = None, self.scaling, x_BTI
         if self.training and self.dropout:
             mask_BTI, kept = dropout_mask(x_BTI, self.dropout)
             scale /= kept
-        weights_BTE = self.router(x_BTI) if self.router is not None else None
-        hidden = thin_product(x_BTI, self.lora_A, mask_BTI)
-        return gated_sum(output_BTO, hidden, weights_BTE, self.lora_B, scale)
+
+        def routed(x: Tensor, router_EI: Tensor | None) -> Tensor | None:
+            nonlocal x_BTI, hidden
+            x_BTI, logits_BTE, hidden = input_products(x, router_EI, self.lora_A, mask_BTI, owned)
+            return None if self.router is None or logits_BTE is None else self.router.softmax(logits_BTE)
+
+        weights_BTE = routed(x_BTI, None) if self.router is None else self.router(x_BTI, routed)
+        return gated_sum(base_layer(x_BTI), hidden, weights_BTE, self.lora_B, scale, owned)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
@@ -89,7 +101,6 @@ class LoraLayer(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        output_BTO = self.base_layer(x_BTI)
         if self.active_adapter is None:
-            return output_BTO
-        return self.experts[self.active_adapter](x_BTI, output_BTO)
+            return self.base_layer(x_BTI)
+        return self.experts[self.active_adapter](x_BTI, self.base_layer)

@@ -1,9 +1,10 @@
 """The router: how much each expert counts for each token."""
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
 
-from peft.functions import thin_product
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class Router(nn.Linear):
@@ -27,9 +28,13 @@ class Router(nn.Linear):
         super().__init__(in_features, num_experts, bias=False, device=device, dtype=torch.float32)
         self.top_k = top_k
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        """Weights of shape (B, T, E), float32, each token's summing to 1."""
-        logits_BTE = thin_product(x_BTI, self.weight)
+    def forward(self, x_BTI: Tensor, routed: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Weights of shape (B, T, E), float32, each token's summing to 1. `routed`, if given, computes them of x, W_g:
+        from here, since ZeRO-3 gathers a module's parameters when that module is called."""
+        return self.softmax(F.linear(x_BTI, self.weight)) if routed is None else routed(x_BTI, self.weight)
+
+    def softmax(self, logits_BTE: Tensor) -> Tensor:
+        """The weights from the logits W_g x."""
         if self.top_k is not None:
             kept_BTK = logits_BTE.topk(self.top_k, dim=-1).indices
             dropped_BTE = torch.ones_like(logits_BTE, dtype=torch.bool).scatter(-1, kept_BTK, False)

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         InputError: flags, adapter or rows cannot be used. Nothing has been written.
     """
     inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
-    trained = load_trained(inference)
+    trained = load_trained(inference, casts_experts=False)
     check_export(trained, args)
     path, rows = rows_of_type(trained, args.data, "validation_file", args)
     loras = make_loras(trained, args, inference.batch_size)

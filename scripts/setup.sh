@@ -4,9 +4,14 @@
 #   python_path="$(bash scripts/setup.sh)"
 #
 # stdout: one line, the absolute path of the Python interpreter to use. stderr: everything else.
+# With LORAMOE_PYTHON, an interpreter, that one is used as it is: nothing is checked or installed.
 # Exit status 1, with one message, if none is found and none can be made.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+if [[ -n ${LORAMOE_PYTHON:-} ]]; then
+  exec "$LORAMOE_PYTHON" -c 'import sys; print(sys.executable)'
+fi
 
 describe='import sys; print("%d.%d.%d" % sys.version_info[:3], sys.executable); sys.exit(sys.version_info < (3, 11))'
 too_old=""

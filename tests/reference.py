@@ -7,15 +7,18 @@ from torch import Tensor
 from peft import LoraExperts, LoraLayer
 
 
-def experts_loop(x: Tensor, experts: LoraExperts) -> Tensor:
-    """(alpha / r) * sum_n w_n B_n A_n x, with w = softmax(W_g x); x is (B, T, I), the result (B, T, O)."""
+def experts_loop(x: Tensor, experts: LoraExperts, mask: Tensor | float = 1) -> Tensor:
+    """(alpha / r) * sum_n w_n B_n A_n (mask * x), with w = softmax(W_g x); x is (B, T, I), the result (B, T, O).
+
+    `mask` holds 0 and 1 / kept.
+    """
     rank = experts.rank
     weights = torch.ones(*x.shape[:-1], 1) if experts.router is None else router_weights(x, experts)
     total = 0
     for n in range(experts.num_experts):
         A_n = experts.lora_A if len(experts.lora_A) == rank else experts.lora_A[n * rank : (n + 1) * rank]
         B_n = experts.lora_B[:, n * rank : (n + 1) * rank]
-        total = total + weights[..., n : n + 1] * (x @ A_n.T @ B_n.T)
+        total = total + weights[..., n : n + 1] * ((x * mask) @ A_n.T @ B_n.T)
     return experts.scaling * total
 
 
@@ -27,9 +30,9 @@ def router_weights(x: Tensor, experts: LoraExperts) -> Tensor:
     return kept_scores / kept_scores.sum(dim=-1, keepdim=True)
 
 
-def layer_loop(x: Tensor, layer: LoraLayer) -> Tensor:
+def layer_loop(x: Tensor, layer: LoraLayer, mask: Tensor | float = 1) -> Tensor:
     """o = W0 x + delta(x)."""
-    return x @ layer.base_layer.weight.T + experts_loop(x, layer.experts["default"])
+    return x @ layer.base_layer.weight.to(x.dtype).T + experts_loop(x, layer.experts["default"], mask)
 
 
 def experts_autograd(experts: LoraExperts, x: Tensor, output: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -27,9 +27,10 @@ class Recorder:
 
     def __init__(self):
         self.reset()
-        self._thin_product, self._gated_sum = layer.thin_product, layer.gated_sum
+        self._input_products, self._gated_sum = layer.input_products, layer.gated_sum
         self._dropout_mask = layer.dropout_mask
-        layer.thin_product, layer.gated_sum, layer.dropout_mask = self.thin_product, self.gated_sum, self.dropout_mask
+        layer.input_products, layer.gated_sum = self.input_products, self.gated_sum
+        layer.dropout_mask = self.dropout_mask
 
     def reset(self) -> None:
         self.dtypes: dict[str, set[str]] = {}
@@ -38,13 +39,15 @@ class Recorder:
     def record(self) -> dict:
         return {"dtypes": {role: sorted(names) for role, names in self.dtypes.items()}, "masks": self.masks}
 
-    def thin_product(self, x, weight, mask=None):
-        product = self._thin_product(x, weight, mask)
-        self._note(activations=x, parameters=weight, products=product)
-        return product
+    def input_products(self, x, router, lora_A, *rest):
+        x, logits, hidden = self._input_products(x, router, lora_A, *rest)
+        self._note(activations=x, parameters=lora_A, products=hidden)
+        if router is not None:
+            self._note(parameters=router, products=logits)
+        return x, logits, hidden
 
-    def gated_sum(self, output, hidden, weights, lora_B, scale):
-        total = self._gated_sum(output, hidden, weights, lora_B, scale)
+    def gated_sum(self, output, hidden, weights, lora_B, *rest):
+        total = self._gated_sum(output, hidden, weights, lora_B, *rest)
         self._note(activations=output, parameters=lora_B, products=hidden, sums=total)
         return total
 

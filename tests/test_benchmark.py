@@ -10,10 +10,11 @@ from conftest import ROOT, filled_model, tiny_model
 
 from data import InputError
 from workbench import benchmark_data
-from workbench.benchmark import Times, main, read_results
+from workbench.benchmark import main, read_results
 from workbench.benchmark_report import draw
 from workbench.instruments import step
 from workbench.peers import PYTHON, Peer
+from workbench.rounds import Times
 from workbench.variants import LoopLayer, PlainLayer, PlainLlama, Variant, compute_as, random_batch
 
 NUMBERS = {
@@ -128,14 +129,15 @@ def test_peers_run_the_package_from_pypi(name):
     folder = ROOT / "models" / "SmolLM2-135M-Instruct"
     if not PYTHON.exists() or not folder.exists():
         pytest.skip("bash workbench/benchmark_peers.sh and bash run_loramoe.sh make what this needs")
-    peer = Peer(Variant(name, experts=2, rank=4), str(folder))
+    variant, peer = Variant(name, experts=2, rank=4), Peer(str(folder))
     try:
         batch = random_batch(1000, 1, 16)
-        assert peer.package["version"] == "0.21.2"
-        assert str(PYTHON.parent.parent) in peer.package["file"]
-        assert peer.step(batch) > 0
-        assert peer.measure(batch)["saved_bytes"] > 0
-        assert peer.resident_memory(batch)["peak_resident"] > 500e6
+        package = peer.build(variant)
+        assert package["version"] == "0.21.2"
+        assert str(PYTHON.parent.parent) in package["file"]
+        assert peer.step(variant, batch) > 0
+        assert peer.measure(variant, batch)["saved_bytes"] > 0
+        assert peer.memory(variant, batch)["peak_resident"] > 500e6
     finally:
         peer.close()
 

@@ -19,6 +19,7 @@ from inference.trained import InferenceArguments, load_trained
 from loading.arguments import ModelArguments
 from loading.command_line import output_problem, parse_flags
 from peft import PeftModel
+from transformers_patch.recorder import RoutingRecorder
 
 INPUT = torch.arange(5, 25)[None]
 
@@ -286,3 +287,16 @@ def test_the_trained_model_of_the_main_job():
     assert (
         load(ROOT / "outputs" / "default", base_model=str(ROOT / "models/SmolLM2-135M-Instruct")).template() == "chat"
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_experts_of_a_half_precision_model_are_cast_once_without_changing_a_bit(adapter_dir, dtype):
+    cast = load(adapter_dir, dtype=dtype).model
+    each_call = load_trained(InferenceArguments(adapter=str(adapter_dir), dtype=dtype), casts_experts=False).model
+    assert {parameter.dtype for parameter in cast.parameters()} == {getattr(torch, dtype)}
+    assert {parameter.dtype for parameter in each_call.parameters()} == {getattr(torch, dtype), torch.float32}
+    with torch.no_grad(), RoutingRecorder(cast) as weights, RoutingRecorder(each_call) as expected:
+        assert torch.equal(cast(INPUT).logits, each_call(INPUT).logits)
+    for name in expected.weights:
+        assert weights.weights[name].dtype == torch.float32
+        assert torch.equal(weights.weights[name], expected.weights[name])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PhimoeConfig
 
 from data import InputError
 from peft import LoraConfig
+from transformers_patch import logits
 from transformers_patch.auto import DEFAULT_TARGETS
 from workbench.architectures import ARCHITECTURES, find_architecture
 from workbench.footprint import Footprint, Shape, count_step
@@ -93,7 +94,7 @@ def test_counts_without_data_are_those_of_a_real_step(dropout):
     live = LiveBytes()
     with live:
         with SavedBytes(model) as saved:
-            loss = model(**random_batch(300, 4, 32)).loss
+            loss = model(**random_batch(300, 4, 32), return_logits=False).loss
         loss.backward()
     assert counts.saved == pytest.approx(saved.total, rel=0.02)
     assert counts.step_peak == pytest.approx(live.peak, rel=0.05)
@@ -114,6 +115,16 @@ def test_counts_follow_the_settings():
     assert 1.2 * counts.flops < recomputed.flops < 1.6 * counts.flops
     assert count(lora_nums=8).trainable_parameters == 2 * counts.trainable_parameters
     assert count(lora_dropout=0.05).activations > counts.activations
+
+
+def test_logits_count_in_full_where_they_are_not_formed_in_chunks(monkeypatch):
+    """With ZeRO-3, and where the model scales them: log-softmax, its gradient and that of the logits at least."""
+    monkeypatch.setattr(logits, "CHUNK", 300)
+    all_logits = SHAPE.labelled * 300 * 4
+    kind, sizes, _ = TINY["granite"]
+    scaled = count_step(kind(**sizes), LoraConfig(**ADAPTER, target_modules=["up_proj"]), SHAPE)
+    assert count().logits < all_logits < scaled.logits / 3
+    assert count(replace(SHAPE, forms_logits=True)).logits > 3 * all_logits
 
 
 def test_memory_of_one_gpu_adds_up():

@@ -212,3 +212,16 @@ def test_every_regime_trains_as_one_process(case, quantisable, regime):
         assert record["dtypes"] == expected | ({} if file else {"parameters": ["float32"]}), run
     masks = [mask for rank in records for mask in rank[-1]["masks"]]
     assert len(set(masks)) == len(masks) == 6 * processes
+
+
+def test_fused_kernels_under_zero3(case, monkeypatch):
+    """They get the parameters of experts and router at once, of which ZeRO-3 gathers each with its module."""
+    pytest.importorskip("triton", reason="needs triton")
+    layouts = [WHOLE[0], WHOLE[3]]
+    runs = gradient_runs(case, layouts, 2, half=False)
+    with monkeypatch.context() as context:
+        context.setenv("LORAMOE_KERNELS", "triton")
+        adapters, _ = case.run(
+            "kernels", 2, [run | {"deepspeed": deepspeed_file(case.folder, "zero3.json")} for run in runs]
+        )
+    check_gradients(case, layouts, 2, adapters, 1e-5)

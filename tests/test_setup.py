@@ -71,6 +71,11 @@ def test_an_environment_that_satisfies_the_requirements_is_used(setup):
     assert not (setup.root / ".venv").exists()
 
 
+def test_a_named_interpreter_is_used_as_it_is(setup):
+    outcome = setup("no_such_package==1.0\n", LORAMOE_PYTHON=sys.executable)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, f"{sys.executable}\n", "")
+
+
 def test_an_old_python_alone_gives_one_message(setup, tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()

@@ -13,14 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
 from data import supervised_indices
+from workbench.instruments import WITHOUT_KERNEL
 
-# Operations whose result depends on values, so that the host waits for the device; and those that launch nothing.
+# Operations whose result depends on values, so that the host waits for the device.
 WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave", "_unique2"}
-WITHOUT_KERNEL = {
-    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh",
-    "new_empty", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
-    "unsqueeze", "view",
-}  # fmt: skip
 # Methods that bring values to the host, and functions that take values from it.
 TO_HOST = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 FROM_HOST = ("tensor", "as_tensor", "from_numpy")

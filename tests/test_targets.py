@@ -235,4 +235,4 @@ def test_a_lora_for_fixed_weights_equals_a_mixture_with_a_shared_a():
     torch.nn.init.zeros_(experts.router.weight)
     x, base = torch.randn(2, 5, 32), torch.randn(2, 5, 48)
     A, B = static_lora(experts, torch.full((4,), 0.25))
-    torch.testing.assert_close(experts(x, base), base + experts.scaling * x @ A.T @ B.T)
+    torch.testing.assert_close(experts(x, lambda x: base), base + experts.scaling * x @ A.T @ B.T)

@@ -233,7 +233,7 @@ class LoRAMoETrainer(Trainer):
         recorder = RoutingRecorder(plain_model)
         with torch.no_grad(), self.compute_loss_context_manager(), recorder, positions.only(plain_model):
             logits_1NV = model(**fields).logits
-        predictions = [positions.likelihood(logits_1NV)]
+        predictions = [positions.scores(logits_1NV)[:, :2]]
         if recorder.weights:
             self._routed_modules = list(recorder.weights)
             predictions.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1).contiguous())

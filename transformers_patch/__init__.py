@@ -1,7 +1,8 @@
 """Everything that knows the internals of transformers.
 
 `mixin.py` adds task types and the balance term to a stock model class, `recorder.py` takes the routing out of the
-layers, `labels.py` restricts logits and loss to the supervised tokens, and `modeling_*.py` name the patched classes.
+layers, `labels.py` restricts logits and loss to the supervised tokens, `logits.py` forms some rows of them at a time,
+and `modeling_*.py` name the patched classes.
 """
 
 from transformers_patch.version import check_environment

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data import supervised_indices
 from peft import Router
+from transformers_patch.logits import UnformedLogits, can_wait, in_chunks
 
 
 class SupervisedTokens:
@@ -35,46 +37,62 @@ class SupervisedTokens:
         self.rows_N = self._indices_N // labels_BT.shape[1]
 
     @contextmanager
-    def only(self, model: PreTrainedModel) -> Iterator[None]:
+    def only(self, model: PreTrainedModel, may_wait: bool = True) -> Iterator[None]:
         """While open, the model's logits have shape (1, N, V): its output layer sees these positions alone.
 
-        What the stock forward does to the logits afterwards (scaling, soft-capping) is done to these. An adapted
-        output layer needs complete rows for its routing shares; its positions are selected afterwards.
+        What the stock forward does to the logits afterwards (scaling, soft-capping) is done to these. If it does
+        nothing and the output layer can wait, they are `UnformedLogits`, unless `may_wait` is false. An adapted output
+        layer needs complete rows for its routing shares; its positions are selected afterwards.
         """
         head = model.get_output_embeddings()
-        if any(isinstance(module, Router) for module in head.modules()):
-            hook = head.register_forward_hook(lambda module, inputs, logits_BTV: self._take(logits_BTV))
+        if may_wait and can_wait(head):
+            hooks = self._put_off(head)
+        elif any(isinstance(module, Router) for module in head.modules()):
+            hooks = [head.register_forward_hook(lambda module, inputs, logits_BTV: self._take(logits_BTV))]
         else:
-            hook = head.register_forward_pre_hook(lambda module, inputs: self._take(inputs[0]))
+            hooks = [head.register_forward_pre_hook(lambda module, inputs: self._take(inputs[0]))]
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def loss(self, model: PreTrainedModel, logits_1NV: Tensor, **kwargs) -> Tensor:
         """The stock loss over these positions; without any, a 0 that still has gradients (zeros), not 0 / 0."""
         if not len(self.targets_N):
             return logits_1NV.float().sum()
+        targets_N = self.targets_N.to(logits_1NV.device)
+        if isinstance(logits_1NV, UnformedLogits) and model.loss_function is ForCausalLMLoss:
+            divisor = kwargs.get("num_items_in_batch")
+            return logits_1NV.cross_entropy(targets_N, len(targets_N) if divisor is None else divisor)
         return model.loss_function(
-            logits=logits_1NV, labels=None, shift_labels=self.targets_N, vocab_size=logits_1NV.shape[-1], **kwargs
+            logits=logits_1NV, labels=None, shift_labels=targets_N, vocab_size=logits_1NV.shape[-1], **kwargs
         )
 
-    def likelihood(self, logits_1NV: Tensor) -> Tensor:
-        """Summed negative log-likelihood of each row's labels and their number, shape (B, 2), float32."""
-        nll_N = F.cross_entropy(logits_1NV[0].float(), self.targets_N.to(logits_1NV.device), reduction="none")
-        return self._sum_by_row(torch.stack([nll_N, torch.ones_like(nll_N)], dim=1))
-
-    def matches(self, logits_1NV: Tensor) -> Tensor:
-        """True for a row whose labels are all the likeliest tokens at their places, shape (B,), bool."""
-        wrong_N = (logits_1NV[0].argmax(dim=-1) != self.targets_N.to(logits_1NV.device)).int()
-        return self._sum_by_row(wrong_N) == 0
-
-    def _sum_by_row(self, values: Tensor) -> Tensor:
-        """Values of the N positions added up over each row, shape (B, ...)."""
-        sums = values.new_zeros(self._shape[0], *values.shape[1:])
-        return sums.index_add_(0, self.rows_N.to(values.device), values)
+    def scores(self, logits_1NV: Tensor) -> Tensor:
+        """Of each row, shape (B, 3), float32: summed negative log-likelihood of its labels, their number, and how many
+        of them are not the likeliest token at their place."""
+        targets_N = self.targets_N.to(logits_1NV.device)
+        scores_N3 = torch.ones(len(targets_N), 3, device=logits_1NV.device)
+        for logits_CV, targets_C, scores_C3 in in_chunks(logits_1NV, targets_N, scores_N3):
+            scores_C3[:, 0] = F.cross_entropy(logits_CV.float(), targets_C, reduction="none")
+            scores_C3[:, 2] = logits_CV.argmax(dim=-1) != targets_C
+        return scores_N3.new_zeros(self._shape[0], 3).index_add_(0, self.rows_N.to(scores_N3.device), scores_N3)
 
     def _take(self, x_BTH: Tensor) -> Tensor:
         if x_BTH.shape[:2] != self._shape:
             raise ValueError(f"labels have shape {tuple(self._shape)}; this batch needs {tuple(x_BTH.shape[:2])}")
         return x_BTH.flatten(0, 1).index_select(0, self._indices_N.to(x_BTH.device)).unsqueeze(0)
+
+    def _put_off(self, head: nn.Linear) -> list:
+        """Hooks by which the output layer multiplies no row and hands on all of them."""
+        rows_1NH: list[Tensor] = []
+
+        def none(module, inputs):
+            rows_1NH[:] = [self._take(inputs[0])]
+            return rows_1NH[0][:, :0]
+
+        def unformed(module, inputs, logits_10V):
+            return UnformedLogits(rows_1NH.pop()[0].to(logits_10V.dtype), head, logits_10V.dtype)
+
+        return [head.register_forward_pre_hook(none), head.register_forward_hook(unformed)]

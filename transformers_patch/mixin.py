@@ -120,7 +120,7 @@ class LoRAMoEMixin:
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             raise ValueError("logits_to_keep cannot be given with labels: logits are then those of supervised tokens")
         positions = SupervisedTokens(labels, supervised_indices)
-        with RoutingRecorder(self) as recorder, positions.only(self):
+        with RoutingRecorder(self) as recorder, positions.only(self, may_wait=not return_logits):
             outputs = stock_forward()
         loss = positions.loss(self, outputs.logits, **kwargs)
         kept = {name: value for name, value in _known(outputs).items() if return_logits or name != "logits"}

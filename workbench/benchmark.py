@@ -2,92 +2,60 @@
 
 Variants take turns within each round, so that other load on the machine affects all of them equally. A ratio is the
 median over rounds of the ratio to the frozen backbone's time in the same round. All variants use the same weights and
-batches, in float32. A step is a forward and a backward pass, without an optimizer.
+batches, in float32, or in bf16 with `--random`. A step is a forward and a backward pass, without an optimizer. It runs
+on a GPU if torch sees one.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, set_seed
+from transformers import GenerationConfig, PreTrainedModel, set_seed
 
-from data import InputError
+from data import InputError, supervised_indices
 from loading.arguments import parse_arguments
 from loading.base_model import load_tokenizer
 from loading.command_line import at_least, range_problems, refuse, run_verb
 from loading.provenance import provenance
 from train import build_trainer, load_rows
 from training.stopping import StopSignals
+from workbench import grid
 from workbench.benchmark_report import draw, markdown
-from workbench.instruments import step, step_counts, trim_heap
-from workbench.peers import PYTHON, Peer, PeerError
+from workbench.instruments import step, step_counts, step_memory, timed, trim_heap
+from workbench.peers import Peer, PeerError
 from workbench.peers import resident_memory as peer_resident_memory
 from workbench.processes import as_flags, run_alone
+from workbench.rounds import Times
 from workbench.variants import (
     PlainLayer,
     PlainLlama,
     Variant,
     compute_as,
     load_base,
+    random_base,
     random_batch,
     resident_memory,
 )
 
-DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
+DEFAULT_MODEL, LARGE_MODEL = "models/SmolLM2-135M-Instruct", "Llama-2-7B"
 TRAINING_ROWS = "data/tiny_data/train"
 DROPOUTS = (0.0, 0.05)
 PEERS = ("peft_lora", "xlora")
-# Much slower than the others, so they run in every third round only.
-SLOW = ("loop", "xlora")
 RATIO = ("ratio", "ratio_low", "ratio_high")
-
-
-class Times:
-    """Seconds by variant and round.
-
-    Args:
-        runs: for every variant, a function that runs it once and returns the seconds.
-        rounds: number of rounds; each variant runs once per round.
-    """
-
-    def __init__(self, runs: dict[Variant, Callable[[], float]], rounds: int):
-        self.rounds: dict[Variant, dict[int, float]] = {variant: {} for variant in runs}
-        order = list(runs)
-        for number in range(-1, rounds):  # the first round warms up
-            for variant in order:
-                if variant.name in SLOW and number >= 0 and number % 3:
-                    continue
-                seconds = runs[variant]()
-                if variant.name in SLOW:  # these are also large
-                    trim_heap()
-                if number >= 0:
-                    self.rounds[variant][number] = seconds
-            order.append(order.pop(0))
-
-    def ratio(self, variant: Variant, reference: Variant) -> dict[str, float]:
-        """Median and quartiles of the ratio of two variants, over the rounds in which both ran."""
-        ours, theirs = self.rounds[variant], self.rounds[reference]
-        ratios = [ours[number] / theirs[number] for number in ours.keys() & theirs.keys()]
-        low, middle, high = np.percentile(ratios, (25, 50, 75)).tolist()
-        return {"ratio": middle, "ratio_low": low, "ratio_high": high, "rounds": len(ratios)}
-
-    def row(self, variant: Variant, frozen: Variant) -> dict:
-        """The reported times of one variant."""
-        row = {f"step_{name}": value for name, value in self.ratio(variant, frozen).items()}
-        rounds = row.pop("step_rounds")
-        seconds = statistics.median(self.rounds[variant].values())
-        return {**row, "step_seconds": seconds, "rounds": rounds}
 
 
 class Benchmark:
@@ -99,12 +67,55 @@ class Benchmark:
         batch: examples per batch.
         length: tokens per example.
         experts: numbers of experts to compare.
+        random: `folder` is the name of an architecture, whose weights are random and in bf16.
+        kernels: values of LORAMOE_KERNELS that the grid and decoding compare; by default the environment's.
+        seconds: after which the grid and the peers start no further round, and decoding with a batch after an eighth.
+        lines: file to which each row of some sections is appended as JSON as soon as it is measured.
+        origin: see `provenance`.
     """
 
-    def __init__(self, folder: str | None, rounds: int, batch: int, length: int, experts: list[int]):
+    def __init__(
+        self,
+        folder: str | None,
+        rounds: int,
+        batch: int,
+        length: int,
+        experts: list[int],
+        random: bool = False,
+        kernels: tuple[str, ...] = ("",),
+        seconds: float = math.inf,
+        lines: Path | None = None,
+        origin: dict | None = None,
+    ):
         self.folder, self.rounds, self.batch, self.length, self.experts = folder, rounds, batch, length, experts
-        self.base = load_base(folder)
+        self.random, self.kernels, self.seconds = random, kernels, seconds
+        self.lines, self.origin = lines, origin or {}
+        self.rows: list[dict] = []
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.load = partial(random_base, folder, self.device) if random else partial(load_base, folder)
         self.fewer_rounds = max(1, rounds // 2)
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        return self.load().to(self.device)
+
+    def add(self, row: dict) -> None:
+        """Take in a row of the grid; its `section` says of what kind it is."""
+        self.rows.append(row)
+        self.append(row)
+
+    def append(self, row: dict) -> None:
+        if self.lines:
+            with self.lines.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def keep(self, name: str, text: str) -> None:
+        """Write a text into a file next to that of the rows."""
+        if self.lines:
+            self.lines.with_name(re.sub(r"[ ,]+", "_", name) + ".txt").write_text(text)
+
+    def say(self, message: str) -> None:
+        say(message)
 
     def steps(self) -> dict:
         """The main table: every variant at both dropouts."""
@@ -116,11 +127,12 @@ class Benchmark:
                 *(Variant(name, dropout=dropout) for name in ("loramoe", "top2", "shared_a", "plain", "loop")),
             ]
             peers = self._peers(dropout)
-            batch = self._batch(self.batch, self.length)
-            runs = self._runs(mine, batch) | {variant: partial(peer.step, batch) for variant, peer in peers.items()}
+            batch = self.batch_of(self.batch, self.length)
+            runs = self.runs(mine, batch)
+            runs |= {variant: partial(peer.step, variant, batch) for variant, peer in peers.items()}
             measured = {variant: self._measure(variant, batch) for variant in mine}
             measured |= {
-                variant: peer.measure(batch) | peer_resident_memory(variant, str(self.folder), batch)
+                variant: peer.measure(variant, batch) | peer_resident_memory(variant, str(self.folder), batch)
                 for variant, peer in peers.items()
             }
             times = Times(runs, self.rounds)
@@ -155,22 +167,25 @@ class Benchmark:
     def decode(self) -> dict:
         """Greedy generation with a KV cache, tokens per second."""
         rows = []
-        variants = [Variant("frozen"), *_PAIR]
+        variants = [Variant("frozen"), *(replace(each, kernels=kernels) for kernels in self.kernels for each in _PAIR)]
         models = {variant: variant.model(self.base).eval() for variant in variants}
-        for batch in (1, 8):
-            prompt = random_batch(self.base.config.vocab_size, batch, 32)["input_ids"]
-            times = Times({v: partial(generate, models[v], prompt) for v in variants}, self.rounds)
+        for batch in (1, 32 if self.device.type == "cuda" else 8):
+            prompt = random_batch(self.base.config.vocab_size, batch, 32)["input_ids"].to(self.device)
+            end = time.monotonic() + self.seconds / 8
+            times = Times({v: v.running(partial(generate, models[v], prompt)) for v in variants}, self.rounds, end)
             for variant in variants:
                 row = times.row(variant, variants[0])
                 # The ratio of speeds is the inverse of the ratio of times.
                 ratio = times.ratio(variants[0], variant)["ratio"]
                 speed = batch * NEW_TOKENS / row["step_seconds"]
-                rows.append({"variant": variant.name, "batch": batch, "tokens_per_second": speed, "speed_ratio": ratio})
+                figures = {"tokens_per_second": speed, "speed_ratio": ratio}
+                rows.append({"variant": variant.label, "batch": batch, **figures})
+                self.append({"section": "decode", **rows[-1]})
         return {"decode": rows}
 
     def training(self) -> dict:
         """One epoch on the tiny data, with and without our optimizations, and both loss curves."""
-        if self.folder is None:
+        if self.folder is None or self.random:
             raise InputError("--sections training needs a base model with a tokenizer; name one with --model")
         on = partial(train_epoch, self.folder, order="group_by_length", is_plain=False)
         plain = partial(train_epoch, self.folder, order="random", is_plain=True)
@@ -185,22 +200,29 @@ class Benchmark:
         }
         return {"training": {**medians, **spread, "rounds": len(ratios)}, "step_losses": curves}
 
-    def _batch(self, batch: int, length: int) -> dict[str, Tensor]:
-        return random_batch(self.base.config.vocab_size, batch, length)
+    def batch_of(self, batch: int, length: int) -> dict[str, Tensor]:
+        """A random batch on the device, with what the collator tells a model so that it need not wait for that."""
+        tensors = random_batch(self.base.config.vocab_size, batch, length)
+        tensors |= {"supervised_indices": supervised_indices(tensors["labels"])}
+        tensors |= {"row_weights": torch.ones_like(tensors["task_types"])}
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
-    def _runs(self, variants: list[Variant], batch: dict[str, Tensor]) -> dict[Variant, Callable[[], float]]:
-        return {variant: partial(step, variant.model(self.base), batch) for variant in variants}
+    def runs(self, variants: Iterable[Variant], batch: dict[str, Tensor]) -> dict[Variant, Callable[[], float]]:
+        """A step of each variant."""
+        return {variant: variant.running(partial(step, variant.model(self.base), batch)) for variant in variants}
 
     def _peers(self, dropout: float) -> dict[Variant, Peer]:
         """The peers that can run here; prints why the others cannot."""
-        if self.folder is None or not PYTHON.exists():
-            say("no peers" if self.folder is None else "no peers; to set them up: bash workbench/benchmark_peers.sh")
+        if self.folder is None or self.random:
+            say("no peers")
             return {}
         found = {}
         for name in PEERS:
             variant = Variant(name, dropout=dropout)
             try:
-                found[variant] = Peer(variant, self.folder)
+                peer = Peer(self.folder)
+                peer.build(variant)
+                found[variant] = peer
             except PeerError as error:
                 say(f"{name} is left out: {error}")
         return found
@@ -209,12 +231,15 @@ class Benchmark:
         """Memory and FLOPs of one step. Resident memory is measured in a separate process."""
         model = variant.model(self.base)
         trim_heap()
-        return step_counts(model, batch) | run_alone(resident_memory, self.folder, variant, batch)
+        counts = step_counts(model, batch)
+        if self.device.type == "cuda":
+            return counts | step_memory(model, batch)
+        return counts | run_alone(resident_memory, self.load, variant, batch)
 
     def _row(self, variant: Variant, frozen: Variant, times: Times, measured: dict, dropout: float) -> dict:
         mine, limit = measured[variant], measured[frozen]
         return {
-            "variant": variant.name,
+            "variant": variant.label,
             "dropout": dropout,
             **times.row(variant, frozen),
             "saved_bytes_ratio": mine["saved_bytes"] / limit["saved_bytes"],
@@ -227,7 +252,7 @@ class Benchmark:
         rows = []
         frozen = Variant("frozen")
         for shape in shapes:
-            batch = self._batch(*shape)
+            batch = self.batch_of(*shape)
             models = {variant: variant.model(self.base) for variant in (frozen, *variants)}
             times = Times({v: partial(step, model, batch) for v, model in models.items()}, self.fewer_rounds)
             measured = {variant: step_counts(model, batch) for variant, model in models.items()}
@@ -249,15 +274,20 @@ SECTIONS: dict[str, Callable[[Benchmark], dict]] = {
     "batches": Benchmark.batches,
     "decode": Benchmark.decode,
     "training": Benchmark.training,
+    "ceilings": grid.ceilings,
+    "grid": grid.grid,
+    "peers": grid.peers,
+    "planner": grid.planner,
 }
+# These are for large models on a GPU.
+ON_REQUEST = ("ceilings", "grid", "peers", "planner")
 
 
 def generate(model: nn.Module, prompt_BT: Tensor) -> float:
     """Generate `NEW_TOKENS` tokens for each prompt. Returns the seconds."""
     settings = GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    start = time.perf_counter()
-    model.generate(input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=settings)
-    return time.perf_counter() - start
+    inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
+    return timed(lambda: model.generate(**inputs, generation_config=settings), prompt_BT.device)
 
 
 def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tuple[float, list[float]]:
@@ -307,23 +337,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "and, after bash workbench/benchmark_peers.sh, PyPI's peft. Prints tables.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", help=f"base model folder; default {DEFAULT_MODEL}, with --quick a tiny random Llama")
-    parser.add_argument("--sections", help=f"comma-separated list from {','.join(SECTIONS)}; default: all that can run")
+    parser.add_argument("--model", help=f"folder of the base model; default {DEFAULT_MODEL}, with --quick a tiny Llama")
+    parser.add_argument("--random", action="store_true", help=f"random bf16 weights of --model, default {LARGE_MODEL}")
+    parser.add_argument("--sections", help=f"list from {','.join(SECTIONS)}; default: all before ceilings")
+    parser.add_argument("--kernels", default="", help="values of LORAMOE_KERNELS that grid and decode compare")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which grid and peers start no round")
     parser.add_argument("--rounds", type=int, help="rounds of the main table, half as many for others; default 10")
     parser.add_argument("--batch", type=int, help="examples per batch; default 4")
-    parser.add_argument("--length", type=int, help="tokens per example; default 128")
+    parser.add_argument("--length", type=int, help="tokens per example; default 128, with --random 1024")
     parser.add_argument("--quick", action="store_true", help="check in under 2 minutes that everything runs; no peers")
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    parser.add_argument("--lines", type=Path, help="append rows to this file as they are measured; grid, peers, ...")
     parser.add_argument("--markdown", type=Path, help="print the tables of a --json file instead of measuring")
     parser.add_argument("--plot", type=Path, help="draw docs/pictures/ from a --json file instead of measuring")
     flags = parser.parse_args(argv)
-    defaults = {"rounds": 3, "batch": 2, "length": 16} if flags.quick else {"rounds": 10, "batch": 4, "length": 128}
+    defaults = {"rounds": 10, "batch": 4, "length": 1024 if flags.random else 128}
+    defaults = {"rounds": 3, "batch": 2, "length": 16} if flags.quick else defaults
     for name, value in defaults.items():
         given = getattr(flags, name)
         setattr(flags, name, value if given is None else given)
     refuse(range_problems(flags, [at_least(1, "rounds", "batch", "length")]))
-    flags.model = flags.model or (None if flags.quick else DEFAULT_MODEL)
-    possible = [name for name in SECTIONS if name != "training" or flags.model]
+    flags.model = flags.model or (None if flags.quick else LARGE_MODEL if flags.random else DEFAULT_MODEL)
+    left_out = {*ON_REQUEST, *(["training"] if flags.random or not flags.model else [])}
+    possible = [name for name in SECTIONS if name not in left_out]
     flags.sections = possible if flags.sections is None else flags.sections.split(",")
     if unknown := set(flags.sections) - SECTIONS.keys():
         raise InputError(f"--sections: unknown: {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS)}")
@@ -366,12 +402,24 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(0)
     start = time.monotonic()
     experts = [2, 4] if flags.quick else [8, 16, 32, 64]
-    benchmark = Benchmark(flags.model, flags.rounds, flags.batch, flags.length, experts)
     results = provenance("workbench.benchmark", argv)
+    benchmark = Benchmark(
+        flags.model,
+        flags.rounds,
+        flags.batch,
+        flags.length,
+        experts,
+        random=flags.random,
+        kernels=tuple(flags.kernels.split(",")),
+        seconds=flags.seconds,
+        lines=flags.lines,
+        origin=results.copy(),
+    )
     results |= {"model": flags.model, "batch": flags.batch, "length": flags.length, "sections": flags.sections}
     for name in flags.sections:
         say(f"section {name}, after {time.monotonic() - start:.0f} s")
         results |= SECTIONS[name](benchmark)
+    results |= {"grid": benchmark.rows} if benchmark.rows else {}
     results["seconds"] = time.monotonic() - start
     if flags.json:
         flags.json.parent.mkdir(parents=True, exist_ok=True)

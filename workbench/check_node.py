@@ -61,8 +61,8 @@ class Outcome:
 PLAN = (
     Launch(("one process on the CPU",), distributed=False),
     Launch((
-        "devices", "all-reduce", "attention", "DDP", "activation checkpointing", "bf16", "fp16", "nf4", "int8",
-        "save and reload", "resume",
+        "devices", "all-reduce", "attention", "experts", "DDP", "activation checkpointing", "bf16", "fp16", "nf4",
+        "int8", "save and reload", "resume",
     )),
     Launch((
         "ZeRO-2", "ZeRO-2, half precision", "ZeRO-2, resume",

@@ -4,8 +4,7 @@ forward and backward under `FakeTensorMode`, measured by the instruments of the 
 Shape suffixes: B samples, T tokens, N supervised tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, LoraLayer, PeftModel, get_peft_model
-from workbench.instruments import LiveBytes, SavedBytes, count_flops
+from transformers_patch.labels import SupervisedTokens
+from workbench.instruments import LiveBytes, SavedBytes, count_flops, default_dtype
 
 # Without padding no mask is needed, and attention is one fused kernel. transformers detects this from the values of
 # masks and positions, which fake tensors do not have; it skips the test for attention functions without a mask type.
@@ -35,6 +35,7 @@ class Shape:
         dtype: dtype of the frozen weights and of the computation.
         casts_adapter: the adapter is also in `dtype`, as with DeepSpeed; otherwise it is float32 under autocast.
         checkpointing: layers are recomputed in the backward pass.
+        forms_logits: all logits exist at once, as with ZeRO-3, where the output layer has hooks.
     """
 
     batch: int
@@ -43,6 +44,7 @@ class Shape:
     dtype: torch.dtype
     casts_adapter: bool
     checkpointing: bool
+    forms_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,14 @@ def count_step(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> F
     Raises:
         ValueError: the adapter's target modules do not exist.
     """
-    with FakeTensorMode(), _default_dtype(shape.dtype):
+    # `.to()` does not work on fake parameters.
+    with FakeTensorMode(), default_dtype(shape.dtype):
         model = _adapted_model(config, adapter, shape)
         step = _Step(model, shape)
         saved, live = SavedBytes(model), LiveBytes()
         with live:
             with saved:
-                hidden_BTH = step.layers()
-                activations = live.now
-                live.reset_peak()
-                loss = step.loss(hidden_BTH)
+                loss, hidden_BTH, activations = step.loss(live)
             (gradient_BTH,) = torch.autograd.grad(loss, hidden_BTH)
             logits = live.peak - activations
             del loss
@@ -108,7 +108,7 @@ def count_step(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> F
         gradients = sum(_bytes(parameter.grad) for parameter in model.parameters() if parameter.grad is not None)
         del hidden_BTH, gradient_BTH
         model.zero_grad(set_to_none=True)
-        flops = count_flops(lambda: step.loss(step.layers()).backward())
+        flops = count_flops(lambda: step.loss(live)[0].backward())
         return Footprint(
             **_sizes(model),
             saved=saved.total,
@@ -121,26 +121,30 @@ def count_step(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> F
 
 
 class _Step:
-    """A training step in two parts. Without data, the number of supervised tokens is known, but not their positions."""
+    """A training step. Without data, the number of supervised tokens is known, but not their positions."""
 
     def __init__(self, model: PeftModel, shape: Shape):
-        self.base, self.labelled = model.get_base_model(), shape.labelled
+        self.base, self.may_wait = model.get_base_model(), not shape.forms_logits
         self.ids_BT = torch.zeros(shape.batch, shape.length, dtype=torch.long)
-        self.targets_N = torch.zeros(shape.labelled, dtype=torch.long)
+        self.positions = SupervisedTokens(self.ids_BT, torch.zeros(shape.labelled, dtype=torch.long))
         mixed = shape.dtype != torch.float32 and not shape.casts_adapter
         self.precision = torch.autocast("cpu", shape.dtype) if mixed else nullcontext()
 
-    def layers(self) -> torch.Tensor:
-        with self.precision:
-            return self.base.get_decoder()(input_ids=self.ids_BT, use_cache=False).last_hidden_state
+    def loss(self, live: LiveBytes) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The loss, what the layers hand to the output layer, and the bytes that are alive then; the peak counts from
+        there."""
+        reached: list = []
 
-    def loss(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        with self.precision:
-            rows_NH = hidden_BTH.flatten(0, 1).index_select(0, torch.zeros(self.labelled, dtype=torch.long))
-            logits_NV = self.base.get_output_embeddings()(rows_NH)
-            return self.base.loss_function(
-                logits=logits_NV, labels=None, shift_labels=self.targets_N, vocab_size=logits_NV.shape[-1]
-            )
+        def layers_done(module, inputs, outputs):
+            reached[:] = [outputs.last_hidden_state, live.now]
+            live.reset_peak()
+
+        hook = self.base.get_decoder().register_forward_hook(layers_done)
+        with self.precision, self.positions.only(self.base, self.may_wait):
+            logits = self.base(input_ids=self.ids_BT, use_cache=False).logits
+            loss = self.positions.loss(self.base, logits)
+        hook.remove()
+        return loss, *reached
 
 
 def _adapted_model(config: PretrainedConfig, adapter: LoraConfig, shape: Shape) -> PeftModel:
@@ -177,14 +181,3 @@ def _sizes(model: PeftModel) -> dict[str, int]:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A context in which new models have this dtype, since `.to()` does not work on fake parameters."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -1,6 +1,6 @@
-"""Instruments: bytes kept for backward, live bytes, FLOPs, time and resident memory.
+"""Instruments: bytes kept for backward, live bytes, bytes moved, FLOPs, time, memory and kernels.
 
-They work on real and fake tensors. This file imports only torch, so that other environments can use it, too.
+The counters work on real and fake tensors. This file imports only torch, so that other environments can use it, too.
 """
 
 import ctypes
@@ -8,11 +8,14 @@ import gc
 import re
 import time
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
@@ -23,6 +26,13 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+# Operations that launch nothing, and those that write their first argument without reading it.
+WITHOUT_KERNEL = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "empty", "empty_like", "expand",
+    "lift_fresh", "new_empty", "permute", "promote_types", "select", "slice", "split", "split_with_sizes", "squeeze",
+    "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+WITHOUT_READING = {"bernoulli_", "copy_", "fill_", "random_", "zero_"}
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 MMAP_THRESHOLD = 64 * 1024  # bytes; larger blocks are allocated outside the heap
 
@@ -124,6 +134,33 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+class Traffic(TorchDispatchMode):
+    """Context manager that counts what the operations inside it launch, and the bytes that they read and write.
+
+    Each operation counts as one kernel that reads its arguments and writes its results once.
+
+    Attributes:
+        launches: kernels by the operation's name.
+        moved: bytes by the number of elements of the tensor.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.moved: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name not in WITHOUT_KERNEL:
+            self.launches[name] += 1
+            for tensor in tree_leaves((args[name in WITHOUT_READING :], kwargs, result)):
+                if isinstance(tensor, Tensor):
+                    self.moved[tensor.numel()] += tensor.numel() * tensor.element_size()
+        return result
+
+
 def count_flops(run: Callable[[], object]) -> int:
     """FLOPs of the matrix products and attentions in `run`; a multiply-add counts as two."""
     counter = FlopCounterMode(display=False)
@@ -146,11 +183,24 @@ def trim_heap() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for the kernels of a GPU; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """The seconds of `run`, to the end of its kernels."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
 def step(model: nn.Module, batch: dict[str, Tensor]) -> float:
     """Run a forward and backward pass and discard the gradients. Returns the seconds."""
-    start = time.perf_counter()
-    model(**batch).loss.backward()
-    seconds = time.perf_counter() - start
+    seconds = timed(lambda: model(**batch).loss.backward(), batch["input_ids"].device)
     model.zero_grad(set_to_none=True)
     return seconds
 
@@ -163,10 +213,42 @@ def step_counts(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
 
 
 def step_memory(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
-    """Resident bytes before the second step and their peak during it."""
+    """Bytes of the second step: on a CPU those resident before it and their peak, on a GPU the peak of its tensors and
+    of the model's, whatever else is there."""
     step(model, batch)
-    level, peak = peak_memory(lambda: step(model, batch))
-    return {"resident_before_step": level, "peak_resident": peak}
+    device = batch["input_ids"].device
+    if device.type == "cpu":
+        level, peak = peak_memory(lambda: step(model, batch))
+        return {"resident_before_step": level, "peak_resident": peak}
+    level = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(model, batch)
+    own = sum(storage.nbytes() for storage in _storages((*model.parameters(), *model.buffers())).values())
+    return {"peak_allocated": own + torch.cuda.max_memory_allocated(device) - level}
+
+
+def step_kernels(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, float], str]:
+    """Launches of a step on a GPU and the seconds of their kernels (0 on a CPU); also the profiler's table."""
+    on_gpu = batch["input_ids"].device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        step(model, batch)
+    all_events = (event for event in profiler.events() if not event.is_user_annotation)
+    events = [event for event in all_events if event.device_type == torch.autograd.DeviceType.CUDA]
+    copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in events)
+    busy = sum(event.time_range.elapsed_us() for event in events) / 1e6
+    table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90)
+    return {"launches": len(events) - copies, "copies": copies, "busy_seconds": busy}, table
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A context in which new models have this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def peak_memory(run: Callable[[], object]) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 import train
 from loading.arguments import parse_arguments
 from loading.base_model import build_model
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, LoraLayer, TaskType, get_peft_model
 from training.checkpoint import find_checkpoint
 from training.ending import run_process
 from workbench.processes import as_flags
@@ -39,6 +39,7 @@ ROWS_OF_A_PROCESS = 2
 RATE = 1e4
 # Relative L2 norm. Float32 sums in another order differ by 1e-7 to 1e-6; with TF32, which is off, by 1e-3.
 TOLERANCE = 1e-4
+HALF_TOLERANCE = 2e-2  # of one adapted Linear in bf16 or fp16
 EXPERTS: dict[str, Any] = {"lora_nums": 4, "lora_alpha": 4, "lora_dropout": 0}
 DEEPSPEED_FILES = {
     "ZeRO-2": "scripts/deepspeed/zero2.json",
@@ -170,6 +171,59 @@ def check_attention(node: Node) -> str:
     return f"{build_model(model_args, args).config._attn_implementation} for {node.half}"
 
 
+def check_experts(node: Node) -> str:
+    """Compare output and gradients of one adapted Linear with float64: 8 experts, and one with dropout."""
+    device = parse_arguments(node.flags("experts"))[2].device
+    half = torch.bfloat16 if node.half == "bf16" else torch.float16
+    found = []
+    for dtype, tolerance in ((torch.float32, TOLERANCE), (half, HALF_TOLERANCE)):
+        errors = experts_errors(device, dtype, 8, 0.0) | experts_errors(device, dtype, 1, 0.1)
+        worst = max(errors, key=errors.__getitem__)
+        found.append(f"{errors[worst]:.0e} ({worst} in {str(dtype).removeprefix('torch.')})")
+        if not errors[worst] <= tolerance:
+            raise ValueError(f"differ from float64 by {found[-1]}; the limit is {tolerance:.0e}")
+    return f"differ from float64 by {', '.join(found)}"
+
+
+def experts_errors(device: torch.device, dtype: torch.dtype, experts: int, dropout: float) -> dict[str, float]:
+    """Relative L2 distances of output and gradients to float64.
+
+    With dropout there is one expert and the frozen weight is zero: the input's gradient then shows what was dropped.
+
+    Raises:
+        ValueError: another share of the input was dropped.
+    """
+    torch.manual_seed(1)
+    layer = LoraLayer(torch.nn.Linear(512, 768, bias=False).requires_grad_(False))
+    layer.add_adapter("default", LoraConfig(r=4, lora_alpha=8, lora_nums=experts, lora_dropout=dropout))
+    layer.active_adapter = "default"
+    layer.weight.data *= not dropout
+    own = layer.experts["default"]
+    torch.nn.init.normal_(own.lora_B, std=0.1)
+    layer.to(device, dtype).train()
+    x_BTI = torch.randn(2, 128, 512).to(device, dtype).requires_grad_()
+    gradient_BTO = torch.randn(2, 128, 768).to(device, dtype)
+    output_BTO = layer(x_BTI)
+    output_BTO.backward(gradient_BTO)
+
+    assert x_BTI.grad is not None
+    kept_BTI = x_BTI.grad != 0 if dropout else torch.ones_like(x_BTI)
+    share = kept_BTI.double().mean().item()
+    if not abs(share - (1 - dropout)) <= 5 * math.sqrt(dropout * (1 - dropout) / x_BTI.numel()):
+        raise ValueError(f"a dropout of {dropout} keeps {share:.4f} of the input")
+    exact = {name: parameter.detach().double().requires_grad_() for name, parameter in own.named_parameters()}
+    exact_BTI = x_BTI.detach().double().requires_grad_()
+    hidden = kept_BTI * exact_BTI / (1 - dropout) @ exact["lora_A"].T
+    if experts > 1:
+        weights_BTE = torch.softmax(exact_BTI @ exact["router.weight"].T, dim=-1)
+        hidden = hidden * weights_BTE.repeat_interleave(own.rank, dim=-1)
+    expected_BTO = exact_BTI @ layer.weight.double().T + own.scaling * hidden @ exact["lora_B"].T
+    expected_BTO.backward(gradient_BTO.double())
+    pairs = {"output": (output_BTO, expected_BTO), "gradient of x": (x_BTI.grad, exact_BTI.grad)}
+    pairs |= {f"gradient of {name}": (p.grad, exact[name].grad) for name, p in own.named_parameters()}
+    return {name: relative_distance(ours.double(), theirs) for name, (ours, theirs) in pairs.items()}
+
+
 def check_gradients(node: Node, run: str, **changes) -> str:
     """Compare the loss and all adapter gradients of a float32 step with those of one process on the CPU."""
     gradients, loss = one_step(node, run, **changes)
@@ -278,6 +332,7 @@ CHECKS: dict[str, Callable[[Node], str]] = {
     "devices": check_devices,
     "all-reduce": check_all_reduce,
     "attention": check_attention,
+    "experts": check_experts,
     "DDP": partial(check_gradients, run="ddp"),
     "activation checkpointing": partial(check_gradients, run="checkpointing", activation_checkpointing=True),
     "bf16": partial(check_half, run="bf16", half="bf16"),

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 # of these scales. int8 has a 32-bit scale for every row, which is counted separately.
 BITS = {4: 4 + 8 / 64 + 32 / (64 * 256), 8: 8}
 CHECKED_SHAPES = ((4, 128), (1, 512))
+MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def plan(config: PretrainedConfig, flags: argparse.Namespace) -> dict:
         dtype=torch.bfloat16 if flags.dtype == "bf16" else torch.float32,
         casts_adapter=flags.zero > 0,
         checkpointing=flags.gradient_checkpointing,
+        forms_logits=flags.zero == 3,
     )
     try:
         with damage_refused(f"config.json of {flags.model}"):
@@ -232,10 +235,10 @@ def check(folder: str) -> tuple[list[list[str]], float, float]:
         # The last token of an example predicts nothing.
         shape = Shape(batch, length, batch * (length - 1), torch.float32, casts_adapter=False, checkpointing=False)
         counts = count_step(config, variant.config(balances=False), shape)
-        tensors = random_batch(base.config.vocab_size, batch, length)
+        tensors = random_batch(base.config.vocab_size, batch, length) | {"return_logits": False}
         with SavedBytes(model) as saved:
             model(**tensors)
-        resident = run_alone(resident_memory, folder, variant, tensors)
+        resident = run_alone(resident_memory, partial(load_base, folder), variant, tensors)
         step_peak = resident["peak_resident"] - resident["resident_before_step"]
         for name, predicted, measured in (
             ("saved", counts.saved, saved.total),
@@ -279,7 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="recompute layers in the backward pass")
     add("--gpu", default="A100", choices=GPUS, help="GPU model, which sets TFLOP/s and memory")
     add("--peak_tflops", type=float, help="replaces the dense bf16 TFLOP/s of the data sheet")
-    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation: share of the peak TFLOP/s, in (0, 1]")
+    add("--mfu", type=float, default=MFU, help="model FLOPs utilisation: share of the peak TFLOP/s, in (0, 1]")
     add("--check", action="store_true", help="compare the counts with real steps of the model on this machine")
     add("--json", type=Path, help="also write the plan to this file")
     flags = parser.parse_args(argv)

@@ -13,12 +13,7 @@ from workbench.processes import as_flags
 
 def make_tiny_model(folder: Path) -> LlamaLoRAMoEForCausalLM:
     """Write model and tokenizer to a folder and return the model. Its layers are wide enough to be quantised."""
-    specials = ["<s>", "</s>"]
-    vocabulary = {token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    write_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320,
@@ -33,6 +28,16 @@ def make_tiny_model(folder: Path) -> LlamaLoRAMoEForCausalLM:
     model = LlamaLoRAMoEForCausalLM(config)
     model.save_pretrained(folder)
     return model
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of bytes, with 258 tokens."""
+    specials = ["<s>", "</s>"]
+    vocabulary = {token: index for index, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def write_rows(file: Path, count: int) -> None:

@@ -4,19 +4,25 @@ Shape suffixes: B samples, T tokens, E experts, R rank of one expert, I / O inpu
 """
 
 import copy
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data import InputError
 from peft import LoraConfig, LoraLayer, Router, TaskType, get_peft_model
 from transformers_patch import AutoModelForCausalLM, LlamaLoRAMoEForCausalLM
 from transformers_patch.mixin import LoRAMoEOutput
 from transformers_patch.recorder import RoutingRecorder
-from workbench.instruments import return_freed_memory, step_memory
+from workbench.architectures import find_architecture
+from workbench.instruments import default_dtype, return_freed_memory, step_memory
+
+T = TypeVar("T")
 
 # So small that --quick spends its time on the benchmark's own code.
 QUICK_MODEL = {
@@ -38,7 +44,8 @@ class PlainLayer(LoraLayer):
         hidden = F.linear(dropped_BTI, experts.lora_A) * experts.scaling
         if experts.router is not None:
             hidden_BTER = hidden.unflatten(-1, (experts.num_experts, experts.rank))
-            hidden = (hidden_BTER * experts.router(x_BTI).unsqueeze(-1)).flatten(-2)
+            weights_BTE = experts.router(x_BTI).to(hidden.dtype)
+            hidden = (hidden_BTER * weights_BTE.unsqueeze(-1)).flatten(-2)
         return self.base_layer(x_BTI) + F.linear(hidden, experts.lora_B)
 
 
@@ -47,10 +54,10 @@ class LoopLayer(LoraLayer):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         experts = self.experts[str(self.active_adapter)]
-        weights_BTE = experts.router(x_BTI)
+        output_BTO = self.base_layer(x_BTI)
+        weights_BTE = experts.router(x_BTI).to(output_BTO.dtype)
         As = experts.lora_A.split(experts.rank, dim=0)
         Bs = experts.lora_B.split(experts.rank, dim=1)
-        output_BTO = self.base_layer(x_BTI)
         for n, (A_RI, B_OR) in enumerate(zip(As, Bs, strict=True)):
             dropped_BTI = F.dropout(x_BTI, self.dropout_rate, self.training)
             expert_BTO = F.linear(F.linear(dropped_BTI, A_RI), B_OR)
@@ -61,8 +68,8 @@ class LoopLayer(LoraLayer):
 class PlainRouter(Router):
     """w = softmax(W_g x) in plain autograd."""
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        return torch.softmax(F.linear(x_BTI, self.weight), dim=-1, dtype=torch.float32)
+    def softmax(self, logits_BTE: Tensor) -> Tensor:
+        return torch.softmax(logits_BTE, dim=-1, dtype=torch.float32)
 
 
 class PlainLlama(LlamaLoRAMoEForCausalLM):
@@ -90,12 +97,16 @@ class Variant:
         experts: number of experts N.
         rank: rank of each expert.
         dropout: probability.
+        checkpointing: layers are recomputed in the backward pass.
+        kernels: value of LORAMOE_KERNELS; empty leaves it alone.
     """
 
     name: str
     experts: int = 8
     rank: int = 4
     dropout: float = 0.0
+    checkpointing: bool = False
+    kernels: str = ""
 
     def config(self, balances: bool = True) -> LoraConfig:
         """The adapter's configuration; without `balances`, `blc_weight` (beta) is 0."""
@@ -109,14 +120,16 @@ class Variant:
         )
 
     def model(self, base: PreTrainedModel) -> nn.Module:
-        """Build the variant in training mode, with new modules that share the weights of `base`. Equal adapters have
-        equal weights.
+        """Build the variant in training mode, with new modules that share the weights of `base`, and an adapter of
+        their dtype, as DeepSpeed trains it. Equal adapters have equal weights.
 
         `frozen` is a lower bound for any method that trains parameters in the first layer: the gradient flows through
         the entire backbone to the output of the embedding, but no weight gets one.
         """
         tensors = (*base.requires_grad_(False).parameters(), *base.buffers())
         own = copy.deepcopy(base, memo={id(tensor): tensor for tensor in tensors}).train()
+        if self.checkpointing:
+            own.activation_checkpointing_enable({"use_reentrant": False})
         if self.name == "frozen":
             own.enable_input_require_grads()
             return own
@@ -128,7 +141,28 @@ class Variant:
                 nn.init.normal_(layer.experts["default"].lora_B, std=0.01)
         if self.name in LAYER_CLASSES:
             compute_as(model, LAYER_CLASSES[self.name], self.dropout)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(base.dtype)
         return model
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.kernels}" if self.kernels else self.name
+
+    def running(self, run: Callable[[], T]) -> Callable[[], T]:
+        """`run` with the experts in the kernels of this variant."""
+
+        def switched() -> T:
+            before = dict(os.environ)
+            os.environ |= {"LORAMOE_KERNELS": self.kernels} if self.kernels else {}
+            try:
+                return run()
+            finally:
+                os.environ.pop("LORAMOE_KERNELS", None)
+                os.environ |= before
+
+        return switched
 
 
 # Settings of the adapter in which a variant differs from `loramoe`.
@@ -153,11 +187,30 @@ def load_base(folder: str | None) -> PreTrainedModel:
     """
     if folder is None:
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(LlamaConfig(**QUICK_MODEL))
+        return AutoModelForCausalLM.from_config(base_config(None))
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise InputError(f"no base model could be loaded from {folder}: {error}") from error
+
+
+def base_config(architecture: str | None) -> PretrainedConfig:
+    """The configuration of an architecture that `find_architecture` knows; None is a tiny Llama."""
+    return LlamaConfig(**QUICK_MODEL) if architecture is None else find_architecture(architecture)
+
+
+def random_base(architecture: str | None, device: torch.device) -> PreTrainedModel:
+    """A model with random weights in bf16, made on the device.
+
+    Args:
+        architecture: see `base_config`.
+
+    Raises:
+        InputError: there is no such architecture.
+    """
+    torch.manual_seed(0)
+    with default_dtype(torch.bfloat16), device:
+        return AutoModelForCausalLM.from_config(base_config(architecture))
 
 
 def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
@@ -171,7 +224,7 @@ def random_batch(vocabulary: int, batch: int, length: int, seed: int = 0) -> dic
     }
 
 
-def resident_memory(folder: str | None, variant: Variant, batch: dict[str, Tensor]) -> dict[str, int]:
-    """Resident memory of a variant's step; see `step_memory`."""
+def resident_memory(load: Callable[[], PreTrainedModel], variant: Variant, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Resident memory of a variant's step on the base model that `load` gives; see `step_memory`."""
     return_freed_memory()
-    return step_memory(variant.model(load_base(folder)), batch)
+    return step_memory(variant.model(load()), batch)
