@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,26 +34,35 @@ COMMAND = "python -m scripts.demo"
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ROOT / ".cache" / "demo"
 HOST = "127.0.0.1"
+BASE, ADAPTED = "generated_by_base", "generated"
 MEAN = -1
+LEAST_TINT, MOST_TINT = 0.1, 0.5  # text stays readable on it
 LINES = ("solid", "dashed", "dotted", "double")
-CSS = """
-.conversation {position: relative; min-height: 8em; overflow-wrap: anywhere}
+CSS = (
+    f":root {{--tint: {MOST_TINT:.0%}}}"
+    + """
+.conversations {display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(min(20em, 100%), 1fr))}
+.conversation {
+  position: relative; min-height: 12em; padding: 1em; overflow-wrap: anywhere; background: var(--block-background-fill);
+  border: 1px solid var(--border-color-primary); border-radius: 4px}
 .conversation h3 {margin: 0 0 0.5em}
 .question, .answer {white-space: pre-wrap; margin: 0.5em 0; line-height: 1.8}
 .question {padding: 0 0.6em; border-left: 3px solid var(--border-color-primary); opacity: 0.8}
 .token, .key {
-  background: color-mix(in srgb, var(--group) 25%, transparent); border-bottom: 2px var(--line) var(--group)}
-.token:hover, .token:focus {background: color-mix(in srgb, var(--group) 50%, transparent); outline: none}
+  background: color-mix(in srgb, var(--group) var(--tint), transparent); border-bottom: 2px var(--line) var(--group)}
+.token:hover, .token:focus {outline: 2px solid var(--group)}
 .token:hover::after, .token:focus:not(:hover)::after {
-  content: attr(data-weights); position: absolute; left: 0; margin-top: 1.9em; max-width: 100%; z-index: 9;
-  padding: 0.3em 0.6em; white-space: pre-wrap; font-size: 0.85em; line-height: 1.4; pointer-events: none;
+  content: attr(data-weights); position: absolute; left: 1em; right: 1em; width: fit-content; margin-top: 2em;
+  z-index: 9; padding: 0.3em 0.6em; white-space: pre-wrap; font-size: 0.85em; line-height: 1.4; pointer-events: none;
   color: var(--body-text-color); background: var(--background-fill-primary);
   border: 1px solid var(--group); border-radius: 4px; box-shadow: 0 2px 8px #0004}
-.legend {display: flex; flex-wrap: wrap; gap: 0.3em 1.5em}
+.legend {display: flex; flex-wrap: wrap; gap: 0.3em 1.5em; padding: 0.5em 0}
 .key {padding: 0 0.4em}
-""" + "".join(
-    f".group-{number} {{--group: {COLOURS[number % len(COLOURS)]}; --line: {LINES[number // len(COLOURS)]}}}\n"
-    for number in range(len(LINES) * len(COLOURS))
+"""
+    + "".join(
+        f".group-{number} {{--group: {COLOURS[number % len(COLOURS)]}; --line: {LINES[number // len(COLOURS)]}}}\n"
+        for number in range(len(LINES) * len(COLOURS))
+    )
 )
 
 
@@ -82,11 +91,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question with the answer of each model; None until it is there."""
+    """A question and the answers to it that are there, by the model's name in `Answerer.voices`."""
 
     question: str
-    base: Answer | None = None
-    adapted: Answer | None = None
+    answers: dict[str, Answer]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -167,89 +175,114 @@ def serve(page: "gradio.Blocks", port: int) -> None:
 
 
 def build_page(answerer: Answerer, name: str) -> "gradio.Blocks":
-    """The page: legend, selector of the layer, both conversations, and the line to type in."""
+    """The page: legend, selector of the Linear, both conversations, and the field to type in."""
     import gradio
 
     config = answerer.trained.model.active_peft_config
     modules = route_tokens(answerer.trained.model, [answerer.tokenizer.pad_token_id]).modules
     layers = [("mean of all", MEAN), *((name.removeprefix("base_model.model."), at) for at, name in enumerate(modules))]
-    titles = (f"Base model: {answerer.trained.base_model}", f"Adapted: {name}")
+    titles = {BASE: f"Base model: {answerer.trained.base_model}", ADAPTED: f"Adapted: {name}"}
 
-    def show(exchanges: list[Exchange], layer: int) -> list[str]:
-        return [
-            conversation_html(titles[0], [(each.question, each.base) for each in exchanges], layer, config),
-            conversation_html(titles[1], [(each.question, each.adapted) for each in exchanges], layer, config),
-        ]
+    def show(exchanges: list[Exchange], layer: int) -> str:
+        return conversations_html(titles, exchanges, layer, config)
 
     def send(question: str, exchanges: list[Exchange], layer: int) -> Iterator[list]:
         try:
             for longer in ask(answerer, exchanges, question):
-                yield ["", longer, *show(longer, layer)]
+                yield ["", longer, show(longer, layer)]
         except InputError as error:
             gradio.Warning(escape(f"not sent: {error}"))
+            yield [question, exchanges, show(exchanges, layer)]
 
     with gradio.Blocks(title="LoRAMoE: experts by token", analytics_enabled=False, fill_width=True) as page:
         exchanges = gradio.State([])
+        layer = gradio.Dropdown(layers, value=MEAN, label="weights of adapted Linear", num_choices_shown=None)
         gradio.HTML(legend_html(config))
-        layer = gradio.Dropdown(layers, value=MEAN, label="adapted Linear", num_choices_shown=None)
-        with gradio.Row():
-            panes = [gradio.HTML(text, container=True, padding=True, min_width=300) for text in show([], MEAN)]
-        question = gradio.Textbox(label="message", placeholder="Ask both models", submit_btn=True, autofocus=True)
+        pane = gradio.HTML(show([], MEAN))
+        question = gradio.Textbox(label="message to both models", submit_btn=True, autofocus=True)
         again = gradio.Button("New conversation", size="sm")
         # One at a time: both models are the same one, with the experts on and off.
         question.submit(
             send,
             [question, exchanges, layer],
-            [question, exchanges, *panes],
+            [question, exchanges, pane],
             concurrency_limit=1,
-            show_progress="minimal",
+            show_progress="hidden",
             api_visibility="private",
         )
-        layer.change(show, [exchanges, layer], panes, show_progress="hidden", api_visibility="private")
-        again.click(lambda layer: [[], *show([], layer)], layer, [exchanges, *panes], api_visibility="private")
+        layer.change(show, [exchanges, layer], pane, show_progress="hidden", api_visibility="private")
+        again.click(lambda: ([], show([], MEAN)), None, [exchanges, pane], api_visibility="private")
     return page
 
 
 def ask(answerer: Answerer, exchanges: list[Exchange], question: str) -> Iterator[list[Exchange]]:
-    """The conversation with one question more: without an answer, with that of the base model, with both.
+    """The conversation with one more question, unless it is empty: without an answer, with the base model's, with both.
 
     Raises:
-        InputError: the question is too long.
+        InputError: the question is too long or not Unicode.
     """
     if not question.strip():
+        yield exchanges
         return
-    current = Exchange(question)
+    asked = {"role": "user", "content": question}
     before = exchanges if answerer.template == "chat" else []
-    prompts = {
-        name: encode_conversation(answerer, [*_turns(before, name), {"role": "user", "content": question}])[1]
-        for name in ("base", "adapted")
-    }
-    yield [*exchanges, current]
-    for name, voice in (("base", "generated_by_base"), ("adapted", "generated")):
+    prompts = {name: encode_conversation(answerer, [*_turns(before, name), asked])[1] for name in (BASE, ADAPTED)}
+    answers: dict[str, Answer] = {}
+    yield [*exchanges, Exchange(question, answers)]
+    for name, prompt in prompts.items():
         torch.manual_seed(answerer.seed + len(exchanges))
-        with answerer.voices[voice]():
-            (ids,) = generate_answers(answerer.trained.model, [prompts[name]], answerer.settings)
-            # The base model's forward has no routers that could be recorded.
-            routed = (
-                None
-                if name == "base"
-                else route_tokens(answerer.trained.model, prompts[name] + ids, len(prompts[name]))
-            )
-        current = replace(current, **{name: Answer(token_texts(answerer.tokenizer, ids), routed)})
-        yield [*exchanges, current]
+        with answerer.voices[name]():
+            (ids,) = generate_answers(answerer.trained.model, [prompt], answerer.settings)
+        routing = route_tokens(answerer.trained.model, prompt + ids, len(prompt)) if name == ADAPTED else None
+        answers = {**answers, name: Answer(token_texts(answerer.tokenizer, ids), routing)}
+        yield [*exchanges, Exchange(question, answers)]
 
 
-def conversation_html(title: str, turns: list[tuple[str, Answer | None]], layer: int, config: LoraConfig) -> str:
-    """One model's conversation.
+def conversations_html(titles: dict[str, str], exchanges: list[Exchange], layer: int, config: LoraConfig) -> str:
+    """The conversations with several models, side by side where the window is wide enough.
 
     Args:
-        turns: questions with their answers, None for one that is not there yet.
+        titles: by the model's name.
         layer: index of the Linear whose weights are shown, or MEAN.
     """
-    parts = [f"<h3>{escape(title)}</h3>"]
-    for question, answer in turns:
-        parts += [f'<div class="question">{escape(question)}</div>', _answer_html(answer, layer, config)]
-    return f'<div class="conversation">{"".join(parts)}</div>'
+    panes = []
+    for name, title in titles.items():
+        parts = [f"<h3>{escape(title)}</h3>"]
+        for each in exchanges:
+            answer = answer_html(each.answers[name], layer, config) if name in each.answers else "…"
+            parts.append(f'<div class="question">{escape(each.question)}</div><div class="answer">{answer}</div>')
+        panes.append(f'<div class="conversation">{"".join(parts)}</div>')
+    return f'<div class="conversations">{"".join(panes)}</div>'
+
+
+def answer_html(answer: Answer, layer: int, config: LoraConfig) -> str:
+    """An answer, with its tokens coloured if their routing is known."""
+    if answer.routing is None:
+        return escape("".join(answer.texts))
+    weights_TLE = answer.routing.weights_TLE
+    weights_TE = weights_TLE.mean(dim=1) if layer == MEAN else weights_TLE[:, layer]
+    groups = shown_groups(config)
+    pairs = zip(answer.texts, weights_TE, strict=True)
+    return "".join(token_html(text, weights_E, groups) for text, weights_E in pairs if text)
+
+
+def token_html(text: str, weights_E: Tensor, groups: list[slice]) -> str:
+    """A token in the colour of the group that weighs most, the stronger the more it weighs; hovering shows the weights.
+
+    Args:
+        groups: the experts of each group.
+    """
+    shares = [weights_E[span].sum().item() for span in groups]
+    lines = [f"{span_text(span)}: {share:.1%}" for span, share in zip(groups, shares, strict=True)]
+    if len(groups) < len(weights_E):
+        each = enumerate(weights_E.tolist())
+        lines.append("by expert: " + ", ".join(f"{expert}: {weight:.1%}" for expert, weight in each))
+    lead = (max(shares) - 1 / len(groups)) / (1 - 1 / len(groups))  # 0 is even, 1 is this group alone
+    tint = LEAST_TINT + (MOST_TINT - LEAST_TINT) * lead
+    return (
+        f'<span class="token {_group_class(shares.index(max(shares)))}" style="--tint: {tint:.0%}" tabindex="0" '
+        f'data-weights="{escape(chr(10).join(lines))}">{escape(text)}</span>'
+    )
 
 
 def legend_html(config: LoraConfig) -> str:
@@ -261,7 +294,8 @@ def legend_html(config: LoraConfig) -> str:
         f'<span class="key {_group_class(number)}">{escape(span_text(span) + name)}</span>'
         for number, (span, name) in enumerate(zip(spans, names, strict=True))
     ]
-    return f'<div class="legend">{"".join(keys)}</div>'
+    text = "<span>most weight (the stronger, the more; hover for the numbers):</span>"
+    return f'<div class="legend">{text}{"".join(keys)}</div>'
 
 
 def shown_groups(config: LoraConfig) -> list[slice]:
@@ -270,40 +304,18 @@ def shown_groups(config: LoraConfig) -> list[slice]:
     return group_spans(config.group_sizes if several else [1] * config.lora_nums)
 
 
-def token_html(text: str, weights_E: Tensor, groups: list[slice]) -> str:
-    """A token in the colour of the group that weighs most; hovering shows the weights."""
-    shares = [weights_E[span].sum().item() for span in groups]
-    lines = [f"{span_text(span)}: {share:.1%}" for span, share in zip(groups, shares, strict=True)]
-    if len(groups) < len(weights_E):
-        lines.append(", ".join(f"{expert}: {weight:.1%}" for expert, weight in enumerate(weights_E.tolist())))
-    kind = _group_class(shares.index(max(shares)))
-    weights = escape("\n".join(lines))
-    return f'<span class="token {kind}" tabindex="0" data-weights="{weights}">{escape(text)}</span>'
-
-
-def _answer_html(answer: Answer | None, layer: int, config: LoraConfig) -> str:
-    if answer is None:
-        return '<div class="answer">…</div>'
-    if answer.routing is None:
-        return f'<div class="answer">{escape("".join(answer.texts))}</div>'
-    weights_TLE = answer.routing.weights_TLE
-    weights_TE = weights_TLE.mean(dim=1) if layer == MEAN else weights_TLE[:, layer]
-    groups = shown_groups(config)
-    tokens = [token_html(text, *each, groups) for text, *each in zip(answer.texts, weights_TE, strict=True) if text]
-    return f'<div class="answer">{"".join(tokens)}</div>'
-
-
 def _group_class(number: int) -> str:
     return f"group-{number % (len(LINES) * len(COLOURS))}"
 
 
 def _turns(exchanges: list[Exchange], name: str) -> list[dict[str, str]]:
-    """A conversation as the prompt needs it."""
-    turns = []
-    for exchange in exchanges:
-        turns.append({"role": "user", "content": exchange.question})
-        turns.append({"role": "assistant", "content": "".join(getattr(exchange, name).texts)})
-    return turns
+    """The conversation with one model, as its prompt; without questions whose answer was interrupted."""
+    answered = [each for each in exchanges if name in each.answers]
+    return [
+        {"role": role, "content": text}
+        for each in answered
+        for role, text in (("user", each.question), ("assistant", "".join(each.answers[name].texts)))
+    ]
 
 
 if __name__ == "__main__":
