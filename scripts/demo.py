@@ -36,11 +36,12 @@ PACKAGES = ROOT / ".cache" / "demo"
 HOST = "127.0.0.1"
 BASE, ADAPTED = "generated_by_base", "generated"
 MEAN = -1
-LEAST_TINT, MOST_TINT = 0.1, 0.5  # text stays readable on it
+LEAST_TINT, MOST_TINT = 0.2, 0.5  # text stays readable on it
 LINES = ("solid", "dashed", "dotted", "double")
 CSS = (
     f":root {{--tint: {MOST_TINT:.0%}}}"
     + """
+.html-container {padding: 0 !important}
 .conversations {display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(min(20em, 100%), 1fr))}
 .conversation {
   position: relative; min-height: 12em; padding: 1em; overflow-wrap: anywhere; background: var(--block-background-fill);
@@ -56,7 +57,7 @@ CSS = (
   z-index: 9; padding: 0.3em 0.6em; white-space: pre-wrap; font-size: 0.85em; line-height: 1.4; pointer-events: none;
   color: var(--body-text-color); background: var(--background-fill-primary);
   border: 1px solid var(--group); border-radius: 4px; box-shadow: 0 2px 8px #0004}
-.legend {display: flex; flex-wrap: wrap; gap: 0.3em 1.5em; padding: 0.5em 0}
+.legend {display: flex; flex-wrap: wrap; gap: 0.3em 1.5em}
 .key {padding: 0 0.4em}
 """
     + "".join(
@@ -199,7 +200,7 @@ def build_page(answerer: Answerer, name: str) -> "gradio.Blocks":
         layer = gradio.Dropdown(layers, value=MEAN, label="weights of adapted Linear", num_choices_shown=None)
         gradio.HTML(legend_html(config))
         pane = gradio.HTML(show([], MEAN))
-        question = gradio.Textbox(label="message to both models", submit_btn=True, autofocus=True)
+        question = gradio.Textbox(label="message to both models", max_lines=8, submit_btn=True, autofocus=True)
         again = gradio.Button("New conversation", size="sm")
         # One at a time: both models are the same one, with the experts on and off.
         question.submit(
@@ -294,8 +295,8 @@ def legend_html(config: LoraConfig) -> str:
         f'<span class="key {_group_class(number)}">{escape(span_text(span) + name)}</span>'
         for number, (span, name) in enumerate(zip(spans, names, strict=True))
     ]
-    text = "<span>most weight (the stronger, the more; hover for the numbers):</span>"
-    return f'<div class="legend">{text}{"".join(keys)}</div>'
+    text = "Colour of a token: the experts with most weight, stronger the further they lead; hover for the numbers."
+    return f'<div class="legend">{"".join(keys)}<span>{text}</span></div>'
 
 
 def shown_groups(config: LoraConfig) -> list[slice]:
