@@ -124,7 +124,6 @@ def prepare_gradio() -> None:
         InputError: it is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # Gradio asks its own server if it is there.
     proxied = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     os.environ["no_proxy"] = f"{proxied},{HOST}" if proxied else HOST
@@ -191,8 +190,8 @@ def build_page(answerer: Answerer, name: str) -> "gradio.Blocks":
         try:
             for longer in ask(answerer, exchanges, question):
                 yield ["", longer, show(longer, layer)]
-        except InputError as error:
-            gradio.Warning(escape(f"not sent: {error}"))
+        except (InputError, torch.OutOfMemoryError) as error:
+            gradio.Warning(escape(f"not answered: {error}"))
             yield [question, exchanges, show(exchanges, layer)]
 
     with gradio.Blocks(title="LoRAMoE: experts by token", analytics_enabled=False, fill_width=True) as page:
@@ -203,7 +202,7 @@ def build_page(answerer: Answerer, name: str) -> "gradio.Blocks":
         question = gradio.Textbox(label="message to both models", max_lines=8, submit_btn=True, autofocus=True)
         again = gradio.Button("New conversation", size="sm")
         # One at a time: both models are the same one, with the experts on and off.
-        question.submit(
+        answering = question.submit(
             send,
             [question, exchanges, layer],
             [question, exchanges, pane],
@@ -211,8 +210,9 @@ def build_page(answerer: Answerer, name: str) -> "gradio.Blocks":
             show_progress="hidden",
             api_visibility="private",
         )
-        layer.change(show, [exchanges, layer], pane, show_progress="hidden", api_visibility="private")
-        again.click(lambda: ([], show([], MEAN)), None, [exchanges, pane], api_visibility="private")
+        for event in (layer.change, answering.then):  # a Linear may be selected while the models answer
+            event(show, [exchanges, layer], pane, show_progress="hidden", api_visibility="private")
+        again.click(lambda: ([], show([], MEAN)), None, [exchanges, pane], cancels=answering, api_visibility="private")
     return page
 
 

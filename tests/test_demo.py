@@ -19,7 +19,7 @@ from scripts import demo, generate
 from transformers_patch import RoutingRecorder
 
 PLAYWRIGHT = "playwright==1.65.2"
-WINDOWS = ((1280, 800), (420, 800))
+LOOKS = ((1280, 800, "light"), (420, 800, "dark"))
 
 
 @pytest.fixture
@@ -186,19 +186,28 @@ def packages(tmp_path_factory):
 
 
 @pytest.fixture
-def page_url(packages, adapter_dir, monkeypatch):
-    """The address of the page of a tiny model; at the end Ctrl-C stops the program."""
+def page_url(packages, adapter_dir):
+    """The address of the page of a tiny model; at the end Ctrl-C stops the program, which has not called anybody."""
     program = f"import pathlib, scripts.demo as d; d.PACKAGES = pathlib.Path({str(packages)!r}); d.run_verb(d.main)"
     flags = ["--adapter", adapter_dir, "--port", free_port(), "--template", "chat", "--max_new_tokens", 12]
     command = [sys.executable, "-c", program, *map(str, flags)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        variables = environment(http_proxy=address, https_proxy=address, all_proxy=address, no_proxy="")
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
         try:
             line = process.stdout.readline()
             assert line.startswith("The page is at http://127.0.0.1:"), line
             yield line.split()[4]
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 0
+            try:
+                assert process.wait(timeout=30) == 0
+            finally:
+                process.kill()
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 @pytest.fixture
@@ -229,11 +238,9 @@ def say(page, text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width_and_height", WINDOWS, ids=str)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser(page_url, browser, width_and_height, scheme, tmp_path):
-    size = dict(zip(("width", "height"), width_and_height, strict=True))
-    page = browser.new_page(viewport=size, color_scheme=scheme)
+@pytest.mark.parametrize(("width", "height", "scheme"), LOOKS)
+def test_the_page_in_a_browser(page_url, browser, width, height, scheme, tmp_path):
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     page.goto(page_url)
@@ -255,14 +262,14 @@ def test_the_page_in_a_browser(page_url, browser, width_and_height, scheme, tmp_
     assert "by expert: 0: " in tip
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     print(tmp_path / "page.png")
-    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
     page.get_by_label("adapted Linear").click()
     page.get_by_role("option", name="model.layers.1.mlp.down_proj").click()
     page.wait_for_function(f"!document.body.innerHTML.includes({tokens.nth(2).get_attribute('data-weights')!r})")
     page.get_by_label("message").fill("the cat " * 200)
     page.get_by_label("message").press("Enter")
-    page.get_by_text("not sent: a prompt has").first.wait_for()
+    page.get_by_text("not answered: a prompt has").first.wait_for()
     assert page.locator(".answer").count() == 4
     page.get_by_role("button", name="New conversation").click()
     page.wait_for_function("document.querySelectorAll('.answer').length == 0")
