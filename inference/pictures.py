@@ -11,6 +11,7 @@ from PIL import Image
 
 # Of Okabe and Ito, which the colour-blind can tell apart.
 BLUE, GREEN, RED, ORANGE = "#0072B2", "#009E73", "#D55E00", "#E69F00"
+COLOURS = (BLUE, RED, GREEN, ORANGE)  # in the order in which they are used
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -19,7 +20,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "image.cmap": "viridis",
     "image.interpolation": "nearest",
-    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, RED, GREEN, ORANGE]),
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
 }
 
 

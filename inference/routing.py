@@ -118,13 +118,17 @@ def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
     if len(config.group_sizes) != config.num_task_types:
         return [f"no groups: {config.lora_nums} experts cannot be split among {config.num_task_types} task types"]
     lines = [" " * 32 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
-    names = config.task_type_names or (
-        PAPERS_TASK_TYPES if config.num_task_types == 2 else range(config.num_task_types)
-    )
+    names = task_type_names(config)
     for kind, shares in group_shares(routing, config.group_sizes).items():
-        name = "no task type" if kind < 0 else f"task type {names[kind]}"
+        name = "no task type" if kind < 0 else names[kind]
         lines.append(f"  {name:30}" + "".join(f"{share:16.1%}" for share in shares))
     return lines
+
+
+def task_type_names(config: LoraConfig) -> list[str]:
+    """The name of each task type, for reports."""
+    papers = PAPERS_TASK_TYPES if config.num_task_types == 2 else range(config.num_task_types)
+    return [f"task type {name}" for name in config.task_type_names or papers]
 
 
 def _rounded(values: np.ndarray | Tensor) -> list:

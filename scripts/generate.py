@@ -208,7 +208,7 @@ def chat(answerer: Answerer) -> None:
         if line in ("", "/reset"):
             continue
         try:
-            turns, ids = _conversation(answerer, [*turns, {"role": "user", "content": line}])
+            turns, ids = encode_conversation(answerer, [*turns, {"role": "user", "content": line}])
         except InputError as error:
             print(f"not sent: {error}")
             continue
@@ -216,14 +216,7 @@ def chat(answerer: Answerer) -> None:
         turns.append({"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)})
 
 
-def answer_lines(answer: dict[str, str]) -> list[str]:
-    """The lines of one answer, or of both with headings."""
-    if len(answer) == 1:
-        return list(answer.values())
-    return ["--- base", answer["generated_by_base"], "--- adapter", answer["generated"]]
-
-
-def _conversation(answerer: Answerer, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+def encode_conversation(answerer: Answerer, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
     """The conversation and its token ids. Its oldest exchanges are dropped as far as the model's context requires it.
 
     Raises:
@@ -238,6 +231,13 @@ def _conversation(answerer: Answerer, turns: list[dict[str, str]]) -> tuple[list
             return turns, ids
         turns = turns[2:]
     return turns, answerer.encode(turns[0]["content"])
+
+
+def answer_lines(answer: dict[str, str]) -> list[str]:
+    """The lines of one answer, or of both with headings."""
+    if len(answer) == 1:
+        return list(answer.values())
+    return ["--- base", answer["generated_by_base"], "--- adapter", answer["generated"]]
 
 
 def _typed_lines() -> Iterator[str]:

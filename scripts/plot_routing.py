@@ -16,6 +16,7 @@ from data.errors import reading, writing
 from inference.routing import Routing, routing_lines, routing_summary, training_curves
 from inference.routing_plot import write_routing
 from inference.rows import batches, load_rows
+from inference.token_routing import route_tokens
 from inference.trained import InferenceArguments, TrainedModel, load_trained, read_run_config
 from loading.base_model import length_problem
 from loading.command_line import flag, output_problem, parse_flags, refuse, run_verb
@@ -104,9 +105,7 @@ def route_prompt(trained: TrainedModel, text: str) -> dict:
     ids = encode_prompt(trained.tokenizer, trained.template(), text, "")
     if problem := length_problem(trained.model, len(ids)):
         raise InputError(f"--prompt has {problem}; shorten it")
-    with torch.no_grad(), RoutingRecorder(trained.model) as recorder:
-        trained.model(input_ids=torch.tensor([ids], device=trained.model.device), logits_to_keep=1)
-    weights_TE = torch.stack([weights.flatten(0, -2).cpu() for weights in recorder.weights.values()]).mean(dim=0)
+    weights_TE = route_tokens(trained.model, ids).weights_TLE.mean(dim=1)
     tokens = [trained.tokenizer.decode([token]) for token in ids]
     return {"text": text, "tokens": tokens, "expert_weights": weights_TE.double().numpy().round(6).tolist()}
 

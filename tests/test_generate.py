@@ -190,13 +190,13 @@ def test_fields_that_cannot_be_written_are_refused_before_the_model_is_loaded(ru
 
 def test_a_conversation_remembers_with_a_chat_template_and_forgets_on_reset(run, monkeypatch):
     seen = []
-    conversation = generate._conversation
+    conversation = generate.encode_conversation
 
     def recorded(answerer, turns):
         seen.append([turn["role"] for turn in turns])
         return conversation(answerer, turns)
 
-    monkeypatch.setattr(generate, "_conversation", recorded)
+    monkeypatch.setattr(generate, "encode_conversation", recorded)
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n\nthe dog\n/reset\nthe mat\n/exit\nnever\n"))
     printed = run("--chat", "--template", "chat")
     assert seen == [["user"], ["user", "assistant", "user"], ["user"]]
@@ -214,7 +214,7 @@ def test_a_conversation_longer_than_the_context_loses_its_beginning(adapter_dir)
     answerer = generate.Answerer(trained, DecodingArguments(max_new_tokens=6), args)
     turns = [{"role": role, "content": "the cat " * 20} for role in ("user", "assistant") * 4]
     turns.append({"role": "user", "content": "the dog"})
-    turns, ids = generate._conversation(answerer, turns)
+    turns, ids = generate.encode_conversation(answerer, turns)
     assert len(ids) + 6 <= 256
     assert 1 < len(turns) < 9
     assert turns[-1]["content"] == "the dog"
@@ -226,7 +226,7 @@ def test_a_conversation_does_not_think(adapter_dir):
     args = generate.GenerateArguments(chat=True, template="chat")
     answerer = generate.Answerer(trained, DecodingArguments(max_new_tokens=6), args)
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    _, ids = generate._conversation(answerer, turns)
+    _, ids = generate.encode_conversation(answerer, turns)
     assert trained.tokenizer.decode(ids) == "<|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>(thought: )"
 
 
