@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from peft.config import ALL_LINEAR, LoraConfig
-from peft.layer import LoraLayer
-from peft.linear import linear_size
-from peft.trained_copy import TrainedCopy
+from .config import ALL_LINEAR, LoraConfig
+from .layer import LoraLayer
+from .linear import linear_size
+from .trained_copy import TrainedCopy
 
 # The feed-forward Linears of Llama and of most others; the default for a base model that names none.
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peft.config import LoraConfig
-from peft.dropout import dropout_mask
-from peft.functions import gated_sum, input_products
-from peft.fused import fused_linear, fused_shape
-from peft.linear import linear_size
-from peft.products import makes_new_tensors
-from peft.router import Router
+from .config import LoraConfig
+from .dropout import dropout_mask
+from .functions import gated_sum, input_products
+from .fused import fused_linear, fused_shape
+from .linear import linear_size
+from .products import makes_new_tensors
+from .router import Router
 
 
 class LoraExperts(nn.Module):

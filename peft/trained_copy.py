@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from peft.saving import gathered
+from .saving import gathered
 
 
 class TrainedCopy(nn.Module):
