@@ -78,12 +78,13 @@ class LoraLayer(nn.Module):
         base_layer: any module of which `linear_size` knows the features and that maps (..., I) to (..., O).
     """
 
+    active_adapter: str | None = None
+
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_size(base_layer)  # type: ignore[misc]
         self.experts = nn.ModuleDict()
-        self.active_adapter: str | None = None
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
         """Create the experts of adapter `name`, on the device of the wrapped layer and in its mode (train or eval)."""
