@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # Each may import itself and those before it, but for `peft`, which knows nothing of `data`.
 ROOMS = ("data", "peft", "transformers_patch", "loading", "inference", "training", "train", "scripts", "workbench")
-PACKAGES = (*(room for room in ROOMS if room != "train"), "tests")
+PACKAGES = (*(room for room in ROOMS if room != "train"), "integrations", "tests")
 FILES = [*sorted(ROOT.glob("*.py")), *(file for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py")))]
 
 
