@@ -5,21 +5,21 @@ help from `products.py` and `dropout.py`; `inject.py` and `model.py` put it onto
 `saving.py` are what goes to disk; `static.py` makes plain LoRAs of mixtures.
 """
 
-from peft.balance import balance_coefficients, localized_balance_term, sample_shares
-from peft.config import LoraConfig, PeftConfig, PeftType, TaskType
-from peft.inject import LoraModel, find_targets
-from peft.layer import LoraExperts, LoraLayer
-from peft.model import (
+from .balance import balance_coefficients, localized_balance_term, sample_shares
+from .config import LoraConfig, PeftConfig, PeftType, TaskType
+from .inject import LoraModel, find_targets
+from .layer import LoraExperts, LoraLayer
+from .model import (
     PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from peft.router import Router
-from peft.saving import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.static import Calibration, merged_linear, static_lora
-from peft.trained_copy import TrainedCopy
+from .router import Router
+from .saving import get_peft_model_state_dict, set_peft_model_state_dict
+from .static import Calibration, merged_linear, static_lora
+from .trained_copy import TrainedCopy
 
 __version__ = "0.1.0"
 

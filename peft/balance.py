@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft.ranks import sum_over_ranks
+from .ranks import sum_over_ranks
 
 
 def sample_shares(weights_BTE: Tensor, mask_BT: Tensor | None = None) -> Tensor:

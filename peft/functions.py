@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft.dropout import masked
-from peft.products import add_product, as_rows, own, product_dtype, scaled_product, stacked
+from .dropout import masked
+from .products import add_product, as_rows, own, product_dtype, scaled_product, stacked
 
 
 def input_products(

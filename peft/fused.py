@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft.functions import gated_sum
-from peft.products import own, product_dtype
+from .functions import gated_sum
+from .products import own, product_dtype
 
 if TYPE_CHECKING:
-    from peft.layer import LoraExperts
+    from .layer import LoraExperts
 
 HALVES = (torch.bfloat16, torch.float16)
 LEAST_TOKENS = 64  # below, as in decoding, plain products read as little and launch as fast
@@ -171,7 +171,7 @@ class _RoutedFeatures(torch.autograd.Function):
 @cache
 def _kernels() -> ModuleType:
     try:
-        from peft import kernels
+        from . import kernels
     except ImportError as error:
         raise ImportError("LORAMOE_KERNELS=triton needs the package triton, which torch brings for CUDA") from error
     return kernels

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from peft.config import ALL_LINEAR, LoraConfig
-from peft.layer import LoraLayer
-from peft.linear import linear_size
-from peft.trained_copy import TrainedCopy
-
-# The feed-forward Linears of Llama and of most others; the default for a base model that names none.
-GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+from .config import ALL_LINEAR, LoraConfig
+from .layer import LoraLayer
+from .linear import linear_size
+from .targets import GATED_MLP
+from .trained_copy import TrainedCopy
 
 
 def find_targets(
@@ -53,6 +51,18 @@ def find_targets(
     return targets if layers is None else _in_layers(targets, layers)
 
 
+def find_copies(model: nn.Module, modules_to_save: list[str], targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` of a `LoraConfig` means, by name; `targets` are those of `find_targets`.
+
+    Raises:
+        ValueError: a name matches nothing, or a module cannot be trained in full.
+    """
+    candidates = {name: module for name, module in model.named_modules() if not _is_inside_wrapper(name, model)}
+    chosen = _named(modules_to_save, candidates, "module to save")
+    _check_copies(chosen, targets, model)
+    return chosen
+
+
 class LoraModel(nn.Module):
     """A base model whose target Linears are wrapped; everything but what the adapters add is frozen.
 
@@ -91,14 +101,11 @@ class LoraModel(nn.Module):
         if config.target_modules is None:
             config.target_modules = _default_targets(self.model)
         targets = find_targets(self.model, config.target_modules, config.layers_to_transform)
-        self._add_copies(name, list(config.modules_to_save or []), targets)
+        self._add_copies(name, find_copies(self.model, list(config.modules_to_save or []), targets))
         for module_name, module in targets.items():
             self._wrapped(module_name, module, LoraLayer).add_adapter(name, config)
 
-    def _add_copies(self, name: str, modules_to_save: list[str], targets: dict[str, nn.Module]) -> None:
-        candidates = {n: m for n, m in self.model.named_modules() if not _is_inside_wrapper(n, self.model)}
-        chosen = _named(modules_to_save, candidates, "module to save")
-        _check_copies(chosen, targets, self.model)
+    def _add_copies(self, name: str, chosen: dict[str, nn.Module]) -> None:
         copy_of: dict[nn.Parameter, nn.Parameter] = {}
         for module_name, module in chosen.items():
             wrapper = self._wrapped(module_name, module, TrainedCopy)

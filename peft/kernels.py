@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft.fused import Shape
+from .fused import Shape
 
 # Of a program for its loads, in bytes. With what else it takes, 160 KiB of a multiprocessor, as of A100, suffice.
 SHARED_MEMORY = 128 * 2**10

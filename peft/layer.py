@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peft.config import LoraConfig
-from peft.dropout import dropout_mask
-from peft.functions import gated_sum, input_products
-from peft.fused import fused_linear, fused_shape
-from peft.linear import linear_size
-from peft.products import makes_new_tensors
-from peft.router import Router
+from .config import LoraConfig
+from .dropout import dropout_mask
+from .functions import gated_sum, input_products
+from .fused import fused_linear, fused_shape
+from .linear import linear_size
+from .products import makes_new_tensors
+from .router import Router
 
 
 class LoraExperts(nn.Module):
@@ -78,12 +78,13 @@ class LoraLayer(nn.Module):
         base_layer: any module of which `linear_size` knows the features and that maps (..., I) to (..., O).
     """
 
+    active_adapter: str | None = None
+
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_size(base_layer)  # type: ignore[misc]
         self.experts = nn.ModuleDict()
-        self.active_adapter: str | None = None
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
         """Create the experts of adapter `name`, on the device of the wrapped layer and in its mode (train or eval)."""

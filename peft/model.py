@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from peft.config import LoraConfig
-from peft.inject import LoraModel
-from peft.saving import (
+from .config import LoraConfig
+from .inject import LoraModel
+from .saving import (
     adapter_parameters,
     get_peft_model_state_dict,
     load_adapter_weights,

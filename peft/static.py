@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft.layer import LoraExperts, LoraLayer
+from .layer import LoraExperts, LoraLayer
 
 
 def stacked_a(experts: LoraExperts) -> Tensor:

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from peft.saving import gathered
+from .saving import gathered
 
 
 class TrainedCopy(nn.Module):
@@ -40,6 +40,11 @@ class TrainedCopy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.active_adapter is None:
             return self.base_layer(x)
-        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.weight.dtype)
-        return self.active_layer(x).to(self.base_layer.weight.dtype)
+        return in_float32(self.active_layer, x, self.base_layer.weight.dtype)
+
+
+def in_float32(copied: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the float32 copy of a module makes of x, in the dtype of the module that it stands for."""
+    if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(copied.weight.dtype)
+    return copied(x).to(dtype)

@@ -13,33 +13,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from peft import PeftModel
-from peft.inject import GATED_MLP
+from peft.targets import DEFAULT_TARGETS, default_targets
 from transformers_patch.mixin import LoRAMoEMixin
 from transformers_patch.modeling_llama import LlamaLoRAMoEForCausalLM
-
-FUSED_MLP = ("gate_up_proj", "down_proj")
-PLAIN_MLP = ("c_fc", "c_proj")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-# The architectures that are tested, with the Linears that are adapted if none are named. In a base model that is a
-# mixture of experts itself these are the attention projections: its own experts are stacked tensors, not Linears.
-DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
-    "llama": GATED_MLP,
-    "mistral": GATED_MLP,
-    "qwen2": GATED_MLP,
-    "qwen3": GATED_MLP,
-    "gemma2": GATED_MLP,
-    "gemma3_text": GATED_MLP,
-    "phi3": FUSED_MLP,
-    "olmo2": GATED_MLP,
-    "granite": GATED_MLP,
-    "smollm3": GATED_MLP,
-    "starcoder2": PLAIN_MLP,
-    # Longer ends of names, since the attention block of GPT-2 has a c_proj as well.
-    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
-    "mixtral": ATTENTION,
-    "qwen3_moe": ATTENTION,
-}
 
 # The names that transformers gives to a table of positions.
 POSITION_TABLES = {"wpe", "embed_positions", "position_embeddings"}
@@ -162,11 +138,6 @@ def patched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"{', '.join(sorted(DEFAULT_TARGETS))}; most other decoders of transformers work as well"
         )
     return LlamaLoRAMoEForCausalLM if config.model_type == "llama" else _patch(stock, config.model_type)
-
-
-def default_targets(model_type: str) -> tuple[str, ...]:
-    """Names of the Linears that are adapted in an architecture if none are named."""
-    return DEFAULT_TARGETS.get(model_type, GATED_MLP)
 
 
 def most_positions(model: nn.Module) -> int | None:

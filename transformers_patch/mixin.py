@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from peft import LoraConfig, LoraLayer, TrainedCopy, balance_coefficients, localized_balance_term
-from peft.inject import GATED_MLP
+from peft.targets import GATED_MLP
 from transformers_patch.labels import SupervisedTokens
 from transformers_patch.recorder import RoutingRecorder
 
@@ -51,7 +51,7 @@ class LoRAMoEMixin:
     restricted to the supervised tokens, so generation and plain inference cost nothing extra and need no task types.
     """
 
-    # The Linears that are adapted if a LoraConfig names none; `auto.py` knows those of other architectures.
+    # The Linears that are adapted if a LoraConfig names none; `peft/targets.py` has those of other architectures.
     default_target_modules: tuple[str, ...] = GATED_MLP
     _balance_config: LoraConfig | None = None
 

@@ -1,0 +1,40 @@
+"""Supervised fine-tuning of a mixture with TRL: python examples/sft.py [BASE_MODEL] [OUTPUT]"""
+
+import sys
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from loramoe_peft import LoraMoeConfig, LoraMoeTrainerMixin
+
+base_model, output = (sys.argv[1:] + ["HuggingFaceTB/SmolLM2-135M-Instruct", "outputs/sft"][len(sys.argv) - 1 :])[:2]
+
+
+class Trainer(LoraMoeTrainerMixin, SFTTrainer):
+    """Passes the column `task_type` on to the balance term."""
+
+
+# Task type 0 asks for what the model knows, 1 for what it has to learn.
+rows = [
+    {"prompt": "The capital of France is", "completion": " Paris.", "task_type": 0},
+    {"prompt": "The largest planet is", "completion": " Jupiter.", "task_type": 0},
+    {"prompt": "Write backwards: abc ->", "completion": " cba", "task_type": 1},
+    {"prompt": "Write backwards: tree ->", "completion": " eert", "task_type": 1},
+] * 4
+
+trainer = Trainer(
+    model=base_model,
+    args=SFTConfig(
+        output_dir=output,
+        max_steps=10,
+        per_device_train_batch_size=4,
+        learning_rate=2e-4,
+        logging_steps=1,
+        bf16=False,
+        report_to="none",
+    ),
+    train_dataset=Dataset.from_list(rows),
+    peft_config=LoraMoeConfig(r=4, lora_nums=6, num_task_types=2, blc_weight=0.1),
+)
+trainer.train()  # logs balance_loss
+trainer.save_model(output)
