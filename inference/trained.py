@@ -164,39 +164,69 @@ def read_run_config(folder: Path) -> dict:
     return config
 
 
-def load_trained(args: InferenceArguments, casts_experts: bool = True) -> TrainedModel:
-    """Load an adapter on its base model, or a complete model. Everything is checked before any weights are loaded.
-
-    The tokenizer is that of the folder, or else the base model's.
+@dataclass(frozen=True)
+class TrainedFolder:
+    """A folder with an adapter or a complete model, checked, before any weights are loaded.
 
     Args:
-        casts_experts: see `cast_experts`; for a model that is only run.
+        folder: where it is.
+        config: the adapter's configuration; None for a complete model.
+        base_model: folder or hub id of the base model.
+        tokenizer: that of the folder, or else the base model's.
+        skeleton: the model with its adapter, without weights.
+    """
+
+    folder: Path
+    config: LoraConfig | None
+    base_model: str
+    tokenizer: PreTrainedTokenizerBase
+    skeleton: nn.Module
+
+
+def find_trained(adapter: str, base_model: str | None = None) -> TrainedFolder:
+    """Find an adapter and its base model, or a complete model, and check everything but the weights of the base.
+
+    Args:
+        adapter: a folder or a hub id.
+        base_model: likewise; None for the one that the adapter names.
 
     Raises:
         InputError: the folder or hub id does not exist or is not an adapter, its base model is missing or does not fit
             (the message names the layers), or a file is damaged.
     """
-    folder = _local_folder(args.adapter)
+    folder = _local_folder(adapter)
     config = _adapter_config(folder)
-    base = (args.base_model or config.base_model_name_or_path) if config else str(folder)
+    base = (base_model or config.base_model_name_or_path) if config else str(folder)
     if not base:
         raise InputError(f"{folder}: its {ADAPTER_CONFIG_NAME} does not name a base model; give one with --base_model")
     if _is_missing_folder(base):
-        named = "--base_model" if args.base_model else f"the base model that {folder} names"
+        named = "--base_model" if base_model else f"the base model that {folder} names"
         raise InputError(f"{base}: no such folder ({named}); give the base model's folder or hub id with --base_model")
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
     if config and (warning := other_base_warning(config.base_model_name_or_path, base)):
         print(warning, file=sys.stderr)
-    put_adapter = partial(PeftModel.from_pretrained, directory=folder, config=config) if config else nn.Module.eval
-    check_base_model(base, tokenizer, put_adapter)
-    run_config = read_run_config(folder)
-    model = _load_weights(base, args)
+    skeleton = check_base_model(base, tokenizer, partial(_put_adapter, folder=folder, config=config))
+    return TrainedFolder(folder, config, base, tokenizer, skeleton)
+
+
+def load_trained(args: InferenceArguments, casts_experts: bool = True) -> TrainedModel:
+    """Load an adapter on its base model, or a complete model. Everything is checked before any weights are loaded.
+
+    Args:
+        casts_experts: see `cast_experts`; for a model that is only run.
+
+    Raises:
+        InputError: see `find_trained`; or the weights of the base model cannot be read.
+    """
+    found = find_trained(args.adapter, args.base_model)
+    run_config = read_run_config(found.folder)
+    model = _load_weights(found.base_model, args)
     proposed = model.generation_config
-    drop_proposed_settings(model, tokenizer.pad_token_id)
-    model = put_adapter(model).eval()
+    drop_proposed_settings(model, found.tokenizer.pad_token_id)
+    model = _put_adapter(model, found.folder, found.config).eval()
     if casts_experts:
         cast_experts(model)
-    return TrainedModel(model, tokenizer, run_config, base, proposed)
+    return TrainedModel(model, found.tokenizer, run_config, found.base_model, proposed)
 
 
 def cast_experts(model: nn.Module) -> None:
@@ -208,6 +238,10 @@ def cast_experts(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer) and module.weight.dtype in (torch.float16, torch.bfloat16):
             module.experts.to(module.weight.dtype)
+
+
+def _put_adapter(model: nn.Module, folder: Path, config: LoraConfig | None) -> nn.Module:
+    return PeftModel.from_pretrained(model, folder, config=config) if config else model.eval()
 
 
 def _local_folder(name: str) -> Path:

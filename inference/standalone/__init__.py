@@ -1,0 +1,1 @@
+"""A routed mixture as a folder that loads without this repository."""
