@@ -124,10 +124,15 @@ def capture(compute: Callable[[], ModelOutput], device: torch.device) -> Callabl
     Raises:
         RuntimeError: it waits for the device, or does something else that cannot be recorded.
     """
-    graph = torch.cuda.CUDAGraph()
-    # What other threads do, such as those of NCCL, does not disturb it.
-    with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
-        output = compute()
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device.index]
+    state = generator.clone_state()
+    try:
+        # What other threads do, such as those of NCCL, does not disturb it.
+        with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
+            output = compute()
+    except RuntimeError:
+        generator.graphsafe_set_state(state)  # the generator believes that it is still being captured, and cannot draw
+        raise
 
     def replay() -> ModelOutput:
         graph.replay()

@@ -229,6 +229,10 @@ def load_trained(args: InferenceArguments, casts_experts: bool = True) -> Traine
     return TrainedModel(model, found.tokenizer, run_config, found.base_model, proposed)
 
 
+def _put_adapter(model: nn.Module, folder: Path, config: LoraConfig | None) -> nn.Module:
+    return PeftModel.from_pretrained(model, folder, config=config) if config else model.eval()
+
+
 def cast_experts(model: nn.Module) -> None:
     """Give the experts and routers of each half-precision Linear its dtype, once instead of in every call.
 
@@ -238,10 +242,6 @@ def cast_experts(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer) and module.weight.dtype in (torch.float16, torch.bfloat16):
             module.experts.to(module.weight.dtype)
-
-
-def _put_adapter(model: nn.Module, folder: Path, config: LoraConfig | None) -> nn.Module:
-    return PeftModel.from_pretrained(model, folder, config=config) if config else model.eval()
 
 
 def _local_folder(name: str) -> Path:

@@ -1,7 +1,7 @@
 """The path of the fused kernels: when it is taken, and its backward pass.
 
-The environment variable LORAMOE_KERNELS chooses `torch` (the default, `peft/functions.py`) or `triton`. What the
-kernels cannot do is left to torch.
+The environment variable LORAMOE_KERNELS chooses `torch` (`peft/functions.py`) or `triton`. Without it, the kernels run
+on GPUs on which they were seen right and faster. What they cannot do is left to torch.
 
 Shape suffixes: E experts, R rank of one expert, S = E*R stacked rank, H rows of A, I input features.
 """
@@ -9,6 +9,7 @@ Shape suffixes: E experts, R rank of one expert, S = E*R stacked rank, H rows of
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HALVES = (torch.bfloat16, torch.float16)
 LEAST_TOKENS = 64  # below, as in decoding, plain products read as little and launch as fast
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))  # A100, H100, B200: others have too little shared memory
+PROVEN = ((9, 0),)  # docs/PERFORMANCE.md, "On a GPU"
 MOST_EXPERTS, MOST_FEATURES = 32, 128  # a program holds its sums in registers
 
 
@@ -59,7 +61,8 @@ def fused_shape(experts: "LoraExperts", x: Tensor) -> Shape | None:
     Raises:
         ValueError: LORAMOE_KERNELS is neither torch nor triton.
     """
-    choice = os.environ.get("LORAMOE_KERNELS", "torch")
+    proven = "triton" if x.device.type == "cuda" and _are_proven(x.device) else "torch"
+    choice = os.environ.get("LORAMOE_KERNELS") or proven
     if choice not in ("torch", "triton"):
         raise ValueError(f"LORAMOE_KERNELS is torch or triton, not {choice!r}")
     if choice == "torch":
@@ -179,3 +182,8 @@ def _can_run(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) in CAPABILITIES
     return device.type == "cpu" and _kernels().INTERPRETED
+
+
+@cache
+def _are_proven(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in PROVEN and find_spec("triton") is not None

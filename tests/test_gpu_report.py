@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_launch import call
 
+from data import InputError
 from workbench.benchmark import main as benchmark
 from workbench.gpu_report import Report, Stage, main
 from workbench.gpu_tables import markdown
@@ -101,7 +102,7 @@ def test_the_grid_has_a_row_for_every_variant_and_the_planner_one_for_every_sett
     build = Variant.model
     monkeypatch.setattr(Variant, "model", lambda self, base: torch.empty(2**60) if self == loop else build(self, base))
     lines = tmp_path / "lines.jsonl"
-    flags = ["--quick", "--random", "--rounds", "1", "--kernels", "torch,other", "--lines", str(lines)]
+    flags = ["--quick", "--random", "--rounds", "1", "--kernels", "torch,triton", "--lines", str(lines)]
     benchmark([*flags, "--sections", "ceilings,grid,planner"])
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     steps = [row for row in rows if row["section"] == "step"]
@@ -110,12 +111,12 @@ def test_the_grid_has_a_row_for_every_variant_and_the_planner_one_for_every_sett
     names = Counter((row["variant"], row["kernels"]) for row in steps)
     assert names["frozen", ""] == 4
     assert names["loop", ""] == 8
-    assert names["loramoe", "torch"] == names["loramoe", "other"] == 4 * 4 + 2
+    assert names["loramoe", "torch"] == names["loramoe", "triton"] == 4 * 4 + 2
     assert all(row["step_ratio"] > 0 and row["tokens_per_second"] > 0 for row in steps if "error" not in row)
     assert {row["variant"] for row in steps if "error" in row} == {"loop"}
     assert [row["section"] for row in rows].count("plan") == 4
     text = markdown(rows)
-    assert "64 experts of rank 1 / 8 of rank 8, other" in text
+    assert "64 experts of rank 1 / 8 of rank 8, triton" in text
     assert "2 x 16, with checkpointing:" in text
 
 
@@ -137,6 +138,11 @@ def test_without_a_gpu_there_is_one_message(tmp_path):
     assert outcome.returncode == 1
     assert outcome.stderr == "error: torch sees no GPU here; --quick rehearses the report on a CPU, with tiny shapes\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_stage_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"unknown: grid; choose from .*check_node, main, generate, .*, large"):
+        main(["--quick", "--stages", "grid,peers", "--output", str(tmp_path)])
 
 
 @pytest.mark.slow

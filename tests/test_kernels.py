@@ -211,7 +211,7 @@ def test_what_the_kernels_cannot_do_is_left_to_torch(bits, features, tokens, dty
     assert not bits
 
 
-def test_torch_is_the_default(monkeypatch, bits):
+def test_torch_is_the_default_on_a_cpu(monkeypatch, bits):
     layer, x = make_layer(64), torch.randn(1, 64, 64)
     for choice in ("torch", None):
         if choice is None:

@@ -5,7 +5,7 @@ import torch
 from reference import layer_loop
 from torch import nn
 
-from peft import LoraConfig, LoraLayer, Router
+from peft import LoraConfig, LoraLayer, Router, fused
 
 
 def make_layer(experts: int = 4, rank: int = 2, dropout: float = 0.0, filled: bool = True, **settings) -> LoraLayer:
@@ -98,3 +98,12 @@ def test_half_precision_base_with_float32_experts(autocast):
         output = layer(x)
     assert output.dtype is torch.bfloat16
     torch.testing.assert_close(output.float(), reference, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "chosen"), [((9, 0), True, True), ((9, 0), False, False), ((8, 0), True, False)]
+)
+def test_fused_kernels_are_the_default_on_gpus_that_have_shown_them(monkeypatch, capability, has_triton, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(fused, "find_spec", lambda name: has_triton or None)
+    assert fused._are_proven.__wrapped__(torch.device("cuda")) is chosen

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -111,7 +112,7 @@ class Benchmark:
     def keep(self, name: str, text: str) -> None:
         """Write a text into a file next to that of the rows."""
         if self.lines:
-            self.lines.with_name(f"{name.replace(' ', '_')}.txt").write_text(text)
+            self.lines.with_name(re.sub(r"[ ,]+", "_", name) + ".txt").write_text(text)
 
     def say(self, message: str) -> None:
         say(message)

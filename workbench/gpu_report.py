@@ -30,9 +30,10 @@ from loading.provenance import ROOT
 from scripts.fetch_base_model import DEFAULT_OUTPUT, is_complete
 from workbench.architectures import ARCHITECTURES
 from workbench.check_node import last_error
-from workbench.gpu_tables import markdown
+from workbench.gpu_tables import GIB, markdown
 
 SECONDS = 570
+LENGTH = 1024  # tokens of a row of the large run
 SHARE_OF_CHECKS = 0.42  # of the time
 SECONDS_TO_END = 10  # from SIGTERM to SIGKILL
 LEAST_SECONDS = 10  # with fewer, no stage begins
@@ -175,12 +176,19 @@ class Plan:
         self.large = Path(tempfile.mkdtemp(prefix="gpu_report-", dir=in_memory if has_room else work))
 
     def groups(self) -> list[tuple[float, list[Chain]]]:
-        """Groups in order, each with the share of the time at which it has to end."""
+        """Groups in order, each with the share of the time at which it has to end.
+
+        Raises:
+            InputError: a wanted stage does not exist.
+        """
         found = [(0.1, [self.model()]), (SHARE_OF_CHECKS, self.checks())]
         found += [(1.0, [self.measuring()]), (1.0, [self.large_run()])]
         if not self.flags.stages:
             return found
         wanted = self.flags.stages.split(",")
+        names = [stage.name for _, group in found for chain in group for stage in chain]
+        if unknown := set(wanted) - {*names, "small random model"}:
+            raise InputError(f"--stages: unknown: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
         return [(1.0, [[stage for stage in chain if stage.name in wanted] for chain in group]) for _, group in found]
 
     def model(self) -> Chain:
@@ -232,23 +240,15 @@ class Plan:
         ]
 
     def plan_of_large_run(self) -> tuple[str, ...]:
-        size = () if self.flags.quick else ("--batch=4", "--length=1024")
         settings = ("--lora_nums=8", "--zero=2", "--gpu=H100", f"--json={self.folder / 'plan.json'}")
-        return module("plan", "--model", self.flags.model, *size, *settings)
+        return module("plan", "--model", self.flags.model, "--batch=4", f"--length={LENGTH}", *settings)
 
     def job(self, name: str, seconds: float, shown: str, *flags: str, **variables: object) -> Stage:
         """The main job, as users call it, on the small base model."""
         values = {"pretrained_model": self.small, "output_dir": self.folder / "runs", "exp_name": name} | variables
         values |= {"LORAMOE_PYTHON": sys.executable}
-        quick = ("--max_steps=2", "--max_seq_length=64") if self.flags.quick else ()
-        command = (
-            "bash",
-            "run_loramoe.sh",
-            f"--data_cache_dir={self.work / 'cache'}",
-            "--restart=true",
-            *flags,
-            *quick,
-        )
+        flags = ("--restart=true", f"--data_cache_dir={self.work / 'cache'}", *flags)
+        command = ("bash", "run_loramoe.sh", *flags, *(QUICK_JOB if self.flags.quick else ()))
         return Stage(name, command, seconds, shown, {key: str(value) for key, value in values.items()})
 
     def benchmark(self, name: str, seconds: float, sections: str, *flags: str, **variables: str) -> Stage:
@@ -261,6 +261,7 @@ class Plan:
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 ANSWERS = r"^(?!Loading|\[transformers\])."
 NOTHING = "(?!)"  # a pattern that matches nowhere
+QUICK_JOB = ("--max_steps=2", "--max_seq_length=64")
 FEW_STEPS = ("--max_steps=3", "--logging_steps=1")
 SHORT_JOBS: dict[str, dict[str, object]] = {
     "nf4": {"load_in_kbits": 4, "validation_file": ""},
@@ -275,14 +276,19 @@ def module(name: str, *flags: str) -> tuple[str, ...]:
     return ("python", "-m", f"workbench.{name}", *flags)
 
 
-def training_row(run: Path) -> dict | None:
-    """What the last log line of a run says of its speed and memory, or None."""
-    state = run / "trainer_state.json"
+def training_row(folder: Path) -> dict | None:
+    """Speed and memory of the large run by its last log line, and what the planner says of it; None without a run."""
+    state, plan = folder / "runs" / "large" / "trainer_state.json", folder / "plan.json"
     if not state.exists():
         return None
     found = [entry for entry in json.loads(state.read_text())["log_history"] if "tokens_per_second" in entry]
     names = ("tokens_per_second", "peak_memory_gib", "mfu")
-    return {"section": "train"} | {name: found[-1][name] for name in names if name in found[-1]} if found else None
+    row = {"section": "train"} | {name: found[-1][name] for name in names if name in found[-1]}
+    if plan.exists():
+        planned = json.loads(plan.read_text())
+        tokens = planned["samples_per_step"] * LENGTH / planned["seconds_per_step"]
+        row |= {"planned_tokens_per_second": tokens, "planned_peak_memory_gib": planned["peak_per_gpu"] / GIB}
+    return row
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -330,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
                 report.run(group, start + share * flags.seconds)
         finally:
             shutil.rmtree(plan.large)
-    if row := training_row(folder / "runs" / "large"):
+    if row := training_row(folder):
         report.add("large", row)
     print(report.write())
 

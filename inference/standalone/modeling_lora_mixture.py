@@ -12,13 +12,25 @@ Servers (vLLM, SGLang) rebuild such a model, which gives this file its shape:
   therefore has another class than one without.
 """
 
-import re
-
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
 from transformers import LlamaModel as BaseModel
+
+
+def _with_parts(plan: dict[str, str]) -> dict[str, str]:
+    """A plan for tensor parallelism, extended to the parts that a wrapped Linear has.
+
+    Base and B are split where the base model splits outputs; A and router are then whole. Where it splits inputs, A and
+    router are split likewise, and B is whole.
+    """
+    parts = {}
+    for name, style in plan.items():
+        parts[f"{name}.base_layer"] = style
+        parts[f"{name}.lora_B"] = style if "colwise" in style else "replicate"
+        parts[f"{name}.lora_A"] = parts[f"{name}.router"] = style if "rowwise" in style else "replicate"
+    return parts | plan
 
 
 class LoraMixtureConfig(BaseConfig):
@@ -29,26 +41,7 @@ class LoraMixtureConfig(BaseConfig):
     """
 
     model_type = "lora_mixture_" + BaseConfig.model_type
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str] | None:
-        """The base model's plan for tensor parallelism, extended to the parts of wrapped Linears.
-
-        Base and B are split where the base model splits outputs; A and router are then whole. Where it splits inputs,
-        A and router are split likewise, and B is whole.
-        """
-        plan = BaseConfig.base_model_tp_plan
-        if plan is None:
-            return None
-        prefix = BaseForCausalLM.base_model_prefix + "."
-        wrapped = {re.sub(r"\.\d+\.", ".*.", name.removeprefix(prefix)) for name in self.lora_mixture["targets"]}
-        parts = {}
-        for name in plan.keys() & wrapped:
-            style = plan[name]
-            parts[f"{name}.base_layer"] = style
-            parts[f"{name}.lora_B"] = style if "colwise" in style else "replicate"
-            parts[f"{name}.lora_A"] = parts[f"{name}.router"] = style if "rowwise" in style else "replicate"
-        return parts | plan
+    base_model_tp_plan = _with_parts(BaseConfig.base_model_tp_plan or {})
 
 
 class MixtureLinear(nn.Module):
