@@ -198,7 +198,8 @@ def server_command(served: Served, name: str, port: int, gpus: int, of_vllm: lis
     # prompts are written as in training.
     command += ["--generation-config", "vllm", "--default-chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES)]
     if not gpus:
-        command += ["--kv-cache-memory-bytes", str(CACHE_BYTES)]
+        # Compiling the model takes minutes on a CPU; `--no-enforce-eager` asks for it.
+        command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), "--enforce-eager"]
     return command + of_vllm
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -42,7 +43,6 @@ class ServingArguments:
     requests: str = flag("1,8,32", "numbers of requests at once")
     tokens: int = flag(64, "tokens of an answer")
     rounds: int = flag(3, "rounds after one that warms up; the table shows the medians")
-    eager: bool = flag(False, "the servers do not compile the models, which takes time at their start")
 
     def problems(self) -> list[str]:
         return range_problems(self, [at_least(1, "tokens", "rounds")])
@@ -63,36 +63,30 @@ def main(argv: list[str] | None = None) -> None:
     settings.eos_token_id = None
     ways: dict[str, Answers] = {"generate": partial(generate_answers, trained.model, settings=settings)}
     with contextlib.ExitStack() as servers:
-        share = 0.8 / len(models) if len(models) > 1 or torch.cuda.is_available() else None
         for model in models:
-            port = servers.enter_context(serving(model, share, args.eager))
+            port = servers.enter_context(serving(model, 0.8 / len(models)))
             ways[f"server, {Path(model).name}"] = partial(ask, port, Path(model).resolve().name, args.tokens)
         print_table(ways, counts, prompts, args)
 
 
 @contextlib.contextmanager
-def serving(model: str, share: float | None, eager: bool) -> Iterator[int]:
-    """A server of a model on a free port, which it yields.
-
-    Args:
-        share: of a GPU's memory.
-        eager: see `ServingArguments`.
-    """
+def serving(model: str, share: float) -> Iterator[int]:
+    """A server of a model, with a share of a GPU's memory, on a free port, which it yields."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = ["--enforce-eager"] if eager else []
-    flags += ["--gpu-memory-utilization", str(share)] if share and torch.cuda.is_available() else []
+    flags = ["--gpu-memory-utilization", str(share)] if torch.cuda.is_available() else []
     command = ["bash", "scripts/serve.sh", model, "--port", str(port), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
             if not any(line.startswith("curl ") for line in server.stdout):
                 raise InputError(f"{model} could not be served; see above")
+            threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would stop the server
             yield port
         finally:
             server.send_signal(signal.SIGTERM)
-            server.stdout.read()
+            server.wait()
 
 
 def ask(port: int, name: str, tokens: int, prompts: list[list[int]]) -> None:
