@@ -72,7 +72,7 @@ def test_a_missing_adapter_gives_one_line(tmp_path):
 def test_too_little_memory_is_refused_before_any_work(adapter_dir, exports, monkeypatch):
     monkeypatch.setattr(serve, "available_memory", lambda: 10**9)
     monkeypatch.setattr(serve.torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(InputError, match=r"^0\.00 billion parameters in float32 need 3\.2 GB of memory .*1\.0 GB are"):
+    with pytest.raises(InputError, match=r"^0\.00 billion parameters in float32 need 4\.3 GB of memory .*1\.0 GB are"):
         serve.main([str(adapter_dir), "--port", str(free_port())])
     assert not exports.exists()
 
