@@ -121,10 +121,11 @@ def check_logits(base: PreTrainedModel, trained: TrainedFolder, folder: Path, sc
         text=True,
     )
     if result.returncode:
-        raise InputError(f"the exported model cannot be loaded; nothing was kept:\n{result.stderr.strip()}")
+        reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise InputError(f"the exported model cannot be loaded, nothing was kept: {reason}")
     found = json.loads(result.stdout.splitlines()[-1])
     bound = TOLERANCE * logits.abs().max().item()
-    line = f"largest difference to the routed model's logits, in a process of its own: {found['difference']:.1e}"
+    line = f"largest difference of logits, in a process without this repository: {found['difference']:.1e}"
     if found["odd"] or not found["difference"] <= bound:
         raise InputError("\n".join([f"{line}, but can be at most {bound:.1e}; nothing was kept", *found["odd"]]))
     return line

@@ -168,7 +168,7 @@ def refusal(adapter: Path, output: Path, *more: str) -> str:
 def test_the_command_compares_the_logits_and_writes_a_complete_folder(adapter_dir, tmp_path, capsys):
     run(adapter_dir, tmp_path / "new" / "out")
     shown = capsys.readouterr().out
-    assert "largest difference to the routed model's logits, in a process of its own: 0.0e+00" in shown
+    assert "largest difference of logits, in a process without this repository: 0.0e+00" in shown
     files = {"README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_lora_mixture.py"}
     files |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {file.name for file in (tmp_path / "new" / "out").iterdir()} == files
@@ -244,7 +244,8 @@ def test_large_models_are_written_in_shards(model_dir, tmp_path, monkeypatch):
     assert all(file.stat().st_size < 45_000 for file in shards)
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values())
-    assert torch.equal(model(IDS).logits, filled_model().eval()(IDS).logits)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, filled_model().eval()(IDS).logits)
 
 
 def tiny_mixture(targets: list[str]) -> standalone.LoraMixtureForCausalLM:
@@ -337,4 +338,4 @@ def test_an_export_with_other_logits_is_not_kept(adapter_dir, tmp_path, monkeypa
 
 def test_an_export_that_cannot_be_loaded_is_not_kept(adapter_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(export_model, "write_code", lambda base, folder: None)
-    assert "the exported model cannot be loaded" in refusal(adapter_dir, tmp_path / "out")
+    assert re.search("cannot be loaded, nothing was kept: .*Error", refusal(adapter_dir, tmp_path / "out"))
