@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         InputError: port, adapter or memory will not do.
     """
-    args, of_vllm = parse_arguments(argv)
+    args, of_vllm = parse(argv)
     check_port(args.port)
     served = find_served(args.model, args.base_model, args.template)
     gpus = torch.cuda.device_count()
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(serve(server_command(served, name, args.port, gpus, of_vllm), args.port, request(served, name, args.port)))
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; the flags that are not known here are the server's."""
     parser = argparse.ArgumentParser(
         prog="bash scripts/serve.sh", description="Serve a trained mixture with vLLM.", allow_abbrev=False

@@ -100,7 +100,7 @@ def test_a_complete_folder_is_served_as_it_is(model_dir):
 def test_flags_of_the_user_come_last(adapter_dir, gpus, monkeypatch):
     monkeypatch.setattr(serve.torch.cuda, "is_available", lambda: bool(gpus))
     monkeypatch.setattr(serve.torch.cuda, "is_bf16_supported", lambda **_: True)
-    args, of_vllm = serve.parse_arguments([str(adapter_dir), "--max-model-len", "64", "--port", "81"])
+    args, of_vllm = serve.parse([str(adapter_dir), "--max-model-len", "64", "--port", "81"])
     served = serve.find_served(args.model, None, None)
     command = serve.server_command(served, "mine", args.port, gpus, of_vllm)
     assert command[:3] == [str(serving_environment.PYTHON), "-m", "vllm.entrypoints.openai.api_server"]

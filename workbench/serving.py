@@ -1,6 +1,6 @@
 """Tokens per second of `scripts.generate` and of a server, for several numbers of requests at once.
 
-    python -m workbench.serving outputs/default outputs/merged --requests 1,8,32 --tokens 64
+    python -m workbench.serving --models outputs/default,outputs/merged --requests 1,8,32 --tokens 64
 
 The first model is run by `scripts.generate`'s code, in one batch, and each is served by `scripts/serve.sh`. They take
 turns, so that other work on the machine slows all of them alike. Every answer has the same number of tokens.
