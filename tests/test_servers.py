@@ -39,9 +39,11 @@ from vllm import LLM, SamplingParams
 def main():
     ids, options, folders = json.loads(sys.argv[1])
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=0)
+    kept = []  # a model that is deleted takes the process group of the next with it
     for folder in folders:
         model = LLM(model=folder, trust_remote_code=True, dtype="float32", max_model_len=64, enforce_eager=True,
                     kv_cache_memory_bytes=2**27, **options)
+        kept.append(model)
         found = model.generate([{"prompt_token_ids": ids}], greedy)[0]
         logprobs = [each[token].logprob for each, token in zip(found.prompt_logprobs[1:], ids[1:])]
         print("FOUND", json.dumps([list(found.outputs[0].token_ids), logprobs]), flush=True)
