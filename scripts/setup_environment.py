@@ -13,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -95,6 +97,19 @@ def run(program: str, command: list, lock: int, variables: dict[str, str]) -> No
         raise SystemExit(f"[setup] {explain_failure(program, output)}")
 
 
+@contextmanager
+def installation_lock(path: Path) -> Iterator[int]:
+    """Hold a lock file, after waiting for another set-up that holds it; yields its file descriptor."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Another set-up is running, waiting for it to end.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
 def make_environment(lock: int) -> None:
     """Make ``.venv`` with pip in it, unless one is there that works."""
     # Without its pyvenv.cfg, .venv/bin/python is the system's Python, into which nothing must be installed.
@@ -110,9 +125,9 @@ def make_environment(lock: int) -> None:
     run("venv", [sys.executable, "-m", "venv", "--clear", ENVIRONMENT], lock, {})
 
 
-def uv_environment() -> dict[str, str]:
-    """Return the variables that give uv the index, proxy and certificate settings of pip."""
-    listed = subprocess.run([PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout.splitlines()
+def uv_environment(python: Path) -> dict[str, str]:
+    """Return the variables that give uv the index, proxy and certificate settings of an interpreter's pip."""
+    listed = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout.splitlines()
     variables = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_PYTHON_DOWNLOADS": "never"}
     for line in sorted(listed, key=lambda line: line.startswith(":env:")):  # the environment has the last word
         found = re.match(r"(?:global|install|:env:)\.([a-z-]+)=(.*)", line)
@@ -137,7 +152,7 @@ def install(lock: int) -> None:
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--no-input", "--no-user", "--no-deps", "--require-hashes"]
     run("pip", [*pip, "--requirement", locked_uv], lock, PIP_ENVIRONMENT)
     uv = [ENVIRONMENT / "bin" / "uv", "pip", "install", "--python", PYTHON, "--build-constraints", LOCKED]
-    run("uv", [*uv, "--constraints", LOCKED, "--requirements", REQUIREMENTS], lock, uv_environment())
+    run("uv", [*uv, "--constraints", LOCKED, "--requirements", REQUIREMENTS], lock, uv_environment(PYTHON))
     shutil.copyfile(LOCKED, INSTALLED)
 
 
@@ -149,18 +164,13 @@ def find_or_make_interpreter() -> Path:
         return Path(sys.executable)
     if is_complete(pins):
         return PYTHON
-    with (ROOT / ".setup.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("Another set-up is running, waiting for it to end.")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with installation_lock(ROOT / ".setup.lock") as lock:
         if not is_complete(pins):  # Another set-up may have completed it in the meantime.
             more = f"; and {len(unmet) - 3} more" if len(unmet) > 3 else ""
             say(f"{sys.executable} does not satisfy requirements.txt: {'; '.join(unmet[:3])}{more}.")
             say(f"They are now installed into {ENVIRONMENT}, once. This takes 2 GB of disk, with CUDA 6 GB.")
-            make_environment(lock.fileno())
-            install(lock.fileno())
+            make_environment(lock)
+            install(lock)
             say("The environment is complete.")
     return PYTHON
 

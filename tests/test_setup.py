@@ -175,8 +175,7 @@ def test_uv_gets_the_settings_of_pip(environment, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", str(file))
     monkeypatch.setenv("PIP_INDEX_URL", "http://four")
     monkeypatch.setenv("PIP_FIND_LINKS", "/a /b")
-    monkeypatch.setattr(setup_environment, "PYTHON", sys.executable)
-    variables = setup_environment.uv_environment()
+    variables = setup_environment.uv_environment(Path(sys.executable))
     expected = {"UV_DEFAULT_INDEX": "http://four", "UV_INDEX": "http://two http://three", "UV_FIND_LINKS": "/a,/b"}
     assert expected.items() <= variables.items()
     assert variables["SSL_CERT_FILE"] == "/c"
