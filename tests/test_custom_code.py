@@ -122,11 +122,14 @@ def test_custom_code_cannot_be_asked_for(model_dir):
         AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True)
 
 
+PACKAGES = ("peft", "transformers_patch")
+
+
 def loading_calls(tree: ast.AST) -> list[ast.Call]:
     """Calls that load by name with a class of transformers; those of this repository are left out."""
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("peft", "transformers_patch"):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] in PACKAGES):
             own |= {alias.asname or alias.name for alias in node.names}
     methods = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     loading = [call for call in methods if call.func.attr in ("from_pretrained", "from_config")]
