@@ -32,6 +32,7 @@ ADAPTERS = {
     "shared_a": {"lora_shared_A": True},
     "some_layers": {"layers_to_transform": [1]},
 }
+INCOMPLETE = "\ufffd"
 OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -115,9 +116,9 @@ def offline(servers: Path, folders: list[Path], one_process: bool, **options) ->
 
 
 @contextmanager
-def running(command: list, ready: str | None = None) -> Iterator[str]:
+def running(command: list, ready: str | None = None, **variables: object) -> Iterator[str]:
     """A server; yields its output up to a line that begins with `ready`."""
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, text=True) as server:
         try:
             lines = []
             while ready and not (lines and lines[-1].startswith(ready)):
@@ -165,8 +166,9 @@ def test_many_clients_are_answered_at_once(servers, base, tmp_path):
     with running(["bash", "scripts/serve.sh", str(folder), "--port", str(port)], "curl "):
         texts = json.loads(subprocess.check_output(client))
     assert len(texts) == 32
+    texts = [text.rstrip(INCOMPLETE) for text in texts]  # a server leaves out the begun character at an answer's end
     for kind, shown in ((texts[:16], "say softly"), (texts[16:], "<|user|>say softly</s><|assistant|>")):
-        assert set(kind) == {answer_text(mixture(base), shown)}
+        assert set(kind) == {answer_text(mixture(base), shown).rstrip(INCOMPLETE)}
 
 
 def answer_text(model: PeftModel, prompt: str) -> str:
@@ -178,14 +180,21 @@ def answer_text(model: PeftModel, prompt: str) -> str:
     return tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_transformers_serve_answers(servers, base, tmp_path):
+def test_transformers_serve_answers(base, tmp_path):
+    """Of this environment: before 5.23, it does not find classes of remote code."""
+    needed = ("fastapi", "uvicorn", "openai")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--target", tmp_path / "packages", *needed], check=True
+    )
     folder, port = exported(mixture(base), base, tmp_path / "served"), free_port()
-    command = [servers / "transformers", "serve", folder, "--trust-remote-code", "--port", str(port)]
+    program = Path(sys.executable).with_name("transformers")
+    command = [program, "serve", folder, "--trust-remote-code", "--port", str(port)]
     turns = [{"role": "user", "content": "say softly"}]
     body = {"model": str(folder), "messages": turns, "max_tokens": 12, "temperature": 0, "stream": False}
     curl = ["curl", "-sS", "--retry", "120", "--retry-delay", "1", "--retry-connrefused", "-d", json.dumps(body)]
     address = f"http://127.0.0.1:{port}/v1/chat/completions"
-    with running([*command, "--dtype", "float32", "--device", "cpu"]):
+    flags = ["--dtype", "float32", "--device", "cpu"]
+    with running([*command, *flags], PYTHONPATH=tmp_path / "packages"):
         answer = subprocess.check_output([*curl, "-H", "Content-Type: application/json", address])
     text = json.loads(answer)["choices"][0]["message"]["content"]
     assert text == answer_text(mixture(base), "<|user|>say softly</s><|assistant|>")
