@@ -73,7 +73,7 @@ class SupervisedTokens:
         targets_N = self.targets_N.to(logits_1NV.device)
         scores_N3 = torch.ones(len(targets_N), 3, device=logits_1NV.device)
         for logits_CV, targets_C, scores_C3 in in_chunks(logits_1NV, targets_N, scores_N3):
-            scores_C3[:, 0] = F.cross_entropy(logits_CV.float(), targets_C, reduction="none")
+            scores_C3[:, 0] = F.cross_entropy(logits_CV, targets_C, reduction="none")
             scores_C3[:, 2] = logits_CV.argmax(dim=-1) != targets_C
         return scores_N3.new_zeros(self._shape[0], 3).index_add_(0, self.rows_N.to(scores_N3.device), scores_N3)
 
