@@ -22,8 +22,6 @@ import pytest
 import torch
 from conftest import ROOT, example_rows, full_disk
 
-import data.files
-import data.workers
 from data import (
     Collator,
     Encoding,
@@ -127,7 +125,7 @@ BAD_FILES = {
     "one object": ("rows.json", '{"a": 1}', "has to be a list of rows"),
     "no rows": ("rows.json", "[]", "there is no row"),
     "a torn line": ("rows.jsonl", json.dumps(GOOD) + '\n{"instr', "row 2: not JSON"),
-    "another kind": ("rows.csv", "a,b", "unknown kind of data file '.csv'; allowed are .json, .jsonl, .parquet"),
+    "another kind": ("rows.xlsx", "a,b", "unknown kind of data file; allowed are .parquet, .json, .jsonl"),
     "nested without end": ("rows.json", "[" * 100000, "not JSON"),
     "not Parquet": ("rows.parquet", "nothing", "not a readable Parquet file"),
     "a list by another name": ("rows.jsonl", json.dumps([GOOD], indent=2), "as a JSON list does; .* are named .json"),
@@ -168,13 +166,13 @@ def test_a_folder_is_read_whatever_the_case_of_its_names_and_what_is_skipped_is_
     (folder / "more" / "d.jsonl").write_text(json.dumps(GOOD))
     (folder / "B.JSONL").write_text(json.dumps(GOOD))
     (folder / "a.jsonl").write_text(json.dumps(GOOD))
-    (folder / "c.jsonl.gz").write_bytes(b"x")
+    (folder / "c.jsonl.bz2").write_bytes(b"x")
     (folder / "._a.jsonl").write_bytes(b"\0\5\x16\7")
     rows, counts = load(folder, tokenizer, tmp_path)
     assert rows["source"][:] == ["B.JSONL row 1", "a.jsonl row 1"]
-    assert counts.summary(256).endswith("; skipped (not data files): c.jsonl.gz, more/")
+    assert counts.summary(256).endswith("; skipped (not data files): c.jsonl.bz2, more/")
     (folder / "e.txt").write_text("since then")
-    assert load(folder, tokenizer, tmp_path)[1].skipped == ("c.jsonl.gz", "e.txt", "more/")
+    assert load(folder, tokenizer, tmp_path)[1].skipped == ("c.jsonl.bz2", "e.txt", "more/")
     assert not load(folder / "B.JSONL", tokenizer, tmp_path)[1].skipped
 
 
@@ -631,14 +629,6 @@ def test_a_cache_that_cannot_be_a_folder_is_one_message(tmp_path, tokenizer, dat
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(InputError, match=r"encoded rows could not be written into .*--data_cache_dir"):
         load_data(data_file, tokenizer, ENCODING, tmp_path / name)
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of a few rows, which processes share as they share those of large files."""
-    monkeypatch.setattr(data.files, "CHARACTERS_OF_A_BLOCK", 200)
-    monkeypatch.setattr(data.files, "ROWS_OF_A_BLOCK", 7)
-    monkeypatch.setattr(data.workers, "BYTES_WORTH_A_WORKER", 200)
 
 
 def write_lines(file: Path, rows: list) -> Path:
