@@ -71,7 +71,7 @@ def test_an_exchange_gives_the_same_tokens_in_every_format(tmp_path, tokenizer):
     for template in ("chat", "plain"):
         rows = load(list(ROWS.values()), tokenizer, tmp_path, Encoding(template, 256, 2))
         assert len({tuple(ids) for ids in rows["input_ids"]}) == 1
-        assert len({hash_ for hash_ in rows["prompt_hash"]}) == 1
+        assert len(set(rows["prompt_hash"])) == 1
         assert rows["output"][:] == [ANSWER] * len(ROWS)
         if template == "chat":
             assert rows["input_ids"][0] == wanted[: len(rows["input_ids"][0])]
