@@ -1,10 +1,11 @@
 """The formats of rows: the same conversation in each gives the same tokens; bad rows are named."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from conftest import tiny_tokenizer
+from conftest import ROOT, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from data import Encoding, InputError, Reading, encode_conversations, load_data, marked_row
@@ -313,6 +314,14 @@ def test_plain_has_a_prompt_and_an_answer_only(tmp_path, tokenizer):
         InputError, match=r"row 1: is a conversation \(system, user, assistant, user, assistant\), but the"
     ):
         load([LONG], tokenizer, tmp_path, Encoding("plain", 256, 2))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/DATA.md"])
+def test_the_rows_of_the_pages_are_read(page):
+    blocks = re.findall(r"```json\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    rows = [json.loads(line) for block in blocks for line in block.splitlines()]
+    assert len(rows) > 1
+    assert [problem for row in rows if (problem := row_problem(row, 2))] == []
 
 
 def test_every_format_has_a_row_here():
