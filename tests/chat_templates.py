@@ -37,6 +37,12 @@ CONVERSATIONS = {
         "user: Name a colour.\nassistant: <think>\\nWarm?\\n</think>\\n\\nRed.\n"
         "user: And another?\nassistant: <think>\\nCold?\\n</think>\\n\\nBlue."
     ),
+    "reasoning": [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "reasoning_content": "Warm?", "content": "Red."},
+        {"role": "user", "content": "And another?"},
+        {"role": "assistant", "reasoning_content": "Cold?", "content": "Blue."},
+    ],
     "twice": turns("user: Name a colour.\nassistant: Blue.\nassistant: Or red."),
     "tools": [
         {"role": "user", "content": "What time is it in Paris?"},
@@ -243,7 +249,7 @@ QWEN_3 = ChatTemplate(
   {% elif turn.role == 'assistant' %}
     {% set parts = turn.content.split('</think>') %}
     {% set content = parts[-1].lstrip('\\n') if parts | length > 1 else turn.content %}
-    {% set thought = parts[0].split('<think>')[-1].strip('\\n') if parts | length > 1 else '' %}
+    {% set thought = parts[0].split('<think>')[-1].strip('\\n') if parts | length > 1 else turn.reasoning_content %}
     {{- '<|im_start|>assistant\\n' -}}
     {% if loop.index0 > last.query and (loop.last or thought) %}
       {{- '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' ~ content.lstrip('\\n') -}}
@@ -280,6 +286,9 @@ QWEN_3 = ChatTemplate(
         "<|im_start|>assistant\n[[Blue.<|im_end|>]]\n<|im_start|>user\nassistant<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n[[assistant<|im_end|>]]\n",
         "thinking": "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n[[Red.<|im_end|>]]\n"
+        "<|im_start|>user\nAnd another?<|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\nCold?\n</think>\n\nBlue.<|im_end|>]]\n",
+        "reasoning": "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n[[Red.<|im_end|>]]\n"
         "<|im_start|>user\nAnd another?<|im_end|>\n"
         "<|im_start|>assistant\n[[<think>\nCold?\n</think>\n\nBlue.<|im_end|>]]\n",
         "twice": "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n[[Blue.<|im_end|>]]\n"
@@ -711,7 +720,8 @@ TEMPLATES = {
 
 def _bad(loop: str, prompt: str = "<|assistant|>", **marked: str) -> ChatTemplate:
     source = f"{loop}{{{{ '{prompt}' if add_generation_prompt else '' }}}}"
-    return ChatTemplate(source, marked, eos="</s>", others=("<|system|>", "<|user|>", "<|assistant|>", "<|bot|>"))
+    others = ("<|system|>", "<|user|>", "<|assistant|>", "<|bot|>", "<think>", "</think>")
+    return ChatTemplate(source, marked, eos="</s>", others=others)
 
 
 # Templates with which a text cannot be followed from message to rendering. They may be refused where the supervised
@@ -757,6 +767,12 @@ BAD_TEMPLATES = {
         single="<|user|>Name a colour.</s><|assistant|>[[Blue.</s>]]",
         system="<|user|>And another?</s><|assistant|>[[Red.</s>]]",
     ),
+    "empties earlier thoughts": _bad(
+        "{% for turn in messages %}<|{{ turn.role }}|>{% if turn.role == 'assistant' %}"
+        "<think>{{ turn.reasoning_content if loop.last }}</think>{% endif %}{{ turn.content }}</s>{% endfor %}",
+        reasoning="<|user|>Name a colour.</s><|assistant|>[[<think></think>Red.</s>]]"
+        "<|user|>And another?</s><|assistant|>[[<think>Cold?</think>Blue.</s>]]",
+    ),
     "reverses": _bad(
         "{% for turn in messages | reverse %}<|{{ turn.role }}|>{{ turn.content }}</s>{% endfor %}",
         single=REFUSED,
@@ -785,8 +801,7 @@ def byte_level_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerFast:
 
 
 def metaspace_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerFast:
-    """A BPE in SentencePiece's manner, that marks the beginnings of words, also of the first, and writes what is not
-    in its vocabulary as bytes."""
+    """A BPE in SentencePiece's manner: words are marked at their beginning, also the first; line breaks are bytes."""
     backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Sequence(
@@ -799,7 +814,7 @@ def metaspace_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerFast:
 def _finished(
     backend: Tokenizer, template: ChatTemplate, alphabet: list[str], first: list[AddedToken] | None = None
 ) -> PreTrainedTokenizerFast:
-    texts = [turn["content"] for conversation in CONVERSATIONS.values() for turn in conversation]
+    texts = [line for turns in CONVERSATIONS.values() for turn in turns for line in turn["content"].split("\n")]
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=first or [], initial_alphabet=alphabet, show_progress=False
     )
