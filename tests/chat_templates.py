@@ -773,6 +773,13 @@ BAD_TEMPLATES = {
         reasoning="<|user|>Name a colour.</s><|assistant|>[[<think></think>Red.</s>]]"
         "<|user|>And another?</s><|assistant|>[[<think>Cold?</think>Blue.</s>]]",
     ),
+    "prompts with a thought": _bad(
+        "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}</s>{% endfor %}",
+        prompt="<|assistant|><think>\\n",
+        single="<|user|>Name a colour.</s><|assistant|>[[Blue.</s>]]",
+        system="<|system|>Be brief.</s><|user|>Name a colour.</s><|assistant|>[[Blue.</s>]]"
+        "<|user|>And another?</s><|assistant|>[[Red.</s>]]",
+    ),
     "reverses": _bad(
         "{% for turn in messages | reverse %}<|{{ turn.role }}|>{{ turn.content }}</s>{% endfor %}",
         single=REFUSED,
