@@ -219,6 +219,7 @@ class DataArguments:
     validation_file: str | None = flag(None, "evaluation rows, file or folder; by default nothing is evaluated")
     max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
     prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
+    train_on: Literal["all", "last"] = flag("all", "answers of a conversation that are learnt: all, or the last")
     data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
     preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
 

@@ -178,8 +178,7 @@ def evaluate_set(
     trained: TrainedModel, models: dict, rows: Dataset, template: str, args: EvaluateArguments, batch_size: int
 ) -> dict:
     """The results of one data set, by model."""
-    lengths = zip(rows["input_ids"], rows["prompt_length"], strict=True)
-    longest = args.max_new_tokens or max(len(ids) - prompt for ids, prompt in lengths)
+    longest = args.max_new_tokens or max(end - start for *_, start, end in rows["spans"])
     found = label_tasks(rows)
     if args.label_tasks:
         pairs = list(zip(rows["task"], rows["output"], strict=True))

@@ -58,7 +58,10 @@ BAD_ROWS = {
     "blank output": (GOOD | {"output": " \n"}, r"row 2: 'output' is empty"),
     "half a surrogate": (GOOD | {"output": "a\ud83d"}, r"row 2: 'output' holds half of a surrogate pair"),
     "number for a string": (GOOD | {"instruction": 3}, r"row 2: 'instruction' is 3, but has to be a string"),
-    "list for a string": (GOOD | {"output": ["a"]}, r"row 2: 'output' is \[\"a\"\], but has to be a string"),
+    "list for a string": (
+        GOOD | {"output": ["a"]},
+        r"row 2: output\[0\] is \"a\", but has to be an object with a role",
+    ),
     "no object": (["Say", "yes"], r"row 2: is \[\"Say\", \"yes\"\], but has to be an object"),
     "negative type": (
         GOOD | {"task_type": -1},
@@ -72,9 +75,8 @@ BAD_ROWS = {
     "null output": (GOOD | {"output": None}, r"row 2: 'output' is null, but has to be a string"),
     "null instruction": (GOOD | {"instruction": None}, r"row 2: 'instruction' is null, but has to be a string"),
     "null row": (None, r"row 2: is null, but has to be an object"),
-    "conversation": ({"messages": [{"role": "user"}]}, r"row 2: has a 'messages', which is not supported"),
-    "system prompt": (GOOD | {"System_Prompt": "Be brief."}, r"row 2: has a 'System_Prompt', which is not supported"),
-    "history": (GOOD | {"history": [["Hello", "Bonjour"]]}, r"row 2: has a 'history', which is not supported: a"),
+    "system prompt": (GOOD | {"System_Prompt": "Be brief."}, r"row 2: has a 'System_Prompt', which is not read"),
+    "history": (GOOD | {"history": [["Hello", "Bonjour"]]}, r"row 2: has a 'history', which is not read: write a"),
     "capital": (without("output") | {"Output": "a"}, r"row 2: 'Output' is not a known column: rename it to 'output'"),
     **{
         f"{name} for {field}": (without(field) | {name: value}, rf"row 2: '{name}' is not a known .* to '{field}', or")
@@ -91,7 +93,7 @@ BAD_ROWS = {
         )
     },
     **{
-        name: (GOOD | {name: [["Hello", "Bonjour"]]}, rf"row 2: has a '{name}', which is not supported")
+        name: (GOOD | {name: [["Hello", "Bonjour"]]}, rf"row 2: has a '{name}', which is not read")
         for name in ("conversation_history", "chatHistory", "dialogue", "dialog", "turns", "chat", "system_message")
     },
     **{
@@ -115,7 +117,10 @@ def test_bad_rows_are_named_by_file_and_number(tmp_path, tokenizer, row, message
 def test_several_bad_rows_are_listed_together(tmp_path, tokenizer):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([GOOD, without("output"), GOOD, without("instruction")]))
-    with pytest.raises(InputError, match=r"(?s)row 2: has no 'output'.*row 4: has no 'instruction'"):
+    with pytest.raises(
+        InputError,
+        match=r"(?s)row 2: has no 'output'.*row 4: has no 'instruction' \(other formats have 'inst",
+    ):
         load(file, tokenizer, tmp_path)
 
 
@@ -384,7 +389,7 @@ def test_json_lines_parquet_and_folders_hold_the_same_rows(tmp_path, tokenizer):
     assert counts == counts_of_folder
     assert (counts.rows, counts.kept, counts.dropped) == (12, 12, 0)
     assert counts.tokens == sum(map(len, one["input_ids"]))
-    assert counts.supervised_tokens == counts.tokens - sum(one["prompt_length"])
+    assert counts.supervised_tokens == sum(end - start for start, end in one["spans"])
 
 
 def test_optional_fields(tmp_path, tokenizer):
@@ -779,8 +784,8 @@ def test_lengths_are_those_of_the_rows(tmp_path, tokenizer, data_file):
 
 def test_batches_are_padded_by_length():
     rows = [
-        {"input_ids": [5, 1, 6, 1], "prompt_length": 2, "task_type": 1, "source": "a"},
-        {"input_ids": [7, 1], "prompt_length": 1, "task_type": -1, "source": "b"},
+        {"input_ids": [5, 1, 6, 1], "spans": [2, 4], "task_type": 1, "source": "a"},
+        {"input_ids": [7, 1], "spans": [1, 2], "task_type": -1, "source": "b"},
     ]
     batch = Collator(pad_token_id=1)(rows)
     expected = {
