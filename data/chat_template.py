@@ -122,19 +122,24 @@ def _common(tokenizer: PreTrainedTokenizerBase, answer: str, following: str) -> 
     """The text of an answer within a conversation, with which `following` begins; empty if it does not.
 
     Args:
-        answer: its text at the end of a conversation. A template may write more there (the end of the text), and the
-            thought that it drops from earlier answers.
+        answer: its text at the end of a conversation. A template may write more there: the end of the text, and before
+            it a thought, or white space, that it drops from earlier answers or from the last.
     """
-    control = _control_pattern(tokenizer)
-    common = ""
-    for piece in filter(None, control.split(answer)):
-        if not following.startswith(piece, len(common)):
+    text = following.lstrip()
+    pieces = [piece for piece in _control_pattern(tokenizer).split(answer.lstrip()) if piece]
+    words = [index for index, piece in enumerate(pieces) if piece.strip() and piece not in control_tokens(tokenizer)]
+    last = words[-1] + 1 if words else 0
+    content, ends = "".join(pieces[:last]), pieces[last:]
+    starts = (start for start in range(len(content)) if text[:1] == content[start] and content[start:].strip())
+    start = next((start for start in starts if text.startswith(content[start:])), None)
+    if words and (start is None or (start and ends and not text.startswith(content[start:] + ends[0]))):
+        return ""
+    common = content[start:]
+    for piece in ends:
+        if not text.startswith(piece, len(common)):
             break
         common += piece
-    if not common:
-        ends = (answer[start:] for start in range(len(answer)))
-        common = next((end for end in ends if following.startswith(end) and control.sub("", end).strip()), "")
-    return common.rstrip()
+    return (following[: len(following) - len(text)] + common).rstrip()
 
 
 def _marked(
