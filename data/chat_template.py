@@ -5,6 +5,7 @@ not determine is refused.
 """
 
 import re
+from dataclasses import replace
 from datetime import date
 from functools import lru_cache
 from itertools import pairwise
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import InputError, first_line
-from data.formats import Conversation
+from data.formats import Conversation, Turn
 
 # Variables of chat templates. Some write an empty block of thought before an answer that has none: with thinking off
 # it is part of the prompt as well, so that only the answer is learnt and generated. Others ignore the variable.
@@ -85,10 +86,29 @@ def render_answers(
         InputError: the template does not accept the conversation, or the text of an answer cannot be told apart.
     """
     whole = render(tokenizer, conversation, add_generation_prompt=False)
+    _check_tools(tokenizer, conversation, whole)
     spans = {turn: _answer_span(tokenizer, conversation, turn, whole) for turn in turns}
     if any(start < end for (_, end), (start, _) in pairwise(spans.values())):
         raise _indistinct("shows turns in another order")
     return whole, _marked(tokenizer, conversation, whole, spans)
+
+
+def _check_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, whole: str) -> None:
+    """Refuse tools, or calls of them, that the template does not write: with others it writes the same."""
+    if not conversation.tools:
+        return
+    turns = [_renamed_calls(turn) if turn.get("tool_calls") else turn for turn in conversation.messages]
+    others = {"tools": replace(conversation, tools=conversation.tools * 2)}
+    if turns != conversation.messages:
+        others["tool calls"] = replace(conversation, messages=turns)
+    for name, other in others.items():
+        if render(tokenizer, other, add_generation_prompt=False) == whole:
+            raise InputError(f"the tokenizer's chat template does not write {name}; leave such rows out")
+
+
+def _renamed_calls(turn: Turn) -> Turn:
+    calls = [call | {"function": call["function"] | {"name": "another"}} for call in turn["tool_calls"]]
+    return turn | {"tool_calls": calls}
 
 
 def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, whole: str) -> Span:
