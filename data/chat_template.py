@@ -30,6 +30,8 @@ GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Templates that write today's date would train with one date and answer with another. This is Llama 3's default.
 TEMPLATE_DATE = date(2024, 7, 26)
 DATE_CODES = "-d", "-m", *"aAbBdejmuwyYFDxcHIMSpT"
+# Stands for the content of an answer, to see where the template writes it.
+PROBE = "PLACE-OF-AN-ANSWER"
 
 Span = tuple[int, int]
 
@@ -116,6 +118,8 @@ def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     prompts = _prompts(tokenizer, conversation.until(turn))
     start = max((len(prompt) for prompt in prompts if whole.startswith(prompt)), default=None)
     if start is None:
+        start = _start_after_changes(tokenizer, conversation, turn, whole, prompts)
+    if start is None:
         raise _indistinct(f"does not append the answer (turn {turn}) to the prompt")
     if turn == len(conversation.messages) - 1:
         end = len(whole.rstrip())
@@ -127,6 +131,29 @@ def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     if end <= start:
         raise _indistinct(f"does not write the answer (turn {turn}) as it does at the end of a conversation")
     return start, end
+
+
+def _start_after_changes(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, whole: str, prompts: list[str]
+) -> int | None:
+    """Where an answer begins whose prompt the rest of the conversation changes, but for the turn before the answer.
+
+    Mistral's templates write the system text and the tools into the last turn of the user: they are in the prompt, but
+    not in what comes before the answer in a longer conversation. The answer begins as far before its content as it
+    does after the prompt.
+    """
+    messages = [
+        each | {"content": PROBE} if index == turn else each for index, each in enumerate(conversation.messages)
+    ]
+    probed = replace(conversation, messages=messages)
+    alone, within = (render(tokenizer, each, add_generation_prompt=False) for each in (probed.until(turn + 1), probed))
+    question = conversation.messages[turn - 1]["content"].strip()
+    for prompt in filter(alone.startswith, prompts):
+        before, found, _ = within.partition(alone[len(prompt) :].partition(PROBE)[0] + PROBE)
+        same = question in before and prompt.endswith(before[before.rfind(question) :])
+        if found and same and whole.startswith(before):
+            return len(before)
+    return None
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[str]:
