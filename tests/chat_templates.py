@@ -63,6 +63,8 @@ CONVERSATIONS = {
 }
 # Those that are given tools.
 TOOLS = {"tools": [CLOCK]}
+# Of tokenizers.
+TEXTS = 4 * [line for messages in CONVERSATIONS.values() for turn in messages for line in turn["content"].split("\n")]
 
 
 @dataclass(frozen=True)
@@ -799,12 +801,21 @@ BAD_TEMPLATES = {
 }
 
 
-def byte_level_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a template and its special tokens."""
+def byte_level_tokenizer(template: ChatTemplate, line_breaks: int = 1) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a template and its special tokens.
+
+    Args:
+        line_breaks: up to so many make one token.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return _finished(backend, template, pre_tokenizers.ByteLevel.alphabet())
+    texts = [*TEXTS, *("\n" * count for count in range(line_breaks + 1))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _with_template(backend, template)
 
 
 def metaspace_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerFast:
@@ -814,18 +825,12 @@ def metaspace_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokens = ["<unk>", *(f"<0x{number:02X}>" for number in range(256))]
-    return _finished(backend, template, [], [AddedToken(token, special=False) for token in tokens])
+    tokens = [AddedToken(token, special=False) for token in ("<unk>", *(f"<0x{byte:02X}>" for byte in range(256)))]
+    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=500, special_tokens=tokens, show_progress=False))
+    return _with_template(backend, template)
 
 
-def _finished(
-    backend: Tokenizer, template: ChatTemplate, alphabet: list[str], first: list[AddedToken] | None = None
-) -> PreTrainedTokenizerFast:
-    texts = [line for turns in CONVERSATIONS.values() for turn in turns for line in turn["content"].split("\n")]
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=first or [], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts * 4, trainer)
+def _with_template(backend: Tokenizer, template: ChatTemplate) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=template.bos,
