@@ -23,7 +23,7 @@ peft_path=${peft_path:-}                            # adapter folder to continue
 load_in_kbits=${load_in_kbits:-16}                  # bits per base weight: 4 (nf4), 8 (int8), 16 (as stored)
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: .json, .jsonl or .parquet file, or a folder of them
+dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: .json, .jsonl, .csv or .parquet file, or a folder
 validation_file=${validation_file-auto}             # held-out rows; empty: none; auto: the tiny data's, if trained on it
 max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
 prompt_template=${prompt_template:-auto}            # plain, chat, or auto (chat where the tokenizer has a template)
