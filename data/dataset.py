@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data.atomic import atomic_folder, remove_temporaries
-from data.errors import InputError, reading, writing
+from data.errors import InputError, reading as reading_file, writing
 from data.files import Block, find_files, skipped_files, split_files
 from data.prompt import encode_rows, resolve_template
-from data.rows import check_rows, complete_rows
+from data.rows import Reading, check_rows, complete_rows
 from data.workers import map_blocks, worker_count
 
 # Part of every cache key: raise it when the encoding of a row or the files of an entry change.
@@ -101,6 +101,7 @@ def load_data(
     encoding: Encoding,
     cache_dir: str | Path,
     num_proc: int | None = None,
+    reading: Reading = Reading(),  # noqa: B008
 ) -> tuple[datasets.Dataset, DataStatistics]:
     """Read, check and encode a file or folder, or take the result of an earlier call with the same content.
 
@@ -126,7 +127,7 @@ def load_data(
     files = find_files(path)
     hashes = list(map(file_hash, files))
     encoding = replace(encoding, template=resolve_template(encoding.template, tokenizer))
-    folder = Path(cache_dir) / _cache_key(files, hashes, tokenizer, encoding)
+    folder = Path(cache_dir) / _cache_key(files, hashes, tokenizer, encoding, reading)
     entry = _complete_entry(folder)
     if not entry:
         failure = f"encoded rows could not be written into {cache_dir}"
@@ -136,7 +137,7 @@ def load_data(
             with FileLock(f"{folder}.lock"):
                 entry = _complete_entry(folder)
                 if not entry:
-                    _build(files, tokenizer, encoding, folder, num_proc)
+                    _build(files, tokenizer, encoding, folder, num_proc, reading)
                     entry = _read_entry(folder)
     rows, statistics = entry
     if not statistics.kept:
@@ -164,7 +165,7 @@ def file_hash(file: Path) -> str:
     Raises:
         InputError: it cannot be read.
     """
-    with reading(file), file.open("rb") as stream:
+    with reading_file(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -190,10 +191,10 @@ def _prompt_hash(row: dict) -> int:
     return int.from_bytes(digest[:8], signed=True)
 
 
-def _cache_key(files: list[Path], hashes: list[str], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> str:
+def _cache_key(files: list[Path], hashes: list[str], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, reading: Reading) -> str:
     # Names are part of the result: how a file is read, and what its rows are called in messages.
     contents = [f"{file.name}:{file_sha256}" for file, file_sha256 in zip(files, hashes, strict=True)]
-    settings = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, asdict(encoding)])
+    settings = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, asdict(encoding), asdict(reading)])
     return _sha256("".join([str(FORMAT_VERSION), *contents, tokenizer.backend_tokenizer.to_str(), settings]))[:32]
 
 
@@ -216,11 +217,11 @@ def _read_entry(folder: Path) -> tuple[datasets.Dataset, DataStatistics]:
 
 
 def _build(
-    files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None
+    files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None, reading: Reading
 ) -> None:
     workers = worker_count(files, num_proc)
-    total, ignored = check_rows(files, encoding.num_task_types, encoding.task_type_names, workers)
-    encode = partial(_encode_block, tokenizer=tokenizer, encoding=encoding)
+    total, ignored = check_rows(files, encoding.num_task_types, encoding.task_type_names, workers, reading)
+    encode = partial(_encode_block, tokenizer=tokenizer, encoding=encoding, reading=reading)
     counts: Counter[str] = Counter()
     remove_temporaries(folder.parent, f"{folder.name}.*")
     with atomic_folder(folder) as temporary:
@@ -240,10 +241,10 @@ def _build(
 
 
 def _encode_block(
-    block: Block, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+    block: Block, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, reading: Reading
 ) -> tuple[pyarrow.RecordBatch, dict[str, int]]:
     """The rows of a block that have supervised tokens, and the counts of a `DataStatistics`."""
-    rows = complete_rows(block, encoding.task_type_names)
+    rows = complete_rows(block, encoding.task_type_names, reading)
     kept, truncated = [], 0
     for row, prompt, target in zip(rows, *encode_rows(tokenizer, encoding.template, rows), strict=True):
         ids = (prompt + target)[: encoding.max_seq_length]

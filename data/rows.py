@@ -8,7 +8,8 @@ they were meant to be trained on.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -32,8 +33,43 @@ UNLABELLED = -1
 MOST_PROBLEMS_SHOWN = 10
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a source are read.
+
+    Args:
+        format: a key of `FORMATS`; None: recognised from a row's columns.
+        columns: the file's name of a format's column, by the format's.
+        task_type: of rows that do not say theirs, as a row would say it.
+        task: of rows that do not say theirs.
+        prefix: stands before the file's name in the `source` of a row.
+    """
+
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    task_type: int | str | None = None
+    task: str | None = None
+    prefix: str = ""
+
+    def row(self, row):  # placeholder
+        if not isinstance(row, dict):
+            return row
+        named = {there: name for name, there in self.columns.items()}
+        row = {named.get(name, name): value for name, value in row.items()}
+        if "completion" in row:
+            row = {"instruction": row.pop("prompt"), "output": row.pop("completion"), **row}
+        for name in ("task_type", "task"):
+            if row.get(name) is None and getattr(self, name) is not None:
+                row[name] = getattr(self, name)
+        return row
+
+
 def check_rows(
-    files: list[Path], num_task_types: int, task_type_names: Sequence[str] = (), num_proc: int = 1
+    files: list[Path],
+    num_task_types: int,
+    task_type_names: Sequence[str] = (),
+    num_proc: int = 1,
+    reading: Reading = Reading(),  # noqa: B008
 ) -> tuple[int, list[str]]:
     """Check every row. Returns the number of rows, and the names of columns that are ignored.
 
@@ -42,7 +78,7 @@ def check_rows(
     """
     problems: list[str] = []
     count, ignored = 0, set()
-    check = partial(_check_block, num_task_types=num_task_types, task_type_names=task_type_names)
+    check = partial(_check_block, num_task_types=num_task_types, task_type_names=task_type_names, reading=reading)
     with tqdm(desc="checking rows", unit=" rows", delay=1) as bar:
         for rows, found, others in map_blocks(check, split_files(files), num_proc):
             bar.update(rows)
@@ -99,13 +135,14 @@ def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str]
     return None
 
 
-def complete_rows(block: Block, task_type_names: Sequence[str] = ()) -> list[dict]:
+def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Reading = Reading()) -> list[dict]:  # noqa: B008
     """Checked rows with all fields, and `source`, which says where a row comes from.
 
     A missing task type becomes -1, a missing `input`, `task` or `aliases` empty, the name of a task type its number.
     """
     rows = []
     for number, row in read_block(block):
+        row = reading.row(row)
         task_type = row.get("task_type")
         if isinstance(task_type, str):
             task_type = task_type_names.index(task_type)
@@ -117,15 +154,15 @@ def complete_rows(block: Block, task_type_names: Sequence[str] = ()) -> list[dic
                 "task_type": UNLABELLED if task_type is None else task_type,
                 "task": row.get("task") or "",
                 "aliases": row.get("aliases") or [],
-                "source": f"{block.file.name} row {number}",
+                "source": f"{reading.prefix}{block.file.name} row {number}",
             }
         )
     return rows
 
 
-def _check_block(block: Block, num_task_types: int, task_type_names: Sequence[str]) -> tuple[int, list[str], set[str]]:
+def _check_block(block: Block, num_task_types: int, task_type_names: Sequence[str], reading: Reading) -> tuple[int, list[str], set[str]]:
     """The number of rows, their problems, and the names of other columns."""
-    rows = list(read_block(block))
+    rows = [(number, reading.row(row)) for number, row in read_block(block)]
     problems = [
         f"{block.file}: row {number}: {problem}"
         for number, row in rows
