@@ -1,7 +1,8 @@
 """From data files to batches, without any model.
 
 `files.py` reads data files, `rows.py` checks rows, `prompt.py` turns them into tokens, `dataset.py` encodes and caches
-whole files with the processes of `workers.py`, `sampler.py` orders rows, `collate.py` makes batches. `recipes.py` maps
+whole files with the processes of `workers.py`, `sources.py` puts together those that a `mix.yaml` (`mix.py`) names,
+also from the hub (`hub.py`), `sampler.py` orders rows, `collate.py` makes batches. `recipes.py` maps
 public data sets to rows, `tasks.py` and `facts.py` make them. `answers.py` is the file of generated answers,
 `atomic.py` how files and folders are written, `errors.py` what the user can fix.
 """
@@ -33,6 +34,7 @@ from data.prompt import (
     with_fixed_date,
 )
 from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
+from data.sources import Part, load_part
 
 __all__ = [
     "IGNORED_LABEL",
@@ -46,6 +48,7 @@ __all__ = [
     "EpochDataLoader",
     "GlobalBatchSampler",
     "InputError",
+    "Part",
     "count_shared_rows",
     "encode_answer",
     "encode_prompt",
@@ -56,6 +59,7 @@ __all__ = [
     "first_line",
     "is_unicode",
     "load_data",
+    "load_part",
     "marked_row",
     "resolve_template",
     "row_lengths",

@@ -35,6 +35,7 @@ FORMAT_VERSION = 8
 ROWS_NAME = "rows.arrow"
 STATISTICS_NAME = "statistics.json"
 MOST_NAMES_SHOWN = 5
+ROWS_AT_ONCE = 10_000
 # Raised for an entry of the cache that is missing or incomplete.
 INCOMPLETE = (OSError, ValueError, TypeError, AttributeError, LookupError, pyarrow.ArrowException)
 
@@ -52,6 +53,8 @@ class DataStatistics:
         supervised_tokens: those of them that the model learns to write.
         ignored: names of columns that are not fields of a row.
         skipped: names in the folder that are not data files.
+        table: of a mix, the lines of a table of its sources. Its `rows`, `truncated`, `dropped` and `ignored` are those
+            of all rows of the sources, whether they are taken or not.
         sha256: SHA-256 over the contents of the files.
     """
 
@@ -63,6 +66,7 @@ class DataStatistics:
     supervised_tokens: int
     ignored: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
     sha256: str = field(default="", compare=False)
 
     def summary(self, max_seq_length: int) -> str:
@@ -75,7 +79,7 @@ class DataStatistics:
             text += f"; columns that are ignored: {_listed(map(repr, self.ignored))}"
         if self.skipped:
             text += f"; skipped (not data files): {_listed(self.skipped)}"
-        return text
+        return "\n".join([text, *self.table])
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,14 @@ def load_data(
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
     """Tokens of each row of an encoded data set."""
-    column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-    return pyarrow.compute.list_value_length(column).to_numpy()
+    # In blocks: the rows of a mix are gathered from all over its files, and would all be in memory otherwise.
+    blocks = rows.select_columns("input_ids").with_format("arrow").iter(ROWS_AT_ONCE)
+    return np.concatenate([pyarrow.compute.list_value_length(block["input_ids"]).to_numpy() for block in blocks])
+
+
+def supervised_lengths(rows: datasets.Dataset) -> np.ndarray:
+    """Tokens of each row that the model learns to write."""
+    return row_lengths(rows) - np.asarray(rows.with_format("numpy")["prompt_length"][:])
 
 
 def task_types(rows: datasets.Dataset) -> set[int]:
@@ -191,7 +201,9 @@ def _prompt_hash(row: dict) -> int:
     return int.from_bytes(digest[:8], signed=True)
 
 
-def _cache_key(files: list[Path], hashes: list[str], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, reading: Reading) -> str:
+def _cache_key(
+    files: list[Path], hashes: list[str], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, reading: Reading
+) -> str:
     # Names are part of the result: how a file is read, and what its rows are called in messages.
     contents = [f"{file.name}:{file_sha256}" for file, file_sha256 in zip(files, hashes, strict=True)]
     settings = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, asdict(encoding), asdict(reading)])
@@ -217,7 +229,12 @@ def _read_entry(folder: Path) -> tuple[datasets.Dataset, DataStatistics]:
 
 
 def _build(
-    files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None, reading: Reading
+    files: list[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    folder: Path,
+    num_proc: int | None,
+    reading: Reading,
 ) -> None:
     workers = worker_count(files, num_proc)
     total, ignored = check_rows(files, encoding.num_task_types, encoding.task_type_names, workers, reading)

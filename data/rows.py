@@ -125,14 +125,19 @@ def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str]
         isinstance(aliases, list) and all(isinstance(alias, str) and is_unicode(alias) for alias in aliases)
     ):
         return f"'aliases' is {shown(aliases)}, but has to be a list of strings, or be left out"
-    task_type = row.get("task_type")
-    if isinstance(task_type, str) and task_type in task_type_names:
+    problem = task_type_problem(row.get("task_type"), num_task_types, task_type_names)
+    return f"'task_type' {problem}" if problem else None
+
+
+def task_type_problem(value: object, num_task_types: int, task_type_names: Sequence[str] = ()) -> str | None:
+    """What is wrong with the number or name of a task type, or None."""
+    if value is None or (isinstance(value, str) and value in task_type_names):
         return None
-    if task_type is not None and (type(task_type) is not int or not 0 <= task_type < num_task_types):
-        named = f"one of {', '.join(task_type_names)}, or " if task_type_names else ""
-        allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
-        return f"'task_type' is {shown(task_type)}, but has to be {named}{allowed} (a whole number), or be left out"
-    return None
+    if type(value) is int and 0 <= value < num_task_types:
+        return None
+    named = f"one of {', '.join(task_type_names)}, or " if task_type_names else ""
+    allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
+    return f"is {shown(value)}, but has to be {named}{allowed} (a whole number), or be left out"
 
 
 def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Reading = Reading()) -> list[dict]:  # noqa: B008
@@ -160,7 +165,9 @@ def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Re
     return rows
 
 
-def _check_block(block: Block, num_task_types: int, task_type_names: Sequence[str], reading: Reading) -> tuple[int, list[str], set[str]]:
+def _check_block(
+    block: Block, num_task_types: int, task_type_names: Sequence[str], reading: Reading
+) -> tuple[int, list[str], set[str]]:
     """The number of rows, their problems, and the names of other columns."""
     rows = [(number, reading.row(row)) for number, row in read_block(block)]
     problems = [
