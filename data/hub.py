@@ -28,21 +28,22 @@ UNREADABLE = (OSError, ValueError, HTTPError, pyarrow.ArrowException, datasets.e
 
 
 @contextmanager
-def reading_hub(name: str, advice: str) -> Iterator[None]:
+def reading_hub(failure: str, advice: str) -> Iterator[None]:
     """A context in which a data set is read.
 
+    Args:
+        failure: what the message says has failed; the reason follows it.
+        advice: what to do about it.
+
     Raises:
-        InputError: it cannot be read; the message ends with the advice.
+        InputError: it cannot be read.
     """
     try:
         yield
     except UNREADABLE as error:
-        raise unreadable(name, _reason(error), advice) from error
-
-
-def unreadable(name: str, reason: str, advice: str) -> InputError:
-    """The error for a data set that cannot be read."""
-    return InputError(f"{name} could not be read from the hub: {reason}\n{advice}")
+        # The second line may say what there is instead of what was asked for.
+        reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+        raise InputError(f"{failure}: {reason}\n{advice}") from error
 
 
 def shuffled(records: datasets.IterableDataset, seed: int) -> datasets.IterableDataset:
@@ -52,12 +53,15 @@ def shuffled(records: datasets.IterableDataset, seed: int) -> datasets.IterableD
     return records.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
 
 
-def fetch(source: HubSource, seed: int, cache_dir: str | Path) -> Path:
+def fetch(source: HubSource, seed: int, cache_dir: str | Path, place: str) -> Path:
     """The file of JSON Lines with a data set's records, written now or by an earlier call.
 
     A data set that is streamed and of which only some rows are wanted is shuffled by the seed, and has only about these
     rows read (and the buffer that they are shuffled in); of any other, the file has all records in their order. Memory
     does not grow with it.
+
+    Args:
+        place: of the source, for messages.
 
     Raises:
         InputError: it cannot be read, or the file not be written.
@@ -74,22 +78,20 @@ def fetch(source: HubSource, seed: int, cache_dir: str | Path) -> Path:
             if not file.exists():
                 remove_temporaries(file.parent, f"{file.name}.*")
                 with atomic_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
-                    for record in tqdm(_records(source, wanted, seed), f"reading {source.name}", unit=" rows", delay=1):
+                    for record in tqdm(
+                        _records(source, wanted, seed, place), f"reading {source.name}", unit=" rows", delay=1
+                    ):
                         stream.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
     return file
 
 
-def _records(source: HubSource, wanted: int | None, seed: int) -> Iterator[dict]:
+def _records(source: HubSource, wanted: int | None, seed: int, place: str) -> Iterator[dict]:
     """The records as Python's values: in Arrow's, JSON of mixed types is text."""
-    with reading_hub(source.name, "correct the source, or start again once it can be read"):
+    failure = f"{place}: {source.name} could not be read from the hub"
+    with reading_hub(failure, "correct the source, or start again once it can be read"):
         records: Iterable[dict] = datasets.load_dataset(
             source.hub, source.config, split=source.split, revision=source.revision, streaming=source.stream
         )
         if wanted:
             records = islice(shuffled(records, seed), wanted)
         yield from records
-
-
-def _reason(error: Exception) -> str:
-    """The first lines of a message: the second may say what there is instead of what was asked for."""
-    return " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__

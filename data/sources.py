@@ -107,8 +107,10 @@ def _load(
     """The sources with all of their rows, but for those that a weight of 0 leaves out."""
     used = [(f"sources[{number}]", source) for number, source in enumerate(mix.sources) if source.weight != 0]
     paths = [
-        file.parent / source.path if isinstance(source, FileSource) else fetch(source, mix.seed, cache_dir)
-        for _, source in used
+        file.parent / source.path
+        if isinstance(source, FileSource)
+        else fetch(source, mix.seed, cache_dir, f"{file}: {place}")
+        for place, source in used
     ]
     files = [{each.resolve() for each in find_files(path)} for path in paths]
     readers = Counter(each for several in files for each in several)
