@@ -23,7 +23,7 @@ peft_path=${peft_path:-}                            # adapter folder to continue
 load_in_kbits=${load_in_kbits:-16}                  # bits per base weight: 4 (nf4), 8 (int8), 16 (as stored)
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: a file, a folder of files, or a mix.yaml (docs/DATA.md)
+dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: a file, a folder, or a mix.yaml (docs/DATA.md)
 validation_file=${validation_file-auto}             # held-out rows; empty: none; auto: the tiny data's or a mix's
 max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
 prompt_template=${prompt_template:-auto}            # plain, chat, or auto (chat where the tokenizer has a template)

@@ -37,7 +37,7 @@ class Collator:
             Lists of the examples, for the trainer: `lengths` in tokens; `sources`, their files and numbers.
         """
         examples = rows
-        rows = rows or [{"input_ids": [self.pad_token_id], "prompt_length": 1, "task_type": -1}]
+        rows = rows or [{"input_ids": [self.pad_token_id], "spans": [], "task_type": -1}]
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
         input_ids = torch.full(shape, self.pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.long)
@@ -46,7 +46,8 @@ class Collator:
             ids = torch.as_tensor(row["input_ids"])
             input_ids[index, : len(ids)] = ids
             attention_mask[index, : len(ids)] = 1
-            labels[index, row["prompt_length"] : len(ids)] = ids[row["prompt_length"] :]
+            for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
+                labels[index, start:end] = ids[start:end]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -25,11 +25,9 @@ from pydantic import (
 from data.errors import InputError, first_line, reading
 from data.files import find_files, read_block, shown, split_files
 from data.formats import FORMATS
-from data.rows import Reading, task_type_problem
+from data.rows import COMMON, Reading, task_type_problem
 
 SUFFIXES = (".yaml", ".yml")
-# Columns that rows of every format may have.
-COMMON_COLUMNS = ("task_type", "task", "aliases")
 LARGEST = 2**63 - 1  # of an integer, as in the rows
 PATH_TAG, HUB_TAG = "source with a path", "source with a hub"
 
@@ -93,9 +91,9 @@ class Source(_Model):
         name = info.data.get("format")
         known = [column for form in ([FORMATS[name]] if name else FORMATS.values()) for column in form.columns]
         for column in columns:
-            if column not in (*known, *COMMON_COLUMNS):
+            if column not in (*known, *COMMON):
                 of = f"the format {name}" if name else "any format"
-                raise InputError(f"{column!r} is not a column of {of}; {_nearest(column, [*known, *COMMON_COLUMNS])}")
+                raise InputError(f"{column!r} is not a column of {of}; {_nearest(column, [*known, *COMMON])}")
         return columns
 
     @field_validator("task_type", mode="plain")
@@ -116,7 +114,7 @@ class Source(_Model):
 
     def reading(self, prefix: str) -> Reading:
         """How its rows are read."""
-        return Reading(self.format, self.columns, self.task_type, self.task, prefix)
+        return Reading(self.format, self.columns, self.task_type, self.task or "", prefix)
 
 
 class FileSource(Source):

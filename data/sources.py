@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data.dataset import DataStatistics, Encoding, load_data, row_lengths, supervised_lengths, task_types
+from data.dataset import DataStatistics, Encoding, count_supervised, load_data, row_lengths, task_types
 from data.errors import InputError
 from data.files import find_files
 from data.hub import fetch
@@ -168,7 +168,7 @@ def _statistics(sources: list[_Source], part: Part, names: Sequence[str]) -> Dat
         truncated=sum(each.truncated for each in counts),
         dropped=sum(each.dropped for each in counts),
         tokens=sum(tokens),
-        supervised_tokens=sum(int(supervised_lengths(each.rows)[each.taken[part]].sum()) for each in sources),
+        supervised_tokens=sum(count_supervised(each.rows.select(each.taken[part])) for each in sources),
         ignored=tuple(sorted({name for each in counts for name in each.ignored})),
         skipped=tuple(name for each in counts for name in each.skipped),
         table=_table_lines(table, other),

@@ -6,17 +6,17 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Collator, Encoding, InputError, Part, load_part
+from data import Collator, InputError, Part, load_part
 from inference.trained import TrainedModel
 from loading.base_model import check_lengths
 
 
 def load_rows(trained: TrainedModel, path: str | None, field: str, cache_dir: str) -> tuple[str, Dataset]:
-    """The path of a file, folder or mix, and its rows, encoded as in the run.
+    """The path of a file or folder, and its rows, encoded as in the run.
 
     Args:
-        path: the file, folder or mix; None for the one named in `run_config.json`.
-        field: its field there, `dataset_dir` or `validation_file`; of a mix, the rows are those for this purpose.
+        path: the file or folder; None for the one named in `run_config.json`.
+        field: its field there.
 
     Raises:
         InputError: neither names a file, it cannot be read, or a row is longer than the model's table of positions.
@@ -24,9 +24,8 @@ def load_rows(trained: TrainedModel, path: str | None, field: str, cache_dir: st
     path = path or trained.run_config.get(field)
     if not path:
         raise InputError(f"name a data file: the adapter's folder does not have a run_config.json that names a {field}")
-    encoding = Encoding(trained.template(), trained.max_seq_length, trained.num_task_types, trained.task_type_names)
     part: Part = "training" if field == "dataset_dir" else "held out"
-    rows, _ = load_part(path, part, trained.tokenizer, encoding, cache_dir)
+    rows, _ = load_part(path, part, trained.tokenizer, trained.encoding(), cache_dir)
     check_lengths(trained.model, rows, remedy=f"shorten or remove the longer ones in {path}")
     return path, rows
 

@@ -105,6 +105,14 @@ def test_columns_are_renamed(folder):
     assert rows["input_ids"][0] == folder.load("plain.jsonl")[0]["input_ids"][0]
 
 
+def test_a_renamed_task_type_is_checked(folder):
+    source = {"path": "kinds.jsonl", "columns": {"task_type": "kind"}}
+    folder.write("kinds.jsonl", [QUESTIONS[0] | {"kind": 1}, QUESTIONS[1] | {"kind": 0}])
+    assert folder.load(source)[0]["task_type"][:] == [1, 0]
+    folder.write("kinds.jsonl", [QUESTIONS[0] | {"kind": 2}])
+    assert "HERE/kinds.jsonl: row 1: 'task_type' is 2, but has to be 0 or 1" in folder.refusal(source)
+
+
 def test_a_folder_is_a_source(folder):
     folder.write("more/again.jsonl", QUESTIONS)
     rows, _ = folder.load("more", "questions.jsonl")
@@ -550,6 +558,6 @@ def test_the_mix_of_the_tiny_data(tmp_path):
     assert [Counter(rows["task_type"]) for rows in parts] == [{1: 48, 0: 95}, {1: 5, 0: 11}]
     assert not count_shared_rows(*parts)
     tiny = json.loads((ROOT / "data/tiny_data/train/train.json").read_text())
-    texts = {(row["instruction"], row["output"], row["task_type"], row["task"]) for row in tiny}
+    texts = {(row["output"], row["task_type"], row["task"]) for row in tiny}
     for rows in parts:
-        assert texts.issuperset(zip(rows["instruction"], rows["output"], rows["task_type"], rows["task"], strict=True))
+        assert texts.issuperset(zip(rows["output"], rows["task_type"], rows["task"], strict=True))
