@@ -23,8 +23,10 @@ from data.errors import InputError, writing
 from data.mix import HubSource
 
 SHUFFLE_BUFFER = 10_000
-# Errors raised when reading from the hub.
-UNREADABLE = (OSError, ValueError, HTTPError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+# Errors raised when reading from the hub. RuntimeError refuses code of a data set, ImportError says what it needs.
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, ImportError, HTTPError, pyarrow.ArrowException, datasets.exceptions.DatasetsError
+)  # fmt: skip
 
 
 @contextmanager

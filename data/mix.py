@@ -270,8 +270,10 @@ def _in_words(error: Any) -> str:
     if error["type"] == "missing":
         return "it has no sources" if place == "sources" else f"{place.rpartition('.')[0]}: has no path and no hub"
     if error["type"] == "extra_forbidden":
-        model = FileSource if tag == PATH_TAG else HubSource if tag == HUB_TAG else Mix
-        return f"{place}: not a key of a {tag or 'mix'}; {_nearest(parts[-1], model.model_fields)}"
+        if tag and parts[-1] in HubSource.model_fields:
+            return f"{place}: a source with a path does not have it"
+        known = {**FileSource.model_fields, **HubSource.model_fields} if tag else Mix.model_fields
+        return f"{place}: unknown key; {_nearest(parts[-1], known)}"
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])
         return f"{place} {text}" if text.startswith("is ") else f"{place}: {text}"

@@ -258,13 +258,14 @@ BAD = [
     ({"path": "gone.jsonl"}, "sources[0].path: HERE/gone.jsonl: no such file or folder"),
     ({"path": ""}, 'sources[0].path is "", but has to'),
     ({"path": "questions.txt"}, "sources[0].path: HERE/questions.txt: no such file or folder"),
-    ({"pth": "questions.jsonl"}, "sources[0].pth: not a key of a source with a path; did you mean 'path'?"),
+    ({"pth": "questions.jsonl"}, "sources[0].pth: unknown key; did you mean 'path'?"),
+    ({"hbu": "a/b"}, "sources[0].hbu: unknown key; did you mean 'hub'?"),
     ({"rows": 3}, "sources[0]: has no path and no hub"),
-    ({"path": "questions.jsonl", "hub": "a/b"}, "sources[0].hub: not a key of a source with a path"),
-    ({"path": "questions.jsonl", "split": "train"}, "sources[0].split: not a key of a source with a path"),
-    ({"hub": "a/b", "splt": "train"}, "sources[0].splt: not a key of a source with a hub; did you mean 'split'?"),
+    ({"path": "questions.jsonl", "hub": "a/b"}, "sources[0].hub: a source with a path does not have it"),
+    ({"path": "questions.jsonl", "split": "train"}, "sources[0].split: a source with a path does not have it"),
+    ({"hub": "a/b", "splt": "train"}, "sources[0].splt: unknown key; did you mean 'split'?"),
     ({"hub": "a/b", "stream": 1}, "sources[0].stream is 1, but has to be a valid boolean"),
-    ({"wieght": 1}, "sources[0].wieght: not a key of a source with a path; did you mean 'weight'?"),
+    ({"wieght": 1}, "sources[0].wieght: unknown key; did you mean 'weight'?"),
     ({"weight": -1}, "sources[0].weight is -1, but has to be greater than or equal to 0"),
     ({"weight": float("nan")}, "sources[0].weight is NaN, but has to be a finite number"),
     ({"weight": "2"}, 'sources[0].weight is "2", but has to be a valid number'),
@@ -483,6 +484,11 @@ def test_what_is_wrong_with_a_data_set_of_the_hub(folder, stand_in):
     folder.write("owner/set/mixed.jsonl", [{"instruction": "a", "output": 3}])
     assert "owner-set-mixed-train" in (found := folder.refusal({**source, "config": "mixed"}))
     assert "row 1: 'output' is 3" in found
+    (folder.path / "owner" / "script").mkdir()
+    (folder.path / "owner" / "script" / "script.py").write_text("raise SystemExit")
+    assert "could not be read from the hub: Dataset scripts are no longer supported" in folder.refusal(
+        {"hub": str(folder.path / "owner" / "script")}
+    )
     assert not list((folder.path / "cache" / "hub").glob("*.tmp"))
 
 
