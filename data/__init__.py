@@ -2,7 +2,8 @@
 
 `files.py` reads data files, `formats.py` knows the shapes of their rows, `rows.py` checks and completes these,
 `chat_template.py` shows a conversation as the tokenizer's template does, `prompt.py` turns it into tokens, `dataset.py`
-encodes and caches whole files with the processes of `workers.py`, `sampler.py` orders rows, `collate.py` makes batches.
+encodes and caches whole files with the processes of `workers.py`, `sources.py` puts together those that a mix
+(`mix.py`) names, also from the hub (`hub.py`), `sampler.py` orders rows, `collate.py` makes batches.
 `recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them. `answers.py` is the file of generated
 answers, `atomic.py` how files and folders are written, `errors.py` what the user can fix.
 """
@@ -40,6 +41,7 @@ from data.prompt import (
 )
 from data.rows import Reading
 from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
+from data.sources import Part, load_part
 
 __all__ = [
     "IGNORED_LABEL",
@@ -54,6 +56,7 @@ __all__ = [
     "EpochDataLoader",
     "GlobalBatchSampler",
     "InputError",
+    "Part",
     "Reading",
     "answer_start",
     "count_shared_rows",
@@ -68,6 +71,7 @@ __all__ = [
     "first_line",
     "is_unicode",
     "load_data",
+    "load_part",
     "marked_row",
     "resolve_template",
     "row_lengths",

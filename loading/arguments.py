@@ -215,8 +215,10 @@ def _targets(text: str) -> list[str] | str | None:
 class DataArguments:
     """The data and its encoding as tokens."""
 
-    dataset_dir: str = flag(None, "training rows: a .json, .jsonl, .csv, .tsv or .parquet file, or a folder of them")
-    validation_file: str | None = flag(None, "evaluation rows, file or folder; by default nothing is evaluated")
+    dataset_dir: str = flag(None, "training rows: a data file, a folder of them, or a mix.yaml (docs/DATA.md)")
+    validation_file: str | None = flag(
+        None, "evaluation rows: file, folder, or what a mix.yaml holds out; by default none"
+    )
     max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
     prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
     train_on: Literal["all", "last"] = flag("all", "answers of a conversation that are learnt: all, or the last")
