@@ -196,7 +196,7 @@ def test_parts_share_no_row_and_together_have_all(folder):
 def test_a_part_may_have_nothing_of_a_source(folder):
     first, second = "questions.jsonl", {"path": "more/others.jsonl", "held_out": 0.5}
     rows, statistics = folder.load(first, second, part="held out")
-    assert set(name.split(" ")[0] for name in rows["source"]) == {"more/others.jsonl"}
+    assert {name.split(" ")[0] for name in rows["source"]} == {"more/others.jsonl"}
     assert [line.split() for line in statistics.table[1:3]] == [
         ["questions.jsonl", "0", "0.0%", "0", "0.0%", "20"],
         ["more/others.jsonl", "none", "5", "100.0%", str(statistics.tokens), "100.0%", "5"],
