@@ -261,7 +261,7 @@ def _encode_segments(tokenizer: PreTrainedTokenizerBase, rows: list[list[_Segmen
         for literal in (False, True)
     }
     encoded = [[next(ids[segment.literal]) for segment in row] for row in rows]
-    if _marks_beginnings(tokenizer):
+    if _depends_on_context(tokenizer):
         plain = [index for index, row in enumerate(rows) if not any(segment.literal for segment in row)]
         for index in plain:
             encoded[index] = _encode_in_context(tokenizer, rows[index], encoded[index])
@@ -319,9 +319,11 @@ def _tokenize(
 
 
 @lru_cache(maxsize=8)
-def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the tokenizer puts the mark of a word before any text, as SentencePiece does."""
-    return "".join(tokenizer.tokenize("x")) != "x"
+def _depends_on_context(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether text is tokenized differently after other text: the tokenizer puts the mark of a word before any
+    text, as SentencePiece does, or has special tokens that swallow the white space after them, as Phi 3's do."""
+    marks_beginnings = "".join(tokenizer.tokenize("x")) != "x"
+    return marks_beginnings or any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
 
 
 def _spells_control(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
