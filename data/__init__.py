@@ -1,13 +1,14 @@
 """From data files to batches, without any model.
 
 `files.py` reads data files, `rows.py` checks rows, `prompt.py` turns them into tokens, `dataset.py` encodes and caches
-whole files with the processes of `workers.py`, `sampler.py` orders rows, `collate.py` makes batches. `recipes.py` maps
+whole files with the processes of `workers.py`, `sampler.py` orders rows, `packing.py` puts several into one,
+`collate.py` makes batches. `recipes.py` maps
 public data sets to rows, `tasks.py` and `facts.py` make them. `answers.py` is the file of generated answers,
 `atomic.py` how files and folders are written, `errors.py` what the user can fix.
 """
 
 from data.answers import AnswerFile
-from data.collate import IGNORED_LABEL, Collator, supervised_indices
+from data.collate import IGNORED_LABEL, Collator, PackingCollator, supervised_indices
 from data.dataset import (
     DataStatistics,
     Encoding,
@@ -19,6 +20,7 @@ from data.dataset import (
 )
 from data.errors import InputError, first_line
 from data.files import is_unicode
+from data.packing import PackedRows, pack
 from data.prompt import (
     TEMPLATE_VARIABLES,
     TEMPLATES,
@@ -46,6 +48,8 @@ __all__ = [
     "EpochDataLoader",
     "GlobalBatchSampler",
     "InputError",
+    "PackedRows",
+    "PackingCollator",
     "count_shared_rows",
     "encode_answer",
     "encode_prompt",
@@ -57,6 +61,7 @@ __all__ = [
     "is_unicode",
     "load_data",
     "marked_row",
+    "pack",
     "resolve_template",
     "row_lengths",
     "show_turns",
