@@ -26,6 +26,7 @@ load_in_kbits=${load_in_kbits:-16}                  # bits per base weight: 4 (n
 dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: .json, .jsonl or .parquet file, or a folder of them
 validation_file=${validation_file-auto}             # held-out rows; empty: none; auto: the tiny data's, if trained on it
 max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
+packing=${packing:-false}                           # fill rows with several samples, which do not see each other
 prompt_template=${prompt_template:-auto}            # plain, chat, or auto (chat where the tokenizer has a template)
 
 # ---- method (the paper's settings) -----------------------------------------------------------------------------------
@@ -103,6 +104,7 @@ arguments=(
     --save_steps "$save_steps"
 )
 [[ $gradient_checkpointing != false ]] && arguments+=(--activation_checkpointing "$gradient_checkpointing")
+[[ $packing != false ]] && arguments+=(--packing "$packing")
 [[ -n $tokenizer_path ]] && arguments+=(--tokenizer_name_or_path "$tokenizer_path")
 [[ -n $peft_path ]] && arguments+=(--peft_path "$peft_path")
 [[ -n $validation_file ]] && arguments+=(--validation_file "$validation_file" --eval_strategy steps --eval_steps "$eval_steps")

@@ -15,9 +15,12 @@ from data import (
     DataStatistics,
     Encoding,
     InputError,
+    PackingCollator,
     count_shared_rows,
     load_data,
     marked_row,
+    pack,
+    row_lengths,
     task_types,
 )
 from data.atomic import atomic_files, write_json
@@ -30,6 +33,7 @@ from loading.base_model import (
     check_attention,
     check_base_model,
     check_lengths,
+    check_packing,
     load_tokenizer,
     with_adapter,
 )
@@ -43,6 +47,8 @@ from training.report import generate_samples, summary_lines, write_model_card
 from training.run_folder import RunFolder, run_config
 from training.stopping import StoppedError, StopSignals
 from training.trainer import LoRAMoETrainer
+from transformers_patch.auto import base_of
+from transformers_patch.packing import packs_into_one_row
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         check_attention(skeleton, model_args.attn_implementation)
         model_args.resolve(skeleton)
+        if data_args.packing:
+            check_packing(skeleton)
         train_data, eval_data, data_sha256 = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args, data_sha256)
@@ -102,10 +110,15 @@ def run(
     say(args, *skipped)
     if skipped and not checkpoint:
         say(args, "no checkpoint is left to resume from, so the run starts from the beginning")
-    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint, stop_signals)
+    capacity = config["max_seq_length"] if config["packing"] else None
+    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint, stop_signals, capacity)
     stop_signals.raise_if_terminated(args.device)
-    padding = trainer.train_sampler().padding_share()
-    say(args, f"{padding:.1%} of the tokens in the batches of the first epoch are padding")
+    padding = trainer.padding_share()
+    line = f"{padding:.1%} of the tokens in the batches of the first epoch are padding"
+    if trainer.packs:
+        line = f"{len(train_data):,} rows are in {len(trainer.packs):,} packs of up to {capacity} tokens; {line}"
+        line += f", without packing {trainer.padding_share(packed=False):.1%}"
+    say(args, line)
     with writing(folder.path, "tensorboard"):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     if stop_signals.stopped:
@@ -137,9 +150,12 @@ def load_rows(
 
     train_data, train_counts = load(data_args.dataset_dir)
     micro_batch = args.per_device_train_batch_size * args.num_processes
-    if args.dataloader_drop_last and len(train_data) < micro_batch:
+    count, unit = len(train_data), "rows"
+    if data_args.packing:
+        count, unit = len(pack(row_lengths(train_data), encoding.max_seq_length, seed=0)), "packs"
+    if args.dataloader_drop_last and count < micro_batch:
         raise InputError(
-            f"--dataloader_drop_last leaves no training rows: there are {len(train_data)}, and a micro-batch has "
+            f"--dataloader_drop_last leaves no training rows: there are {count} {unit}, and a micro-batch has "
             f"{micro_batch} over all processes; leave it out or lower --per_device_train_batch_size"
         )
     messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]
@@ -186,6 +202,7 @@ def build_trainer(
     eval_data: Dataset | None,
     checkpoint: Path | None,
     stop_signals: StopSignals,
+    pack_capacity: int | None = None,
 ) -> LoRAMoETrainer:
     """Base model, adapter and Trainer; with a checkpoint, made ready to resume from it."""
     set_seed(args.seed)
@@ -198,14 +215,18 @@ def build_trainer(
             say(args, f"processes were {before}, now {args.world_size}: dropout masks will differ")
     args.eval_on_start = eval_data is not None
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
+    collator: Collator | PackingCollator = Collator(tokenizer.pad_token_id)
+    if pack_capacity:
+        collator = PackingCollator(tokenizer.pad_token_id, packs_into_one_row(base_of(model).config))
     trainer = LoRAMoETrainer(
         model=model,
         args=args,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=collator,
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
         stop_signals=stop_signals,
+        pack_capacity=pack_capacity,
     )
     # The weights are the same on all ranks; dropout masks must not be.
     if args.process_index:
