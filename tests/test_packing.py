@@ -1,14 +1,13 @@
 """Packed samples do not see each other: training and evaluation are those of the same samples in rows of their own."""
 
-import inspect
 import json
-from itertools import product
+import re
+from itertools import chain, islice, product
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import transformers
 from conftest import example_rows, filled_model, tiny_tokenizer
 from test_architectures import ARCHITECTURES, SIZES, UNPREPARED, config_of
 from test_launch import launch
@@ -344,3 +343,158 @@ def test_in_one_row_samples_train_as_they_do_apart_and_nobody_looks_at_positions
     found = {part: loss_and_gradients(model, together, part) for part in expected}
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not flash_attention
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+class Layout(NamedTuple):
+    """How the packs of one optimizer step are cut up."""
+
+    capacity: int
+    micro_batch: int  # packs over all processes
+    accumulation: int
+
+
+LAYOUTS = [
+    Layout(128, 8, 1),  # all packs, fewer on one process than on the other
+    Layout(128, 2, 3),
+    Layout(256, 2, 3),  # two micro-batches in place of three; in the second, a process without any pack
+]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, model_dir) -> Case:
+    """Runs of one step of plain SGD, whose changes of the adapter are its gradients."""
+    case = Case(tmp_path_factory.mktemp("packing"), model_dir)
+    (case.folder / "rows.json").write_text(json.dumps(example_rows(17)))
+    case.rows = load_data(case.folder / "rows.json", tiny_tokenizer(), Encoding("auto", 128, 2), case.folder / "cache")[
+        0
+    ]
+    return case
+
+
+def micro_batches(case: Case, layout: Layout, seed: int = 42) -> list[list[int]]:
+    """The rows of each micro-batch of the first step, over all processes."""
+    packs = pack(row_lengths(case.rows), layout.capacity, seed)
+    lengths = PackedRows(case.rows, layout.capacity, seed).lengths
+    sampler = GlobalBatchSampler(lengths, "group_by_length", seed, layout.micro_batch, layout.accumulation)
+    return [[row for number in batch for row in packs[number]] for batch in islice(sampler, layout.accumulation)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_on_packs_is_that_of_the_same_samples_in_rows(case, processes):
+    variants = list(product(LAYOUTS, ("sdpa", "eager"), (False, True)))
+    assert [len(micro_batches(case, layout)) for layout in LAYOUTS] == [1, 3, 2]
+    ends, _ = case.run(f"{processes}", processes, [
+        {
+            "dataset_dir": case.folder / "rows.json",
+            "packing": True,
+            "max_seq_length": layout.capacity,
+            "train_sampling_strategy": "group_by_length",
+            "attn_implementation": attention,
+            "activation_checkpointing": checkpointing,
+            "gradient_accumulation_steps": layout.accumulation,
+            "per_device_train_batch_size": layout.micro_batch // processes,
+            "blc_weight": beta,
+        }
+        for layout, attention, checkpointing in variants
+        for beta in (0, BETA)
+    ])  # fmt: skip
+    gradients = map(case.gradients, ends)
+    for layout, *_ in variants:
+        lm, total = next(gradients), next(gradients)
+        parts = micro_batches(case, layout)
+        expected = case.expected("lm_loss", [np.concatenate(parts)])
+        assert_same(lm, expected, expected)
+        balance = {key: (total[key] - lm[key]) / BETA for key in lm}
+        floor = {key: tensor / BETA for key, tensor in expected.items()}
+        assert_same(balance, case.expected("balance_loss", parts), floor)
+
+
+def test_the_samples_of_a_step_do_not_depend_on_its_division(case):
+    lengths = PackedRows(case.rows, 128, 3).lengths
+
+    def steps(micro_batch: int, accumulation: int, processes: int, epoch: int) -> list[list[int]]:
+        samplers = [
+            GlobalBatchSampler(lengths, "group_by_length", 3, micro_batch, accumulation, processes, rank)
+            for rank in range(processes)
+        ]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        batches = [[*chain(*parts)] for parts in zip(*samplers, strict=True)]
+        return [sorted(chain(*batches[at : at + accumulation])) for at in range(0, len(batches), accumulation)]
+
+    assert steps(4, 1, 1, epoch=0) == steps(1, 2, 2, epoch=0) == steps(1, 4, 1, epoch=0)
+    assert steps(4, 1, 1, epoch=0) != steps(4, 1, 1, epoch=1)
+
+
+@pytest.fixture
+def run(tmp_path, model_dir, monkeypatch) -> Runner:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    return Runner(tmp_path, model_dir)
+
+
+SETTINGS = {"packing": True, "max_seq_length": 96, "per_device_train_batch_size": 2}
+
+
+def test_an_interrupted_run_on_packs_ends_the_same(run, capsys):
+    """Two epochs, with dropout."""
+    run(**SETTINGS, output_dir=run.folder / "undisturbed")
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"12 rows are in (\d) packs of up to 96 tokens; \d+\.\d% of the tokens in the batches of the first epoch are "
+        r"padding, without packing \d+\.\d%\n",
+        printed,
+    )
+    interrupt_after(3, run, **SETTINGS)
+    run(**SETTINGS)
+    assert f"resuming from {run.output / 'checkpoint-2'}" in capsys.readouterr().out
+    assert same_adapter(run.output, run.folder / "undisturbed")
+    assert json.loads((run.output / "run_config.json").read_text())["packing"] is True
+    with pytest.raises(InputError, match=r"another configuration:\n.*packing: True there, None now"):
+        run(**SETTINGS | {"packing": None})
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_on_packs_is_that_of_rows(run, tmp_path, processes):
+    """Without training: the adapter stays as it is. Five rows in batches of two or four."""
+    filled_model().save_pretrained(tmp_path / "adapter")
+    flags = {"peft_path": tmp_path / "adapter", "lora_rank": 2, "lora_alpha": 4, "learning_rate": 0, "max_steps": 1}
+    rows = run(**flags)
+    routing = json.loads((run.output / "routing.json").read_text())
+    run.output = tmp_path / "packed"
+    settings = SETTINGS | {"per_device_eval_batch_size": 4 // processes, "output_dir": run.output}
+    launch(processes, ["train.py", *run.arguments(**flags | settings)])
+    packs = json.loads((run.output / "all_results.json").read_text())
+    for name in ("eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after"):
+        assert packs[name] == pytest.approx(rows[name], rel=1e-6)
+    assert packs["eval_samples"] == rows["eval_samples"] == 5
+    found = json.loads((run.output / "routing.json").read_text())
+    for name in ("rows", "rows_by_task"):
+        assert found[name] == routing[name]
+    for name in ("expert_share_by_task", "expert_share_by_task_type_and_module"):
+        for kind, shares in routing[name].items():
+            np.testing.assert_allclose(found[name][kind], shares, rtol=0, atol=3e-6)
+
+
+def test_samples_are_cut_as_without_packing(run, capsys):
+    trainer = trainer_of(run, packing=True, max_seq_length=30, max_steps=1)
+    assert "rows cut at 30 tokens" in capsys.readouterr().out
+    assert trainer.packs.lengths.max() == row_lengths(trainer.train_dataset).max() == 30
+    found = sorted(row["source"] for number in range(len(trainer.packs)) for row in trainer.packs[number])
+    assert found == sorted(trainer.train_dataset["source"])
+
+
+BAD_FLAGS = {
+    "reference": ({"blc_reference": True}, "--packing leaves out the padding that --blc_reference counts"),
+    "router loss": ({"output_router_logits": True}, "router loss of --output_router_logits would count padding"),
+    "noise": ({"neftune_noise_alpha": 5}, "noise of --neftune_noise_alpha depends on the length of a row"),
+    "order": ({"train_sampling_strategy": "sequential"}, "another order than --train_sampling_strategy sequential"),
+    "no packs": ({"dataloader_drop_last": True, "per_device_train_batch_size": 9}, r"there are \d packs, and a"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_flags_that_packing_contradicts_are_refused(run, changes, message):
+    with pytest.raises(InputError, match=message):
+        run(**SETTINGS | changes)
+    assert not run.output.exists()
