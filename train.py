@@ -149,15 +149,8 @@ def load_rows(
         return load_data(path, tokenizer, encoding, data_args.data_cache_dir, data_args.preprocessing_num_workers)
 
     train_data, train_counts = load(data_args.dataset_dir)
-    micro_batch = args.per_device_train_batch_size * args.num_processes
-    count, unit = len(train_data), "rows"
-    if data_args.packing:
-        count, unit = len(pack(row_lengths(train_data), encoding.max_seq_length, seed=0)), "packs"
-    if args.dataloader_drop_last and count < micro_batch:
-        raise InputError(
-            f"--dataloader_drop_last leaves no training rows: there are {count} {unit}, and a micro-batch has "
-            f"{micro_batch} over all processes; leave it out or lower --per_device_train_batch_size"
-        )
+    if args.dataloader_drop_last:
+        check_drop_last(train_data, encoding.max_seq_length if data_args.packing else None, args)
     messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]
     eval_data, data_sha256 = None, {"dataset_sha256": train_counts.sha256}
     if data_args.validation_file:
@@ -174,6 +167,19 @@ def load_rows(
     if not args.prepare_only:
         say(args, *messages)
     return train_data, eval_data, data_sha256
+
+
+def check_drop_last(rows: Dataset, pack_capacity: int | None, args: RunArguments) -> None:
+    """Raises InputError if there are too few rows, or packs of them, for a single micro-batch over all processes."""
+    count, unit = len(rows), "rows"
+    if pack_capacity:
+        count, unit = len(pack(row_lengths(rows), pack_capacity, seed=0)), "packs"  # as many with any seed
+    micro_batch = args.per_device_train_batch_size * args.num_processes
+    if count < micro_batch:
+        raise InputError(
+            f"--dataloader_drop_last leaves no training {unit}: there are {count}, and a micro-batch has {micro_batch} "
+            "over all processes; leave it out or lower --per_device_train_batch_size"
+        )
 
 
 def unseen_task_types(train_data: Dataset, eval_data: Dataset, names: Sequence[str]) -> list[str]:

@@ -489,7 +489,10 @@ BAD_FLAGS = {
     "router loss": ({"output_router_logits": True}, "router loss of --output_router_logits would count padding"),
     "noise": ({"neftune_noise_alpha": 5}, "noise of --neftune_noise_alpha depends on the length of a row"),
     "order": ({"train_sampling_strategy": "sequential"}, "another order than --train_sampling_strategy sequential"),
-    "no packs": ({"dataloader_drop_last": True, "per_device_train_batch_size": 9}, r"there are \d packs, and a"),
+    "no packs": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 9},
+        r"no training packs: there are \d, and a",
+    ),
 }
 
 
