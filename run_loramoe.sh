@@ -23,7 +23,7 @@ peft_path=${peft_path:-}                            # adapter folder to continue
 load_in_kbits=${load_in_kbits:-16}                  # bits per base weight: 4 (nf4), 8 (int8), 16 (as stored)
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: .json, .jsonl or .parquet file, or a folder of them
+dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: .json, .jsonl, .csv or .parquet file, or a folder
 validation_file=${validation_file-auto}             # held-out rows; empty: none; auto: the tiny data's, if trained on it
 max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
 packing=${packing:-false}                           # fill rows with several samples, which do not see each other
@@ -85,6 +85,7 @@ arguments=(
     --load_in_kbits "$load_in_kbits"
     --dataset_dir "$dataset_dir"
     --max_seq_length "$max_seq_length"
+    --packing "$packing"
     --prompt_template "$prompt_template"
     --tuning "$tuning"
     --lora_nums "$lora_nums"
@@ -104,7 +105,6 @@ arguments=(
     --save_steps "$save_steps"
 )
 [[ $gradient_checkpointing != false ]] && arguments+=(--activation_checkpointing "$gradient_checkpointing")
-[[ $packing != false ]] && arguments+=(--packing "$packing")
 [[ -n $tokenizer_path ]] && arguments+=(--tokenizer_name_or_path "$tokenizer_path")
 [[ -n $peft_path ]] && arguments+=(--peft_path "$peft_path")
 [[ -n $validation_file ]] && arguments+=(--validation_file "$validation_file" --eval_strategy steps --eval_steps "$eval_steps")

@@ -143,7 +143,9 @@ def load_rows(
         InputError: a file or a row cannot be used, or there are too few rows for a single micro-batch that is kept.
     """
     names = tuple(listed(model_args.task_type_names) or ())
-    encoding = Encoding(data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types, names)
+    encoding = Encoding(
+        data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types, names, data_args.train_on
+    )
 
     def load(path: str) -> tuple[Dataset, DataStatistics]:
         return load_data(path, tokenizer, encoding, data_args.data_cache_dir, data_args.preprocessing_num_workers)

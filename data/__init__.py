@@ -1,39 +1,46 @@
 """From data files to batches, without any model.
 
-`files.py` reads data files, `rows.py` checks rows, `prompt.py` turns them into tokens, `dataset.py` encodes and caches
-whole files with the processes of `workers.py`, `sampler.py` orders rows, `packing.py` puts several into one,
-`collate.py` makes batches. `recipes.py` maps
-public data sets to rows, `tasks.py` and `facts.py` make them. `answers.py` is the file of generated answers,
-`atomic.py` how files and folders are written, `errors.py` what the user can fix.
+`files.py` reads data files, `formats.py` knows the shapes of their rows, `rows.py` checks and completes these,
+`chat_template.py` shows a conversation as the tokenizer's template does, `prompt.py` turns it into tokens, `dataset.py`
+encodes and caches whole files with the processes of `workers.py`, `sampler.py` orders rows, `packing.py` puts several
+into one, `collate.py` makes batches. `recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them.
+`answers.py` is the file of generated answers, `atomic.py` how files and folders are written, `errors.py` what the user
+can fix.
 """
 
 from data.answers import AnswerFile
+from data.chat_template import TEMPLATE_VARIABLES, with_fixed_date
 from data.collate import IGNORED_LABEL, Collator, PackingCollator, supervised_indices
 from data.dataset import (
     DataStatistics,
     Encoding,
+    answer_start,
     count_shared_rows,
     file_hash,
     load_data,
     row_lengths,
+    supervised_tokens,
     task_types,
+    turns_before_answer,
 )
 from data.errors import InputError, first_line
 from data.files import is_unicode
+from data.formats import Conversation
 from data.packing import PackedRows, pack
 from data.prompt import (
-    TEMPLATE_VARIABLES,
     TEMPLATES,
     encode_answer,
+    encode_conversations,
     encode_prompt,
+    encode_question,
     encode_target,
     encode_turns,
     encoding_problem,
     marked_row,
     resolve_template,
     show_turns,
-    with_fixed_date,
 )
+from data.rows import Reading
 from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
 
 __all__ = [
@@ -43,6 +50,7 @@ __all__ = [
     "TEMPLATE_VARIABLES",
     "AnswerFile",
     "Collator",
+    "Conversation",
     "DataStatistics",
     "Encoding",
     "EpochDataLoader",
@@ -50,9 +58,13 @@ __all__ = [
     "InputError",
     "PackedRows",
     "PackingCollator",
+    "Reading",
+    "answer_start",
     "count_shared_rows",
     "encode_answer",
+    "encode_conversations",
     "encode_prompt",
+    "encode_question",
     "encode_target",
     "encode_turns",
     "encoding_problem",
@@ -66,6 +78,8 @@ __all__ = [
     "row_lengths",
     "show_turns",
     "supervised_indices",
+    "supervised_tokens",
     "task_types",
+    "turns_before_answer",
     "with_fixed_date",
 ]

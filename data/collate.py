@@ -113,7 +113,7 @@ def supervised_indices(labels_BT: Tensor) -> Tensor:
 
 
 def _padding_example(pad_token_id: int) -> dict[str, Any]:
-    return {"input_ids": [pad_token_id], "prompt_length": 1, "task_type": -1}
+    return {"input_ids": [pad_token_id], "spans": [], "task_type": -1}
 
 
 def _lay_out(rows: list[dict], packs: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, ...]:
@@ -130,10 +130,11 @@ def _lay_out(rows: list[dict], packs: Sequence[Sequence[int]], pad_token_id: int
     for index, members in enumerate(packs):
         start = 0
         for number in members:
-            end = start + len(ids[number])
-            supervised = max(1, rows[number]["prompt_length"])
+            end, spans = start + len(ids[number]), rows[number]["spans"]
             input_ids[index, start:end] = ids[number]
-            labels[index, start + supervised : end] = ids[number][supervised:]
+            for first, last in zip(spans[::2], spans[1::2], strict=True):
+                first = max(first, 1)
+                labels[index, start + first : start + last] = ids[number][first:last]
             sample_ids[index, start:end] = number
             position_ids[index, start:end] = torch.arange(end - start)
             start = end

@@ -26,12 +26,13 @@ from transformers import PreTrainedTokenizerBase
 from data.atomic import atomic_folder, remove_temporaries
 from data.errors import InputError, reading, writing
 from data.files import Block, find_files, skipped_files, split_files
-from data.prompt import encode_rows, resolve_template
-from data.rows import check_rows, complete_rows
+from data.formats import Conversation
+from data.prompt import Encoded, TrainOn, encode_conversations, resolve_template
+from data.rows import RECOGNISED, Reading, check_rows, complete_rows
 from data.workers import map_blocks, worker_count
 
 # Part of every cache key: raise it when the encoding of a row or the files of an entry change.
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 ROWS_NAME = "rows.arrow"
 STATISTICS_NAME = "statistics.json"
 MOST_NAMES_SHOWN = 5
@@ -87,12 +88,14 @@ class Encoding:
         max_seq_length: longest row in tokens. A longer one is cut at its end, so the prompt stays complete.
         num_task_types: allowed task types are 0 to this minus 1.
         task_type_names: names that rows may use instead, in this order.
+        train_on: the answers of a conversation that are supervised: `all`, or the `last`.
     """
 
     template: str
     max_seq_length: int
     num_task_types: int
     task_type_names: tuple[str, ...] = ()
+    train_on: TrainOn = "all"
 
 
 def load_data(
@@ -101,6 +104,7 @@ def load_data(
     encoding: Encoding,
     cache_dir: str | Path,
     num_proc: int | None = None,
+    reading: Reading = RECOGNISED,
 ) -> tuple[datasets.Dataset, DataStatistics]:
     """Read, check and encode a file or folder, or take the result of an earlier call with the same content.
 
@@ -114,10 +118,10 @@ def load_data(
     Args:
         num_proc: processes that check and encode; None is one for each core, up to 8. A few megabytes take one in any
             case. The result does not depend on it.
+        reading: how rows are read.
 
     Returns:
-        The data set, with the columns `input_ids`, `prompt_length`, `prompt_hash`, `task_type` and the row's text
-        fields; its counts.
+        The data set, with the columns of `_FEATURES`; its counts.
 
     Raises:
         InputError: a file or row is bad, no row has supervised tokens within `max_seq_length`, or the cache cannot be
@@ -126,7 +130,7 @@ def load_data(
     files = find_files(path)
     hashes = list(map(file_hash, files))
     encoding = replace(encoding, template=resolve_template(encoding.template, tokenizer))
-    folder = Path(cache_dir) / _cache_key(files, hashes, tokenizer, encoding)
+    folder = Path(cache_dir) / _cache_key(files, hashes, tokenizer, encoding, reading)
     entry = _complete_entry(folder)
     if not entry:
         failure = f"encoded rows could not be written into {cache_dir}"
@@ -136,7 +140,7 @@ def load_data(
             with FileLock(f"{folder}.lock"):
                 entry = _complete_entry(folder)
                 if not entry:
-                    _build(files, tokenizer, encoding, folder, num_proc)
+                    _build(files, tokenizer, encoding, reading, folder, num_proc)
                     entry = _read_entry(folder)
     rows, statistics = entry
     if not statistics.kept:
@@ -168,8 +172,23 @@ def file_hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def answer_start(row: dict) -> int:
+    """Where the last supervised answer of an encoded row begins: what comes before is its prompt."""
+    return row["spans"][-2]
+
+
+def supervised_tokens(spans: list[int]) -> int:
+    """Tokens in the supervised parts of an encoded row."""
+    return sum(spans[1::2]) - sum(spans[::2])
+
+
+def turns_before_answer(row: dict) -> Conversation:
+    """The conversation before the last supervised answer of an encoded row."""
+    return Conversation(json.loads(row["turns"]), json.loads(row["tools"] or "null"))
+
+
 def count_shared_rows(first: datasets.Dataset, second: datasets.Dataset) -> int:
-    """How many rows of the second data set have the instruction and input of a row of the first."""
+    """How many rows of the second data set have the prompt of a row of the first."""
     first_hashes, second_hashes = (
         rows.select_columns("prompt_hash").with_format("numpy")[:]["prompt_hash"] for rows in (first, second)
     )
@@ -185,15 +204,18 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _prompt_hash(row: dict) -> int:
-    digest = hashlib.sha256(f"{row['instruction']}\0{row['input']}".encode()).digest()
+def _hash(*texts: str) -> int:
+    """64 bits of a hash."""
+    digest = hashlib.sha256("\0".join(texts).encode()).digest()
     return int.from_bytes(digest[:8], signed=True)
 
 
-def _cache_key(files: list[Path], hashes: list[str], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> str:
+def _cache_key(
+    files: list[Path], hashes: list[str], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, reading: Reading
+) -> str:
     # Names are part of the result: how a file is read, and what its rows are called in messages.
     contents = [f"{file.name}:{file_sha256}" for file, file_sha256 in zip(files, hashes, strict=True)]
-    settings = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, asdict(encoding)])
+    settings = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, asdict(encoding), asdict(reading)])
     return _sha256("".join([str(FORMAT_VERSION), *contents, tokenizer.backend_tokenizer.to_str(), settings]))[:32]
 
 
@@ -216,11 +238,17 @@ def _read_entry(folder: Path) -> tuple[datasets.Dataset, DataStatistics]:
 
 
 def _build(
-    files: list[Path], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, folder: Path, num_proc: int | None
+    files: list[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    reading: Reading,
+    folder: Path,
+    num_proc: int | None,
 ) -> None:
     workers = worker_count(files, num_proc)
-    total, ignored = check_rows(files, encoding.num_task_types, encoding.task_type_names, workers)
-    encode = partial(_encode_block, tokenizer=tokenizer, encoding=encoding)
+    names, plain = encoding.task_type_names, encoding.template == "plain"
+    total, ignored = check_rows(files, encoding.num_task_types, names, workers, reading, plain)
+    encode = partial(_encode_block, tokenizer=tokenizer, encoding=encoding, reading=reading)
     counts: Counter[str] = Counter()
     remove_temporaries(folder.parent, f"{folder.name}.*")
     with atomic_folder(folder) as temporary:
@@ -240,39 +268,71 @@ def _build(
 
 
 def _encode_block(
-    block: Block, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+    block: Block, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, reading: Reading
 ) -> tuple[pyarrow.RecordBatch, dict[str, int]]:
     """The rows of a block that have supervised tokens, and the counts of a `DataStatistics`."""
-    rows = complete_rows(block, encoding.task_type_names)
+    rows = complete_rows(block, encoding.task_type_names, reading)
     kept, truncated = [], 0
-    for row, prompt, target in zip(rows, *encode_rows(tokenizer, encoding.template, rows), strict=True):
-        ids = (prompt + target)[: encoding.max_seq_length]
-        if len(ids) > len(prompt):
-            kept.append({**row, "input_ids": ids, "prompt_length": len(prompt), "prompt_hash": _prompt_hash(row)})
-            truncated += len(ids) < len(prompt) + len(target)
-    tokens = sum(len(row["input_ids"]) for row in kept)
+    for row, encoded in zip(rows, _encode_rows(rows, tokenizer, encoding), strict=True):
+        ids, spans = encoded.input_ids[: encoding.max_seq_length], _cut(encoded.spans, encoding.max_seq_length)
+        if spans:
+            truncated += len(ids) < len(encoded.input_ids)
+            last = encoded.turns[len(spans) // 2 - 1]
+            kept.append({**row, "input_ids": ids, "spans": spans, **_texts(row.pop("conversation"), last)})
     counts = {
         "rows": len(rows),
         "kept": len(kept),
         "truncated": truncated,
         "dropped": len(rows) - len(kept),
-        "tokens": tokens,
-        "supervised_tokens": tokens - sum(row["prompt_length"] for row in kept),
+        "tokens": sum(len(row["input_ids"]) for row in kept),
+        "supervised_tokens": sum(supervised_tokens(row["spans"]) for row in kept),
     }
     return pyarrow.RecordBatch.from_pylist(kept, schema=_FEATURES.arrow_schema), counts
 
 
+def _encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
+    """Raises InputError, which names the first row that cannot be encoded."""
+    conversations = [row["conversation"] for row in rows]
+    try:
+        return encode_conversations(tokenizer, encoding.template, conversations, encoding.train_on)
+    except InputError:
+        for row in rows:
+            try:
+                encode_conversations(tokenizer, encoding.template, [row["conversation"]], encoding.train_on)
+            except InputError as error:
+                raise InputError(f"{row['source']}: {error}") from error
+        raise
+
+
+def _cut(spans: list[int], most: int) -> list[int]:
+    """The supervised parts of the first `most` tokens."""
+    pairs = zip(spans[::2], spans[1::2], strict=True)
+    return [place for start, end in pairs if start < most for place in (start, min(end, most))]
+
+
+def _texts(conversation: Conversation, last: int) -> dict[str, str | int]:
+    """The text fields of an encoded row, whose last supervised answer is the turn `last`."""
+    turns, tools = (json.dumps(each, ensure_ascii=False) for each in (conversation.messages[:last], conversation.tools))
+    answer = conversation.messages[last]
+    return {
+        "turns": turns,
+        "tools": tools if conversation.tools else "",
+        "output": answer["content"] or json.dumps(answer["tool_calls"], ensure_ascii=False),
+        "prompt_hash": _hash(turns, tools),
+    }
+
+
 _FEATURES = datasets.Features(
     {
-        "instruction": datasets.Value("large_string"),
-        "input": datasets.Value("large_string"),
+        "turns": datasets.Value("large_string"),  # JSON of those before the last supervised answer
+        "tools": datasets.Value("large_string"),  # JSON, or empty
         "output": datasets.Value("large_string"),
         "task_type": datasets.Value("int64"),
         "task": datasets.Value("string"),
         "aliases": datasets.List(datasets.Value("large_string")),
         "source": datasets.Value("string"),
         "input_ids": datasets.List(datasets.Value("int32")),
-        "prompt_length": datasets.Value("int32"),
+        "spans": datasets.List(datasets.Value("int32")),  # start and end of each supervised part, in turn
         "prompt_hash": datasets.Value("int64"),
     }
 )

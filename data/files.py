@@ -1,22 +1,34 @@
 """Data files: finding them, and reading their rows block by block.
 
-Files are JSON (a list of rows), JSON Lines or Parquet; the last two are streamed, so their size does not matter. The
-first two may have any Unicode encoding, which is recognised by the first bytes.
+Files are JSON (a list of rows), JSON Lines, CSV, TSV or Parquet; all but the first are streamed, so their size does not
+matter. All but the last are text: in any Unicode encoding, which is recognised by the first bytes, and perhaps
+compressed by gzip or Zstandard.
+
+CSV is what spreadsheets and pandas write: the first line names the columns, a cell in quotes may hold separators and
+line ends, and quotes in it are doubled. TSV differs in its separator alone. An empty cell is None, all others are
+text, but for the digits of a task type. Rows are counted after the header, blank lines left out.
 """
 
+import csv
 import io
 import json
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import pyarrow
 import pyarrow.parquet
 
 from data.errors import InputError, reading
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+TEXT_KINDS = (".json", ".jsonl", ".csv", ".tsv")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = (".parquet", *TEXT_KINDS, *(kind + compression for kind in TEXT_KINDS for compression in COMPRESSIONS))
+ALLOWED = f".parquet, {', '.join(TEXT_KINDS)}, the last four perhaps followed by {' or '.join(COMPRESSIONS)}"
 # ValueError covers what is not Unicode, RecursionError endless nesting.
 NOT_JSON = (ValueError, RecursionError)
 # Raised for values that Python's types cannot hold: text that is not UTF-8, years after 9999, unknown time zones.
@@ -77,7 +89,7 @@ def skipped_files(path: str | Path) -> tuple[str, ...]:
     path = Path(path)
     if not path.is_dir():
         return ()
-    others = [entry for entry in _entries(path) if entry.suffix.lower() not in SUFFIXES]
+    others = [entry for entry in _entries(path) if not _is_data(entry)]
     names = [entry.name + "/" * entry.is_dir() for entry in others]
     return tuple(name.encode(errors="backslashreplace").decode() for name in names)
 
@@ -88,14 +100,20 @@ def split_files(files: list[Path]) -> Iterator[Block]:
     Raises:
         InputError: a file is empty, cannot be read, or is not of the kind that its name says.
     """
-    splitters = {".json": _split_json, ".jsonl": _split_json_lines, ".parquet": _split_parquet}
+    splitters = {
+        ".json": _split_json,
+        ".jsonl": _split_json_lines,
+        ".csv": _split_table,
+        ".tsv": _split_table,
+        ".parquet": _split_parquet,
+    }
     for file in files:
         with reading(file):
             if file.stat().st_size == 0:
                 raise InputError(f"{file}: the file is empty")
     for file in files:
         with reading(file):
-            yield from splitters[file.suffix.lower()](file)
+            yield from splitters[_kind(file)](file)
 
 
 def read_block(block: Block) -> Iterator[tuple[int, Any]]:
@@ -130,18 +148,27 @@ def shown(value: object) -> str:
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    files = [entry for entry in _entries(folder) if entry.suffix.lower() in SUFFIXES]
+    files = [entry for entry in _entries(folder) if _is_data(entry)]
     if not files:
-        raise InputError(f"{folder}: no data files in this folder; looked for {', '.join(SUFFIXES)}")
+        raise InputError(f"{folder}: no data files in this folder; looked for {ALLOWED}")
     return files
 
 
 def _single(file: Path) -> list[Path]:
     if not file.exists():
         raise InputError(f"{file}: no such file or folder")
-    if file.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{file}: unknown kind of data file {file.suffix!r}; allowed are {', '.join(SUFFIXES)}")
+    if not _is_data(file):
+        raise InputError(f"{file}: unknown kind of data file; allowed are {ALLOWED}")
     return [file]
+
+
+def _is_data(file: Path) -> bool:
+    return file.name.lower().endswith(SUFFIXES)
+
+
+def _kind(file: Path) -> str:
+    """The suffix of a data file's name without that of its compression."""
+    return Path(file.stem if file.suffix.lower() in COMPRESSIONS else file.name).suffix.lower()
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -149,8 +176,37 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[io.BufferedReader]:
+    """The bytes of a file, which are decompressed as they are read."""
+    with file.open("rb") as stream:
+        if compression := COMPRESSIONS.get(file.suffix.lower()):
+            yield io.BufferedReader(pyarrow.CompressedInputStream(stream, compression))
+        else:
+            yield stream
+
+
+@contextmanager
+def _opened_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """The text of a file. Bytes that are not UTF-8 survive, so that the row they belong to can be named.
+
+    Args:
+        newline: as for `open`.
+
+    Raises:
+        InputError: it is not text.
+    """
+    with _opened(file) as binary:
+        encoding = json.detect_encoding(binary.peek(4)[:4])
+        try:
+            yield io.TextIOWrapper(binary, encoding, errors="surrogateescape", newline=newline)
+        except UnicodeError as error:
+            raise InputError(f"{file}: not readable text ({error})") from None
+
+
 def _split_json(file: Path) -> Iterator[Block]:
-    rows = _parsed(file.read_bytes(), str(file), "; JSON Lines files are named .jsonl")
+    with _opened(file) as binary:
+        rows = _parsed(binary.read(), str(file), "; JSON Lines files are named .jsonl")
     if not isinstance(rows, list):
         raise InputError(f"{file}: holds {shown(rows)}, but a .json file has to be a list of rows")
     for start in range(0, len(rows), ROWS_OF_A_BLOCK):
@@ -159,18 +215,12 @@ def _split_json(file: Path) -> Iterator[Block]:
 
 def _split_json_lines(file: Path) -> Iterator[Block]:
     first = 1
-    with file.open("rb") as binary:
-        encoding = json.detect_encoding(binary.peek(4)[:4])
-        # Lines end as on any system. Bytes that are not text survive, so that the row they belong to can be named.
-        stream = io.TextIOWrapper(binary, encoding, errors="surrogateescape")
-        try:
-            while text := stream.read(CHARACTERS_OF_A_BLOCK) + stream.readline():
-                if first == 1 and text.lstrip().startswith("["):
-                    raise InputError(f"{file}: starts with [, as a JSON list does; files with one are named .json")
-                yield Block(file, first, text.encode(errors="surrogateescape"))
-                first += text.count("\n")
-        except UnicodeError as error:
-            raise InputError(f"{file}: not readable text ({error})") from None
+    with _opened_text(file) as stream:
+        while text := stream.read(CHARACTERS_OF_A_BLOCK) + stream.readline():
+            if first == 1 and text.lstrip().startswith("["):
+                raise InputError(f"{file}: starts with [, as a JSON list does; files with one are named .json")
+            yield Block(file, first, text.encode(errors="surrogateescape"))
+            first += text.count("\n")
 
 
 def _parsed(content: bytes, place: str, hint: str = "", encoding: str | None = None) -> object:
@@ -191,10 +241,14 @@ def _parsed(content: bytes, place: str, hint: str = "", encoding: str | None = N
 def _named_once(pairs: list[tuple[str, object]]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in row if names.count(name) > 1)
+        twice = _repeated([name for name, _ in pairs])
         raise InputError(f"the name {twice!r} occurs more than once in {shown(row)}")
     return row
+
+
+def _repeated(names: list[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def _integer(digits: str) -> int:
@@ -205,12 +259,62 @@ def _integer(digits: str) -> int:
         raise InputError(f"a number has {count:,} digits, which is too many: {digits[:20]}...") from None
 
 
+def _split_table(file: Path) -> Iterator[Block]:
+    first = 1
+    with _opened_text(file, newline="") as stream:
+        rows = _table_rows(file, stream)
+        while block := list(islice(rows, ROWS_OF_A_BLOCK)):
+            yield Block(file, first, block)
+            first += len(block)
+
+
+def _table_rows(file: Path, stream: TextIO) -> Iterator[dict]:
+    """The rows of a CSV or TSV file.
+
+    Raises:
+        InputError: the header does not name each column once, a row has more or fewer cells, or something is not CSV.
+    """
+    records = _records(file, stream)
+    place, names = next(records, (f"{file}: the header", [""]))
+    if not all(names):
+        hint = "name it, or take it out (pandas: index=False)"
+        raise InputError(f"{place}: column {names.index('') + 1} has no name; {hint}")
+    if twice := _repeated(names):
+        raise InputError(f"{place}: more than one column is called {twice!r}")
+    for place, cells in records:
+        if len(cells) != len(names):
+            raise InputError(f"{place}: has {len(cells)} cells, but the header has {len(names)}")
+        yield {name: _cell_value(name, cell) for name, cell in zip(names, cells, strict=True)}
+
+
+def _cell_value(name: str, cell: str) -> str | int | None:
+    return int(cell) if name == "task_type" and re.fullmatch("[0-9]{1,9}", cell) else cell or None
+
+
+def _records(file: Path, stream: TextIO) -> Iterator[tuple[str, list[str]]]:
+    """The records of a CSV or TSV file, from the header on, and where each is."""
+    reader = csv.reader(stream, delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True)
+    number = 0
+    cells: list[str] | None = []
+    while cells is not None:
+        place = f"{file}: row {number} (line {reader.line_num + 1})" if number else f"{file}: the header"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            hint = "perhaps a quote is missing or not doubled, or the text needs JSON Lines"
+            raise InputError(f"{place}: {error}; {hint}") from None
+        if cells:
+            if broken := next((cell for cell in cells if not is_unicode(cell)), None):
+                raise InputError(f"{place}: {shown(broken)} is not UTF-8; save the file with this encoding")
+            yield place, cells
+            number += 1
+
+
 def _split_parquet(file: Path) -> Iterator[Block]:
     first = 1
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if twice := next((name for name in names if names.count(name) > 1), None):
+            if twice := _repeated(table.schema_arrow.names):
                 raise InputError(f"{file}: more than one column is called {twice!r}")
             for batch in table.iter_batches(ROWS_OF_A_BLOCK):
                 yield Block(file, first, _rows(batch))

@@ -1,25 +1,47 @@
 """Prompts, the text that the model reads, and targets, the text that it learns to write, as token ids."""
 
-from datetime import date
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from data.errors import InputError, first_line
+from data.chat_template import control_tokens, render, render_answers
+from data.errors import InputError
 from data.files import is_unicode
+from data.formats import Conversation, Turn
 
 TEMPLATES = ("auto", "plain", "chat")
-# Variables of chat templates. Some write an empty block of thought before an answer that has none: with thinking off
-# it is part of the prompt as well, so that only the answer is learnt and generated. Others ignore the variable.
-TEMPLATE_VARIABLES = {"enable_thinking": False}
-# Raised by a template itself, and by Python for an expression in it. ValueError: none of several templates is the
-# default.
-TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 PLACEHOLDER = "PLACE-OF-THE-CONTENT"
-# Templates that write today's date would train with one date and answer with another. This is Llama 3's default.
-TEMPLATE_DATE = date(2024, 7, 26)
-DATE_CODES = "-d", "-m", *"aAbBdejmuwyYFDxcHIMSpT"
+TrainOn = Literal["all", "last"]
+
+
+class Encoded(NamedTuple):
+    """A conversation as tokens.
+
+    Args:
+        input_ids: token ids.
+        spans: start and end of each supervised part, in turn: a flat list.
+        turns: index in the conversation of the turn that each part belongs to.
+    """
+
+    input_ids: list[int]
+    spans: list[int]
+    turns: list[int]
+
+
+class _Segment(NamedTuple):
+    """Text that is tokenized by itself.
+
+    Args:
+        literal: special tokens that it spells are text.
+        turn: the turn that it is the answer of, if it is supervised.
+    """
+
+    text: str
+    literal: bool
+    turn: int | None
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -35,14 +57,6 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name == "auto":
         return "chat" if tokenizer.chat_template else "plain"
     return name
-
-
-def with_fixed_date(chat_template: str) -> str:
-    """A chat template whose `strftime_now` always gives `TEMPLATE_DATE`, here and wherever it is used."""
-    codes = "".join(f"|replace('%{code}', '{TEMPLATE_DATE:%{code}}')" for code in DATE_CODES)
-    macro = f"{{%- macro strftime_now(format) -%}}{{{{ format{codes} }}}}{{%- endmacro %}}\n"
-    needed = "strftime_now" in chat_template and not chat_template.startswith(macro)
-    return macro + chat_template if needed else chat_template
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, context: str) -> list[int]:
@@ -68,12 +82,18 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[
     Raises:
         InputError: a text cannot be written as UTF-8.
     """
-    for turn in turns:
+    return encode_question(tokenizer, template, Conversation(turns))
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation) -> list[int]:
+    """As `encode_turns`, of a conversation that may have tools."""
+    for turn in conversation.messages:
         if problem := encoding_problem("the prompt", turn["content"]):
             raise InputError(problem)
     if template == "plain":
-        return _plain_prompts(tokenizer, [_paragraphs(turns)])[0]
-    return _encode_rendered(tokenizer, _render(tokenizer, [_shown_turns(tokenizer, turns)]), [_contents(turns)])[0]
+        return _plain_prompts(tokenizer, [_paragraphs(conversation.messages)])[0]
+    rendered = render(tokenizer, _shown(tokenizer, conversation), add_generation_prompt=True)
+    return _encode_segments(tokenizer, [_segments(tokenizer, conversation, rendered, {})])[0].input_ids
 
 
 def encoding_problem(name: str, text: str | None) -> str | None:
@@ -87,18 +107,18 @@ def show_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[di
     """The text that `encode_turns` encodes."""
     if template == "plain":
         return _paragraphs(turns) + tokenizer.eos_token
-    return _render(tokenizer, [turns])[0]
+    return render(tokenizer, Conversation(turns), add_generation_prompt=True)
 
 
-def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]], answer: str
-) -> list[int]:
+def encode_answer(tokenizer: PreTrainedTokenizerBase, template: str, question: Conversation, answer: str) -> list[int]:
     """Token ids of an answer to a conversation, including the token that ends it.
 
     Raises:
         InputError: the chat template does not simply append the answer to the prompt.
     """
-    return _encode_exchanges(tokenizer, template, [turns], [answer])[1][0]
+    turns = [*question.messages, {"role": "assistant", "content": answer}]
+    (encoded,) = encode_conversations(tokenizer, template, [Conversation(turns, question.tools)], train_on="last")
+    return encoded.input_ids[encoded.spans[0] :]
 
 
 def encode_target(
@@ -109,55 +129,63 @@ def encode_target(
     Raises:
         InputError: the chat template does not simply append the answer to the prompt.
     """
-    return encode_answer(tokenizer, template, [{"role": "user", "content": _user_text(instruction, context)}], output)
+    question = Conversation([{"role": "user", "content": _user_text(instruction, context)}])
+    return encode_answer(tokenizer, template, question, output)
 
 
-def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, template: str, rows: list[dict]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and targets of many rows, as `encode_prompt` and `encode_target` give, in less time.
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, template: str, conversations: list[Conversation], train_on: TrainOn = "all"
+) -> list[Encoded]:
+    """Conversations that end with an answer as tokens: prompts as `encode_turns` gives, and answers.
+
+    Args:
+        train_on: every answer of a conversation, or the last one, is supervised, including the token that ends it.
 
     Raises:
-        InputError: the chat template does not simply append the answer to the prompt.
+        InputError: the chat template does not accept a conversation, or its answers cannot be told apart.
     """
-    if not rows:
-        return [], []
-    turns = [[{"role": "user", "content": _user_text(row["instruction"], row["input"])}] for row in rows]
-    return _encode_exchanges(tokenizer, template, turns, [row["output"] for row in rows])
+    if template == "plain":
+        return _encode_plain(tokenizer, conversations)
+    rows, last = [], []
+    for conversation in conversations:
+        turns = conversation.answers[-1 if train_on == "last" else 0 :]
+        rendered, spans = render_answers(tokenizer, _shown(tokenizer, conversation), turns)
+        rows.append(_segments(tokenizer, conversation, rendered, spans))
+        last.append(turns[-1])
+    ends = set(control_tokens(tokenizer).values())
+    encoded = _encode_segments(tokenizer, rows)
+    for row, turn in zip(encoded, last, strict=True):
+        # A template that does not end its turns: the answer at least ends, with the end of the text.
+        if row.turns[-1:] == [turn] and row.spans[-1] == len(row.input_ids) and row.input_ids[-1] not in ends:
+            row.input_ids.append(tokenizer.eos_token_id)
+            row.spans[-1] += 1
+    return encoded
 
 
 def marked_row(tokenizer: PreTrainedTokenizerBase, row: dict, most_characters: int = 400) -> str:
-    """An encoded row as text, with the supervised part in [[ ]]; long parts are shortened in the middle."""
-    ids, length = list(row["input_ids"]), row["prompt_length"]
-    prompt, target = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids[:length], ids[length:]))
-    return f"{_shortened(prompt, most_characters)}[[{_shortened(target, most_characters)}]]"
+    """An encoded row as text, with the supervised parts in [[ ]]; long parts are shortened in the middle."""
+    ids, text, place = list(row["input_ids"]), "", 0
+    for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
+        parts = ids[place:start], ids[start:end]
+        before, answer = (tokenizer.decode(part, skip_special_tokens=False) for part in parts)
+        text += f"{_shortened(before, most_characters)}[[{_shortened(answer, most_characters)}]]"
+        place = end
+    return text + _shortened(tokenizer.decode(ids[place:], skip_special_tokens=False), most_characters)
 
 
-def _encode_exchanges(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversations: list[list[dict[str, str]]], outputs: list[str]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of conversations as prompts, and of the answers to them."""
-    if template == "plain":
-        targets = [[*ids, tokenizer.eos_token_id] for ids in _tokenize(tokenizer, outputs, literal=True)]
-        return _plain_prompts(tokenizer, list(map(_paragraphs, conversations))), targets
-    shown = [_shown_turns(tokenizer, turns) for turns in conversations]
-    rendered = _render(tokenizer, shown)
-    prompts = _encode_rendered(tokenizer, rendered, list(map(_contents, conversations)))
-    answers = _render_answers(tokenizer, shown, rendered, _shown(tokenizer, outputs))
-    targets = _encode_rendered(tokenizer, answers, [[output] for output in outputs])
-    if _marks_beginnings(tokenizer):
-        in_context = _encode_in_context(tokenizer, prompts, rendered, answers, outputs)
-        targets = [ids or separate for ids, separate in zip(in_context, targets, strict=True)]
-    ends = set(_control_tokens(tokenizer).values())
-    return prompts, [ids if ids and ids[-1] in ends else [*ids, tokenizer.eos_token_id] for ids in targets]
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]) -> list[Encoded]:
+    """Prompts of one or more paragraphs, and answers that end with the end-of-sequence token."""
+    prompts = _plain_prompts(tokenizer, [_paragraphs(each.messages[:-1]) for each in conversations])
+    answers = _tokenize(tokenizer, [each.messages[-1]["content"] for each in conversations], literal=True)
+    lasts = [len(each.messages) - 1 for each in conversations]
+    return [
+        Encoded([*prompt, *answer, tokenizer.eos_token_id], [len(prompt), len(prompt) + len(answer) + 1], [turn])
+        for prompt, answer, turn in zip(prompts, answers, lasts, strict=True)
+    ]
 
 
-def _contents(turns: list[dict[str, str]]) -> list[str]:
-    return [turn["content"] for turn in turns]
-
-
-def _paragraphs(turns: list[dict[str, str]]) -> str:
-    return "\n\n".join(_contents(turns))
+def _paragraphs(turns: list[Turn]) -> str:
+    return "\n\n".join(turn["content"] for turn in turns)
 
 
 def _user_text(instruction: str, context: str) -> str:
@@ -169,101 +197,104 @@ def _plain_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
     return [[*_without_end(ids, tokenizer), tokenizer.eos_token_id] for ids in encoded]
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase, contents: list[str]) -> list[str]:
-    """Contents for the chat template: those that spell a special token are replaced by a placeholder."""
-    return [PLACEHOLDER if _spells_control(tokenizer, content) else content for content in contents]
-
-
-def _shown_turns(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{**turn, "content": text} for turn, text in zip(turns, _shown(tokenizer, _contents(turns)), strict=True)]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> list[str]:
-    """Prompts as the chat template writes them."""
-    return _apply_template(tokenizer, conversations, add_generation_prompt=True)
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], add_generation_prompt: bool
-) -> list[str]:
-    """Conversations as the chat template writes them.
+def _shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Conversation:
+    """What the chat template gets to see: contents that spell a special token are replaced by a placeholder.
 
     Raises:
-        InputError: the template is wrong, or does not accept such a conversation.
+        InputError: something else spells one.
     """
-    try:
-        return tokenizer.apply_chat_template(
-            conversations, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_VARIABLES
-        )
-    except TEMPLATE_ERRORS as error:
-        raise InputError(
-            f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)}); fix it, or use "
-            "prompt_template plain"
-        ) from error
-
-
-def _render_answers(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[dict[str, str]]],
-    prompts: list[str],
-    outputs: list[str],
-) -> list[str]:
-    """The text that the chat template appends to the prompts for the answers, without the white space between turns."""
-    turns = [
-        [*conversation, {"role": "assistant", "content": output}]
-        for conversation, output in zip(conversations, outputs, strict=True)
+    messages = [
+        turn | {"content": PLACEHOLDER} if _spells_control(tokenizer, turn["content"]) else turn
+        for turn in conversation.messages
     ]
-    texts = _apply_template(tokenizer, turns, add_generation_prompt=False)
-    if not all(map(str.startswith, texts, prompts)):
-        raise InputError(
-            "the tokenizer's chat template does not append the answer to the prompt, so the supervised part cannot "
-            "be told apart; use prompt_template plain"
-        )
-    return [text[len(prompt) :].rstrip() for text, prompt in zip(texts, prompts, strict=True)]
+    others = [[value for name, value in turn.items() if name != "content"] for turn in messages]
+    if any(_spells_control(tokenizer, text) for text in _strings([others, conversation.tools])):
+        raise InputError("a tool, a call of one or a thought spells a special token of the tokenizer; reword it")
+    return Conversation(messages, conversation.tools)
 
 
-def _encode_rendered(
-    tokenizer: PreTrainedTokenizerBase, rendered: list[str], contents: list[list[str]]
-) -> list[list[int]]:
-    """Token ids of rendered text. Special tokens in it count only if the template wrote them, not the contents."""
-    rows = [_pieces(tokenizer, *both) for both in zip(rendered, contents, strict=True)]
-    ids = {
-        literal: iter(_tokenize(tokenizer, [text for row in rows for text, kind in row if kind == literal], literal))
-        for literal in (False, True)
-    }
-    return [[token for _, literal in row for token in next(ids[literal])] for row in rows]
+def _strings(value: Any) -> Iterator[str]:
+    """All text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _strings(each)
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, rendered: str, contents: list[str]) -> list[tuple[str, bool]]:
-    """The pieces of a rendered text that are encoded separately, and for each whether its special tokens are text."""
-    spelling = [content for content in contents if _spells_control(tokenizer, content)]
-    if not spelling:
-        return [(rendered, False)]
-    first, *parts = rendered.split(PLACEHOLDER)
-    if len(parts) != len(spelling):
+def _segments(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, rendered: str, spans: dict[int, tuple[int, int]]
+) -> list[_Segment]:
+    """The segments of a rendered conversation. Special tokens in it count only if the template wrote them.
+
+    Args:
+        spans: start and end of each supervised answer in the text, by its turn.
+    """
+    contents = [turn["content"] for turn in conversation.messages if _spells_control(tokenizer, turn["content"])]
+    if rendered.count(PLACEHOLDER) != len(contents):
         raise InputError(
             "a row spells a special token, and the tokenizer's chat template does not show its text exactly once, so "
             "the two cannot be told apart; use prompt_template plain"
         )
-    pairs = zip(spelling, parts, strict=True)
-    return [(first, False), *(piece for content, part in pairs for piece in ((content, True), (part, False)))]
+    segments, place, literal = [], 0, iter(contents)
+    for turn, (start, end) in spans.items():
+        segments += [*_split(rendered[place:start], literal, None), *_split(rendered[start:end], literal, turn)]
+        place = end
+    # White space after the last answer is not learnt, and nothing follows it.
+    return segments + list(_split(rendered[place:] if not spans else rendered[place:].rstrip(), literal, None))
+
+
+def _split(text: str, literal: Iterator[str], turn: int | None) -> Iterator[_Segment]:
+    """The segments of a part, with the next contents in place of placeholders."""
+    first, *rest = text.split(PLACEHOLDER)
+    yield _Segment(first, False, turn)
+    for following in rest:
+        yield _Segment(next(literal), True, turn)
+        yield _Segment(following, False, turn)
+
+
+def _encode_segments(tokenizer: PreTrainedTokenizerBase, rows: list[list[_Segment]]) -> list[Encoded]:
+    """Segments as tokens, one row after the other."""
+    segments = [segment for row in rows for segment in row]
+    ids = {
+        literal: iter(_tokenize(tokenizer, [each.text for each in segments if each.literal == literal], literal))
+        for literal in (False, True)
+    }
+    encoded = [[next(ids[segment.literal]) for segment in row] for row in rows]
+    if _marks_beginnings(tokenizer):
+        plain = [index for index, row in enumerate(rows) if not any(segment.literal for segment in row)]
+        for index in plain:
+            encoded[index] = _encode_in_context(tokenizer, rows[index], encoded[index])
+    return [_joined(row, parts) for row, parts in zip(rows, encoded, strict=True)]
+
+
+def _joined(row: list[_Segment], parts: list[list[int]]) -> Encoded:
+    encoded = Encoded([], [], [])
+    for segment, ids in zip(row, parts, strict=True):
+        start = len(encoded.input_ids)
+        encoded.input_ids.extend(ids)
+        if segment.turn is None:
+            continue
+        if encoded.turns[-1:] == [segment.turn]:
+            encoded.spans[-1] += len(ids)
+        else:
+            encoded.spans.extend((start, start + len(ids)))
+            encoded.turns.append(segment.turn)
+    return encoded
 
 
 def _encode_in_context(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    rendered: list[str],
-    answers: list[str],
-    outputs: list[str],
+    tokenizer: PreTrainedTokenizerBase, row: list[_Segment], parts: list[list[int]]
 ) -> list[list[int]]:
-    """Token ids of answers as they follow their prompts: encoded separately, they would begin with a word's mark.
+    """Token ids of segments as they follow each other: encoded separately, they would begin with a word's mark.
 
-    Empty for an answer that spells a special token, or with which the prompt is tokenized differently.
+    Those of `parts`, if what comes before a segment is tokenized differently with it.
     """
-    encoded = _tokenize(tokenizer, list(map(str.__add__, rendered, answers)), literal=False)
+    texts = list(accumulate(segment.text for segment in row))
+    beginnings = pairwise([[], *_tokenize(tokenizer, texts, literal=False)])
     return [
-        ids[len(prompt) :] if ids[: len(prompt)] == prompt and not _spells_control(tokenizer, output) else []
-        for ids, prompt, output in zip(encoded, prompts, outputs, strict=True)
+        longer[len(shorter) :] if longer[: len(shorter)] == shorter else part
+        for (shorter, longer), part in zip(beginnings, parts, strict=True)
     ]
 
 
@@ -294,15 +325,7 @@ def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _spells_control(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return any(token in text for token in _control_tokens(tokenizer))
-
-
-@lru_cache(maxsize=8)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Every token that is not text, by its spelling. Tokenizers do not always list those that their templates use (the
-    end of a turn, say) as special tokens."""
-    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return any(token in text for token in control_tokens(tokenizer))
 
 
 def _shortened(text: str, most: int) -> str:

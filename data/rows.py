@@ -1,14 +1,15 @@
-"""Rows of instruction data: checking and completing them.
+"""Rows of data files: checking and completing them.
 
-A row has the string fields `instruction`, `input` (may be empty or missing) and `output`, an optional `task_type` (a
-number, or a name if the run has names for them), an optional string `task` that names the task, and an optional list
-`aliases` of other right answers, which only evaluation uses. Other columns are ignored, unless their names say that
-they were meant to be trained on.
+A row is a conversation in one of the formats of `formats.py`, with an optional `task_type` (a number, or a name if the
+run has names for them), an optional string `task` that names the task, and an optional list `aliases` of other right
+answers, which only evaluation uses. Other columns are ignored, unless their names say that they were meant to be
+trained on.
 """
 
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -16,33 +17,82 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.files import Block, Unreadable, is_unicode, read_block, shown, split_files
+from data.formats import Conversation, Format, find_format, is_empty, to_conversation
 from data.workers import map_blocks
 
-FIELDS = ("instruction", "input", "output", "task_type", "task", "aliases")
+# Columns of every format.
+COMMON = ("task_type", "task", "aliases")
 # Names, without underscores, under which other formats keep what comes before an instruction.
 CONVERSATION = {
     "system", "systemmessage", "systemprompt", "history", "chathistory", "conversationhistory", "messages", "turns",
     "chat", "conversation", "conversations", "dialog", "dialogue",
 }  # fmt: skip
-# What Dolly's format calls a field.
-SYNONYMS = {"context": "input"}
+# What formats call the text that a prompt is about.
+CONTEXTS = {"context", "input"}
 # Ratio of matching letters from which a name is a misspelt field: `inputs`, `ouput`, `alias`; not `task_id`.
 MISSPELT = 0.83
 UNLABELLED = -1
 MOST_PROBLEMS_SHOWN = 10
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a source are read.
+
+    Args:
+        format: a name in `formats.FORMATS`; None recognises it from a row's columns.
+        columns: the file's name for columns of the format: `{"prompt": "question"}`.
+        task_type: of rows that do not say theirs.
+        task: of rows that do not say theirs.
+        place: what messages and `source` call the file; by default its name.
+    """
+
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    task_type: int | str | None = None
+    task: str = ""
+    place: str = ""
+
+    def renamed(self, row: dict) -> dict:
+        """A row with the format's names of columns.
+
+        Raises:
+            InputError: it lacks a column.
+        """
+        if not self.columns:
+            return row
+        for column, name in self.columns.items():
+            if name not in row:
+                raise InputError(f"has no {name!r}, which is mapped to {column!r}; its fields are {', '.join(row)}")
+        rest = {name: value for name, value in row.items() if name not in self.columns.values()}
+        return rest | {column: row[name] for column, name in self.columns.items()}
+
+
+# Formats are recognised, and every row speaks for itself.
+RECOGNISED = Reading()
+
+
 def check_rows(
-    files: list[Path], num_task_types: int, task_type_names: Sequence[str] = (), num_proc: int = 1
+    files: list[Path],
+    num_task_types: int,
+    task_type_names: Sequence[str] = (),
+    num_proc: int = 1,
+    reading: Reading = RECOGNISED,
+    plain: bool = False,
 ) -> tuple[int, list[str]]:
     """Check every row. Returns the number of rows, and the names of columns that are ignored.
+
+    Args:
+        plain: the rows are for the template `plain`, which has no turns.
 
     Raises:
         InputError: rows are invalid (the first few are listed with file and row), or there are none.
     """
     problems: list[str] = []
     count, ignored = 0, set()
-    check = partial(_check_block, num_task_types=num_task_types, task_type_names=task_type_names)
+    check = partial(
+        _check_block, num_task_types=num_task_types, task_type_names=task_type_names, reading=reading, plain=plain
+    )
     with tqdm(desc="checking rows", unit=" rows", delay=1) as bar:
         for rows, found, others in map_blocks(check, split_files(files), num_proc):
             bar.update(rows)
@@ -63,111 +113,156 @@ def refuse_rows(problems: list[str], at_least: int = 1) -> None:
         raise InputError("\n".join([*problems[:MOST_PROBLEMS_SHOWN], *more]))
 
 
-def row_problem(row: object, num_task_types: int, task_type_names: Sequence[str] = ()) -> str | None:
-    """The first problem of a row, or None."""
-    if not isinstance(row, dict):
-        return f"is {shown(row)}, but has to be an object with instruction, input and output"
-    if problem := next(filter(None, (_column_problem(row, name) for name in _other_columns(row))), None):
+def row_problem(
+    row: object,
+    num_task_types: int,
+    task_type_names: Sequence[str] = (),
+    reading: Reading = RECOGNISED,
+    plain: bool = False,
+) -> str | None:
+    """The first problem of a row, or None.
+
+    Args:
+        plain: the rows are for the template `plain`, which has no turns.
+    """
+    try:
+        conversation = read_row(row, reading)
+    except InputError as error:
+        return str(error)
+    assert isinstance(row, dict)
+    if plain and (problem := plain_problem(conversation)):
         return problem
-    for name in FIELDS:
-        if isinstance(value := row.get(name), Unreadable):
-            return f"{name!r} cannot be read: {value.reason}"
-    for name in ("instruction", "input", "output", "task"):
-        value = row.get(name)
-        if value is None and name in ("input", "task"):
-            continue
-        if name not in row:
-            return f"has no {name!r}; its fields are {', '.join(map(repr, row)) or 'none'}"
-        if not isinstance(value, str):
-            return f"{name!r} is {shown(value)}, but has to be a string"
-        if not is_unicode(value):
-            return f"{name!r} holds half of a surrogate pair, which is not a character: {shown(value)}"
-    if not row["output"].strip():
-        return "'output' is empty: there is nothing to learn from"
-    aliases = row.get("aliases")
-    if aliases is not None and not (
-        isinstance(aliases, list) and all(isinstance(alias, str) and is_unicode(alias) for alias in aliases)
-    ):
-        return f"'aliases' is {shown(aliases)}, but has to be a list of strings, or be left out"
-    task_type = row.get("task_type")
-    if isinstance(task_type, str) and task_type in task_type_names:
-        return None
-    if task_type is not None and (type(task_type) is not int or not 0 <= task_type < num_task_types):
-        named = f"one of {', '.join(task_type_names)}, or " if task_type_names else ""
-        allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
-        return f"'task_type' is {shown(task_type)}, but has to be {named}{allowed} (a whole number), or be left out"
-    return None
+    return _text_problem(row) or _task_type_problem(row.get("task_type"), num_task_types, task_type_names)
 
 
-def complete_rows(block: Block, task_type_names: Sequence[str] = ()) -> list[dict]:
-    """Checked rows with all fields, and `source`, which says where a row comes from.
+def read_row(row: object, reading: Reading = RECOGNISED, answered: bool = True) -> Conversation:
+    """The conversation that a row is; see `formats.to_conversation`.
 
-    A missing task type becomes -1, a missing `input`, `task` or `aliases` empty, the name of a task type its number.
+    Raises:
+        InputError: it is none, or has columns that look as if they were to be read; the message is the row's predicate.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"is {shown(row)}, but has to be an object, such as one with instruction and output")
+    row = reading.renamed(row)
+    form = find_format(row, reading.format, answered)
+    for name in _other_columns(row, form):
+        if problem := _column_problem(row, form, name, answered):
+            raise InputError(problem)
+    return to_conversation(row, form, answered)
+
+
+def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Reading = RECOGNISED) -> list[dict]:
+    """Checked rows as `conversation`, `task_type`, `task`, `aliases`, and `source`, which says where a row comes from.
+
+    A missing task type becomes the reading's, or -1, a missing `task` the reading's, or empty, missing `aliases` empty,
+    the name of a task type its number.
     """
     rows = []
     for number, row in read_block(block):
-        task_type = row.get("task_type")
+        row = reading.renamed(row)
+        task_type = reading.task_type if row.get("task_type") is None else row["task_type"]
         if isinstance(task_type, str):
             task_type = task_type_names.index(task_type)
         rows.append(
             {
-                "instruction": row["instruction"],
-                "input": row.get("input") or "",
-                "output": row["output"],
+                "conversation": to_conversation(row, find_format(row, reading.format)),
                 "task_type": UNLABELLED if task_type is None else task_type,
-                "task": row.get("task") or "",
+                "task": row.get("task") or reading.task,
                 "aliases": row.get("aliases") or [],
-                "source": f"{block.file.name} row {number}",
+                "source": f"{reading.place or block.file.name} row {number}",
             }
         )
     return rows
 
 
-def _check_block(block: Block, num_task_types: int, task_type_names: Sequence[str]) -> tuple[int, list[str], set[str]]:
-    """The number of rows, their problems, and the names of other columns."""
+def _check_block(
+    block: Block, num_task_types: int, task_type_names: Sequence[str], reading: Reading, plain: bool
+) -> tuple[int, list[str], set[str]]:
+    """The number of rows, their problems, and the names of columns that are not read."""
     rows = list(read_block(block))
     problems = [
         f"{block.file}: row {number}: {problem}"
         for number, row in rows
-        if (problem := row_problem(row, num_task_types, task_type_names))
+        if (problem := row_problem(row, num_task_types, task_type_names, reading, plain))
     ]
-    return len(rows), problems, {name for _, row in rows if isinstance(row, dict) for name in _other_columns(row)}
+    others: set[str] = set()
+    if not problems:
+        renamed = [reading.renamed(row) for _, row in rows]
+        others = {name for row in renamed for name in _other_columns(row, find_format(row, reading.format))}
+    return len(rows), problems, others
 
 
-def _other_columns(row: dict) -> list[str]:
-    """The columns of a row that are not its fields and hold something."""
-    return [name for name in row if name not in FIELDS and not _is_empty(row[name])]
+def plain_problem(conversation: Conversation) -> str | None:
+    """The reason why the template `plain` cannot show a conversation, or None."""
+    roles = [turn["role"] for turn in conversation.messages]
+    if roles in (["user", "assistant"], ["user"]) and not conversation.tools:
+        return None
+    return (
+        f"is a conversation ({', '.join(roles[:MOST_PROBLEMS_SHOWN])}), but the prompt template plain has only a "
+        "prompt and an answer: use prompt_template chat, and a tokenizer that has such a template"
+    )
 
 
-def _column_problem(row: dict, name: str) -> str | None:
-    """The problem with a column that is not a field, or None if it may be ignored."""
+def _text_problem(row: dict) -> str | None:
+    """The problem with `task` or `aliases`, or None."""
+    for name in ("task_type", "task", "aliases"):
+        if isinstance(value := row.get(name), Unreadable):
+            return f"{name!r} cannot be read: {value.reason}"
+    task, aliases = row.get("task"), row.get("aliases")
+    if task is not None and not isinstance(task, str):
+        return f"'task' is {shown(task)}, but has to be a string"
+    if task is not None and not is_unicode(task):
+        return f"'task' holds half of a surrogate pair, which is not a character: {shown(task)}"
+    if aliases is not None and not (
+        isinstance(aliases, list) and all(isinstance(alias, str) and is_unicode(alias) for alias in aliases)
+    ):
+        return f"'aliases' is {shown(aliases)}, but has to be a list of strings, or be left out"
+    return None
+
+
+def _task_type_problem(task_type: object, num_task_types: int, names: Sequence[str]) -> str | None:
+    if task_type is None or (isinstance(task_type, str) and task_type in names):
+        return None
+    if type(task_type) is not int or not 0 <= task_type < num_task_types:
+        named = f"one of {', '.join(names)}, or " if names else ""
+        allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
+        return f"'task_type' is {shown(task_type)}, but has to be {named}{allowed} (a whole number), or be left out"
+    return None
+
+
+def _other_columns(row: dict, form: Format) -> list[str]:
+    """The columns of a row that are not read and hold something."""
+    return [name for name in row if name not in form.columns and name not in COMMON and not is_empty(row[name])]
+
+
+def _column_problem(row: dict, form: Format, name: str, answered: bool) -> str | None:
+    """The problem with a column that is not read, or None if it may be ignored."""
     if _letters(name) in CONVERSATION and _says_something(row[name]):
         return (
-            f"has a {name!r}, which is not supported: a row is one instruction and one answer; put its text into "
-            "'instruction' or 'input', or take it out"
+            f"has a {name!r}, which is not read: write a conversation as 'messages' and a system prompt as 'system', "
+            "or take it out"
         )
-    field = _meant_field(name)
-    if field and _is_empty(row.get(field)):
+    field = _meant_field(name, form, answered)
+    if field and is_empty(row.get(field)):
         return f"{name!r} is not a known column: rename it to {field!r}, or take it out"
     return None
 
 
 @lru_cache(maxsize=1024)
-def _meant_field(name: str) -> str | None:
+def _meant_field(name: str, form: Format, answered: bool) -> str | None:
     """The field of which a column's name is another spelling, or None."""
-    fields = {_letters(field): field for field in FIELDS}
+    read = (*form.columns, *COMMON) if answered else [field for field in form.columns if field != form.answer]
+    fields = {_letters(field): field for field in read}
     if any(re.fullmatch(rf"{field}(ids?|\d+)", _letters(name)) for field in fields):
         return None  # token ids, the number of a row, one of several
     near = difflib.get_close_matches(_letters(name), fields, n=1, cutoff=MISSPELT)
-    return fields[near[0]] if near else SYNONYMS.get(_letters(name))
+    if near:
+        return fields[near[0]]
+    return form.context if _letters(name) in CONTEXTS else None
 
 
 def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name)).lower()
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or (value.strip() if isinstance(value, str) else value) in ("", [], {})
 
 
 def _says_something(value: object) -> bool:

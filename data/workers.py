@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.errors import InputError
+from data.files import COMPRESSIONS
 
 MOST_WORKERS = 8
 # A process with less to do would take longer to start than to work.
 BYTES_WORTH_A_WORKER = 2**23
+# A compressed file holds about so many times its size.
+INFLATION = 4
 # One that a process works on and one that waits.
 BLOCKS_PER_WORKER = 2
 
@@ -29,7 +32,7 @@ Result = TypeVar("Result")
 
 def worker_count(files: list[Path], most: int | None) -> int:
     """Number of processes for these files: as many as pay, at most `most` (None: one for each core, up to 8)."""
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size * (INFLATION if file.suffix.lower() in COMPRESSIONS else 1) for file in files)
     return min(most or min(os.cpu_count() or 1, MOST_WORKERS), 1 + size // BYTES_WORTH_A_WORKER)
 
 

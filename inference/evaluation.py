@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from data import InputError, encode_target
+from data import InputError, answer_start, encode_answer, turns_before_answer
 from inference.generation import generate_answers, in_batches
 from inference.metrics import (
     CORPUS_METRICS,
@@ -89,13 +89,13 @@ def run_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Datase
         return partial(tqdm, desc=f"{name}: {verb}", unit="batch")
 
     options = _encode_options(model, tokenizer, rows, plan) if "accuracy" in plan.metrics else {}
-    encoded = list(rows.select_columns(["input_ids", "prompt_length"]))
+    encoded = list(rows.select_columns(["input_ids", "spans"]))
     scores, answers = None, None
     if set(plan.metrics) & set(FORCED_METRICS):
         scores = score_answers(model, encoded, tokenizer.pad_token_id, plan.batch_size, bar("rating"))
     right = _right_labels(model, tokenizer, rows, plan, options, bar("choosing")) if options else {}
     if set(plan.metrics) & set(DECODED_METRICS):
-        prompts = [row["input_ids"][: row["prompt_length"]] for row in encoded]
+        prompts = [row["input_ids"][: answer_start(row)] for row in encoded]
         answer = partial(generate_answers, model, settings=plan.decoding)
         tokens = in_batches(answer, prompts, [len(each) for each in prompts], plan.batch_size, bar("answering"))
         answers = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -127,13 +127,13 @@ def _encode_options(
     """By row of a label task, the token ids of each label as an answer to its prompt."""
     options = {
         index: [
-            encode_target(tokenizer, plan.template, row["instruction"], row["input"], label)
+            encode_answer(tokenizer, plan.template, turns_before_answer(row), label)
             for label in plan.label_tasks[row["task"]]
         ]
-        for index, row in enumerate(rows.select_columns(["task", "instruction", "input"]))
+        for index, row in enumerate(rows.select_columns(["task", "turns", "tools"]))
         if row["task"] in plan.label_tasks
     }
-    prompts = rows["prompt_length"]
+    prompts = [answer_start(row) for row in rows.select_columns("spans")]
     longest = max((prompts[index] + max(map(len, each)) for index, each in options.items()), default=0)
     if problem := length_problem(model, longest):
         raise InputError(
@@ -153,7 +153,7 @@ def _right_labels(
 ) -> dict[int, bool]:
     """By row, True if the expected label is the most likely one of its task. The options are the labels' token ids."""
     chosen = rows.select(list(options))
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in chosen]
+    prompts = [row["input_ids"][: answer_start(row)] for row in chosen]
     choices = list(options.values())
     places = most_likely_options(model, prompts, choices, tokenizer.pad_token_id, plan.batch_size, progress)
     return {

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from data import InputError, encode_answer, encode_turns, show_turns
+from data import Conversation, InputError, encode_answer, encode_turns, show_turns
 from inference.generation import left_padded
 from inference.trained import TrainedModel
 
@@ -71,7 +71,7 @@ class TemplateLM(HFLM):
 
     def _encode_beginning(self, turns: list[dict[str, str]], text: str) -> list[int]:
         """The tokens of the beginning of an answer, without those that end an answer: the ones of an empty answer."""
-        ids, end = (encode_answer(self.tokenizer, self._template, turns, each) for each in (text, ""))
+        ids, end = (encode_answer(self.tokenizer, self._template, Conversation(turns), each) for each in (text, ""))
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(ids), reversed(end), strict=False))
         return ids[: len(ids) - len(list(shared))]
 

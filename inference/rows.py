@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Collator, Encoding, InputError, load_data
+from data import Collator, InputError, load_data
 from inference.trained import TrainedModel
 from loading.base_model import check_lengths
 
@@ -24,8 +24,7 @@ def load_rows(trained: TrainedModel, path: str | None, field: str, cache_dir: st
     path = path or trained.run_config.get(field)
     if not path:
         raise InputError(f"name a data file: the adapter's folder does not have a run_config.json that names a {field}")
-    encoding = Encoding(trained.template(), trained.max_seq_length, trained.num_task_types, trained.task_type_names)
-    rows, _ = load_data(path, trained.tokenizer, encoding, cache_dir)
+    rows, _ = load_data(path, trained.tokenizer, trained.encoding(), cache_dir)
     check_lengths(trained.model, rows, remedy=f"shorten or remove the longer ones in {path}")
     return path, rows
 

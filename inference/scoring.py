@@ -30,7 +30,7 @@ class AnswerScore:
 def score_answers(
     model: nn.Module, rows: list[dict], pad_token_id: int, batch_size: int, progress: Callable
 ) -> list[AnswerScore]:
-    """Score the answers of encoded rows (`input_ids`, `prompt_length`).
+    """Score the answers of encoded rows (`input_ids`, `spans`).
 
     Args:
         progress: wraps the iteration over batches, to show its progress.
@@ -59,7 +59,7 @@ def most_likely_options(
 ) -> list[int]:
     """For each prompt, the index of the option (token ids, end token included) with the highest likelihood."""
     rows = [
-        {"input_ids": [*prompt, *option], "prompt_length": len(prompt)}
+        {"input_ids": [*prompt, *option], "spans": [len(prompt), len(prompt) + len(option)]}
         for prompt, choices in zip(prompts, options, strict=True)
         for option in choices
     ]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from data import InputError, first_line, resolve_template
+from data import Encoding, InputError, first_line, resolve_template
 from data.errors import reading
 from data.files import shown
 from inference.generation import drop_proposed_settings, end_tokens
@@ -37,6 +37,7 @@ RUN_FIELDS: dict[str, tuple[str, set]] = {
     "num_task_types": ("a whole number", {int}),
     "prompt_template": ("a string", {str}),
     "task_type_names": TEXT_OR_NULL,
+    "train_on": ("a string", {str}),
     "dataset_dir": TEXT_OR_NULL,
     "validation_file": TEXT_OR_NULL,
 }
@@ -106,6 +107,16 @@ class TrainedModel:
     def max_seq_length(self) -> int:
         """Maximum length of a row in tokens: that of the run, or else the default of a run."""
         return self.run_config.get("max_seq_length", DataArguments.max_seq_length)
+
+    def encoding(self, template: str | None = None, max_seq_length: int | None = None) -> Encoding:
+        """How rows become tokens: as in the run, apart from what is given."""
+        return Encoding(
+            self.template(template),
+            max_seq_length or self.max_seq_length,
+            self.num_task_types,
+            self.task_type_names,
+            self.run_config.get("train_on", "all"),
+        )
 
     def end_tokens(self, template: str) -> list[int]:
         """See `generation.end_tokens`."""

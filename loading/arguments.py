@@ -222,13 +222,14 @@ def _targets(text: str) -> list[str] | str | None:
 class DataArguments:
     """The data and its encoding as tokens."""
 
-    dataset_dir: str = flag(None, "training rows: a .json, .jsonl or .parquet file, or a folder of them")
+    dataset_dir: str = flag(None, "training rows: a .json, .jsonl, .csv, .tsv or .parquet file, or a folder of them")
     validation_file: str | None = flag(None, "evaluation rows, file or folder; by default nothing is evaluated")
     max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
-    packing: bool | None = flag(
-        None, "fill each row of a batch up to max_seq_length with samples, which do not see each other"
+    packing: bool = flag(
+        False, "fill each row of a batch up to max_seq_length with samples, which do not see each other"
     )
     prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
+    train_on: Literal["all", "last"] = flag("all", "answers of a conversation that are learnt: all, or the last")
     data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
     preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
 

@@ -20,6 +20,10 @@ PUBLISHED = (
 RENAMED = {"task_types": "task_type_names"}
 
 
+# Flags that earlier versions did not have, and what they did.
+ADDED = {"packing": False, "train_on": "all"}
+
+
 def with_current_names(config: dict) -> dict:
-    """A run's configuration, perhaps one of an earlier version, under today's names of the flags."""
-    return {RENAMED.get(name, name): value for name, value in config.items()}
+    """A run's configuration, perhaps one of an earlier version, as today's flags would write it."""
+    return ADDED | {RENAMED.get(name, name): value for name, value in config.items()}

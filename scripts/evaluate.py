@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from data import TEMPLATES, DataStatistics, Encoding, InputError, load_data
+from data import TEMPLATES, DataStatistics, InputError, load_data
 from data.atomic import write_json
 from data.errors import writing
 from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
@@ -159,7 +159,7 @@ def load_sets(
     Raises:
         InputError: one cannot be used.
     """
-    encoding = Encoding(template, max_length(trained, args), trained.num_task_types, trained.task_type_names)
+    encoding = trained.encoding(template, args.max_seq_length)
     sets = []
     for path in paths:
         rows, statistics = load_data(path, trained.tokenizer, encoding, args.data_cache_dir)
@@ -178,8 +178,7 @@ def evaluate_set(
     trained: TrainedModel, models: dict, rows: Dataset, template: str, args: EvaluateArguments, batch_size: int
 ) -> dict:
     """The results of one data set, by model."""
-    lengths = zip(rows["input_ids"], rows["prompt_length"], strict=True)
-    longest = args.max_new_tokens or max(len(ids) - prompt for ids, prompt in lengths)
+    longest = args.max_new_tokens or max(end - start for *_, start, end in rows["spans"])
     found = label_tasks(rows)
     if args.label_tasks:
         pairs = list(zip(rows["task"], rows["output"], strict=True))

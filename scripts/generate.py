@@ -16,10 +16,19 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer
 
-from data import TEMPLATES, AnswerFile, InputError, encode_prompt, encode_turns, encoding_problem, file_hash
+from data import (
+    TEMPLATES,
+    AnswerFile,
+    Conversation,
+    InputError,
+    encode_question,
+    encode_turns,
+    encoding_problem,
+    file_hash,
+)
 from data.answers import unwritable_field
 from data.files import find_files, read_block, split_files
-from data.rows import MOST_PROBLEMS_SHOWN, refuse_rows, row_problem
+from data.rows import MOST_PROBLEMS_SHOWN, plain_problem, read_row, refuse_rows
 from inference.generation import DecodingArguments, batches_by_length, generate_answers
 from inference.trained import InferenceArguments, TrainedModel, load_trained
 from loading.command_line import flag, one_of, output_problem, parse_flags, range_problems, run_verb
@@ -35,7 +44,7 @@ class GenerateArguments:
     """The prompts, and the place of the answers."""
 
     prompt: str | None = flag(None, "one prompt; the answer is printed")
-    input: str | None = flag(None, "file or folder of rows with an instruction and, optionally, an input")
+    input: str | None = flag(None, "file or folder of rows in any format of docs/DATA.md; answers in it are not read")
     output: str | None = flag(
         None, "file for the rows with their answers, .json or .jsonl; rerunning an interrupted command resumes it"
     )
@@ -80,18 +89,18 @@ class Answerer:
         if args.compare_base:
             self.voices["generated_by_base"] = trained.as_base
 
-    def encode(self, instruction: str, context: str = "") -> list[int]:
+    def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of a prompt.
 
         Raises:
-            InputError: it is too long for an answer to fit into the model's context.
+            InputError: the template cannot show it, or it is too long for an answer to fit into the model's context.
         """
-        ids = encode_prompt(self.tokenizer, self.template, instruction, context)
+        if self.template == "plain" and (problem := plain_problem(conversation)):
+            raise InputError(f"a prompt {problem}")
+        ids = encode_question(self.tokenizer, self.template, conversation)
         if not self.has_room(ids):
-            most = context_length(self.trained.model) - 1  # type: ignore[operator]
-            raise InputError(
-                f"a prompt has {len(ids)} tokens, but the model reads at most {most}: {instruction[:60]!r}..."
-            )
+            most, text = context_length(self.trained.model) - 1, conversation.messages[-1]["content"]  # type: ignore[operator]
+            raise InputError(f"a prompt has {len(ids)} tokens, but the model reads at most {most}: {text[:60]!r}...")
         return ids
 
     def has_room(self, prompt: list[int], answer: int = 1) -> bool:
@@ -123,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.chat:
         chat(answerer)
     elif args.prompt is not None:
-        (answer,) = answerer.answers([answerer.encode(args.prompt)])
+        (answer,) = answerer.answers([answerer.encode(one_turn(args.prompt))])
         print(*answer_lines(answer), sep="\n")
     else:
         settings = answer_settings(inference, answerer)
@@ -134,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_prompts(path: str) -> list[dict]:
-    """The unchanged rows of a file or folder; only instruction and input are checked, the rest has to be JSON.
+    """The unchanged rows of a file or folder; only prompts are checked, the rest has to be JSON.
 
     Raises:
         InputError: a file or row is invalid, or there are no rows.
@@ -155,10 +164,15 @@ def load_prompts(path: str) -> list[dict]:
 
 def prompt_problem(row: object) -> str | None:
     """The reason why a row is not a prompt, or None; fields that only training and evaluation read are ignored."""
-    if isinstance(row, dict) and row.get("instruction") is None:
-        return f"has no 'instruction'; its fields are {', '.join(map(repr, row)) or 'none'}"
-    unread = {"output": "any", "task_type": 0, "task": "any", "aliases": ["any"]}
-    return row_problem({**row, **unread} if isinstance(row, dict) else row, num_task_types=1)
+    try:
+        read_row(row, answered=False)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def one_turn(text: str) -> Conversation:
+    return Conversation([{"role": "user", "content": text}])
 
 
 def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
@@ -181,7 +195,7 @@ def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
 
 def answer_rows(answerer: Answerer, rows: list[dict], file: AnswerFile, batch_size: int) -> None:
     """Answer the rows that do not have an answer yet, batch by batch, and complete the file."""
-    prompts = [answerer.encode(row["instruction"], row.get("input") or "") for row in rows]
+    prompts = [answerer.encode(read_row(row, answered=False)) for row in rows]
     batches = batches_by_length([len(prompt) for prompt in prompts], batch_size)
     with tqdm(total=len(rows), desc="answers", unit="row") as bar:
         for batch in batches:
@@ -230,7 +244,7 @@ def encode_conversation(answerer: Answerer, turns: list[dict[str, str]]) -> tupl
         if answerer.has_room(ids, room):
             return turns, ids
         turns = turns[2:]
-    return turns, answerer.encode(turns[0]["content"])
+    return turns, answerer.encode(Conversation(turns))
 
 
 def answer_lines(answer: dict[str, str]) -> list[str]:

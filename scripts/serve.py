@@ -30,8 +30,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from data import InputError, encode_prompt, encode_target, file_hash, resolve_template
-from data.prompt import TEMPLATE_VARIABLES, show_turns
+from data import TEMPLATE_VARIABLES, InputError, encode_prompt, encode_target, file_hash, resolve_template, show_turns
 from inference.generation import DecodingArguments
 from inference.standalone.folder import CODE
 from inference.trained import InferenceArguments, TrainedFolder, find_trained, read_run_config

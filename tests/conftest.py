@@ -21,6 +21,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import data.files
+import data.workers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers_patch import LlamaLoRAMoEForCausalLM
 
@@ -171,6 +173,14 @@ def data_file(tmp_path) -> Path:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(example_rows()))
     return file
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of a few rows, which processes share as they share those of large files."""
+    monkeypatch.setattr(data.files, "CHARACTERS_OF_A_BLOCK", 200)
+    monkeypatch.setattr(data.files, "ROWS_OF_A_BLOCK", 7)
+    monkeypatch.setattr(data.workers, "BYTES_WORTH_A_WORKER", 200)
 
 
 @pytest.fixture

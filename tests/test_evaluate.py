@@ -30,7 +30,7 @@ def encoded(rows: list[dict], tokenizer, template: str = "plain") -> list[dict]:
     for row in rows:
         prompt = encode_prompt(tokenizer, template, row["instruction"], row["input"])
         target = encode_target(tokenizer, template, row["instruction"], row["input"], row["output"])
-        found.append({"input_ids": [*prompt, *target], "prompt_length": len(prompt)})
+        found.append({"input_ids": [*prompt, *target], "spans": [len(prompt), len(prompt) + len(target)]})
     return found
 
 
@@ -67,8 +67,8 @@ def test_the_teacher_forced_match_is_the_decoded_match(learnt):
     """On a model that gets some rows right, in batches padded on the right here and on the left there."""
     model, rows = learnt
     forced = [score.matches for score in score_answers(model, rows, 1, batch_size=5, progress=iter)]
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-    targets = [row["input_ids"][row["prompt_length"] :] for row in rows]
+    prompts = [row["input_ids"][: row["spans"][0]] for row in rows]
+    targets = [row["input_ids"][row["spans"][0] :] for row in rows]
     settings = DecodingArguments(max_new_tokens=max(map(len, targets))).settings(pad_token_id=1, end_tokens=[1])
     decoded = generate_answers(model, prompts, settings)
     assert forced == [answer == target for answer, target in zip(decoded, targets, strict=True)]
@@ -89,17 +89,17 @@ def test_losses_do_not_depend_on_the_batch():
     for row, score in zip(rows, score_answers(model, rows, 1, 5, iter), strict=True):
         ids = torch.tensor([row["input_ids"]])
         labels = ids.clone()
-        labels[0, : row["prompt_length"]] = -100
+        labels[0, : row["spans"][0]] = -100
         with torch.no_grad():
             alone = model(input_ids=ids, labels=labels).lm_loss
-        assert score.tokens == len(row["input_ids"]) - row["prompt_length"]
+        assert score.tokens == len(row["input_ids"]) - row["spans"][0]
         assert score.nll / score.tokens == pytest.approx(alone.item(), rel=1e-4)
 
 
 def test_the_likeliest_option_is_chosen(learnt):
     model, rows = learnt
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows[:4]]
-    options = [[row["input_ids"][row["prompt_length"] :] for row in rows[:4]] for _ in prompts]
+    prompts = [row["input_ids"][: row["spans"][0]] for row in rows[:4]]
+    options = [[row["input_ids"][row["spans"][0] :] for row in rows[:4]] for _ in prompts]
     assert most_likely_options(model, prompts, options, 1, 3, iter) == [0, 1, 2, 3]
 
 

@@ -134,7 +134,7 @@ def test_the_printed_costs_are_those_of_each_row_by_itself(export, model_dir, ad
     rows, _ = load_data(data_file, tiny_tokenizer(), Encoding("plain", 128, 2), tmp_path / "cache")
     totals, tokens = torch.zeros(3), 0
     for row in rows:
-        ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
+        ids, start = torch.tensor([row["input_ids"]]), row["spans"][0]
         with torch.no_grad():
             p, q = (model(ids).logits[0, start - 1 : -1].log_softmax(dim=-1) for model in (mixture, static))
         targets = ids[0, start:, None]

@@ -308,9 +308,10 @@ def test_a_line_that_is_not_utf8_is_not_sent_and_the_conversation_goes_on(run, m
     monkeypatch.setattr("sys.stdin", stdin)
     monkeypatch.setattr(generate, "generate_answers", lambda *args: [tiny_tokenizer()("sat")["input_ids"]])
     seen = []
-    monkeypatch.setattr(generate, "encode_prompt", lambda *args: seen.append(args[2]) or encode_prompt(*args))
+    encode = generate.encode_question
+    monkeypatch.setattr(generate, "encode_question", lambda *args: seen.append(args[2].messages) or encode(*args))
     assert run("--chat").count("not sent: the prompt has a byte that is not UTF-8") == 1
-    assert seen == ["caf\udce9", "the cat"]
+    assert [turns[0]["content"] for turns in seen] == ["caf\udce9", "the cat"]
 
 
 def test_answers_never_become_prompts(run, prompts_file, tmp_path):
@@ -323,6 +324,6 @@ def test_answers_never_become_prompts(run, prompts_file, tmp_path):
 
 
 def test_the_fields_that_are_named_are_the_rows_own(run, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"messages": []}')
-    with pytest.raises(InputError, match=r"row 1: has no 'instruction'; its fields are 'messages'$"):
+    (tmp_path / "rows.jsonl").write_text('{"dialog": []}')
+    with pytest.raises(InputError, match=r"row 1: has no 'instruction' .*; its fields are 'dialog'$"):
         run("--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out" / "y.json")

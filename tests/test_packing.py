@@ -46,7 +46,7 @@ def samples(lengths: list[int] = LENGTHS) -> list[dict]:
     return [
         {
             "input_ids": torch.randint(2, 300, (length,), generator=generator).tolist(),
-            "prompt_length": length // 2,
+            "spans": [length // 2, length],
             "task_type": number % 3 - 1,
             "source": f"rows.json row {number}",
         }
@@ -94,9 +94,9 @@ def test_a_sample_goes_where_it_leaves_the_least_room():
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 ROWS = [
-    {"input_ids": [5, 6, 7], "prompt_length": 1, "task_type": 1, "source": "a"},
-    {"input_ids": [8, 9], "prompt_length": 0, "task_type": -1, "source": "b"},
-    {"input_ids": [10, 11, 12, 13], "prompt_length": 3, "task_type": 0, "source": "c"},
+    {"input_ids": [5, 6, 7], "spans": [1, 2, 2, 3], "task_type": 1, "source": "a"},
+    {"input_ids": [8, 9], "spans": [0, 2], "task_type": -1, "source": "b"},
+    {"input_ids": [10, 11, 12, 13], "spans": [1, 2, 3, 4], "task_type": 0, "source": "c"},
 ]
 __ = IGNORED_LABEL
 
@@ -107,10 +107,10 @@ def test_a_row_for_each_pack():
         "input_ids": [[5, 6, 7, 8, 9], [10, 11, 12, 13, 2]],
         "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]],
         "sample_ids": [[0, 0, 0, 1, 1], [2, 2, 2, 2, -1]],
-        "labels": [[__, 6, 7, __, 9], [__, __, __, 13, __]],  # 8 follows a token of another sample
+        "labels": [[__, 6, 7, __, 9], [__, 11, __, 13, __]],  # 8 follows a token of another sample
         "task_types": [1, -1, 0],
         "row_weights": [1, 1, 1],
-        "supervised_indices": [0, 1, 3, 7],
+        "supervised_indices": [0, 1, 3, 5, 7],
         "lengths": [3, 2, 4],
         "sources": ["a", "b", "c"],
     }
@@ -122,7 +122,7 @@ def test_one_row_for_all():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
     assert batch["sample_ids"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 2]]
-    assert batch["labels"].tolist() == [[__, 6, 7, __, 9, __, __, __, 13]]
+    assert batch["labels"].tolist() == [[__, 6, 7, __, 9, __, 11, __, 13]]
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 9]
     assert batch["cu_seq_lens_q"].dtype == torch.int32
     assert batch["max_length_q"] == batch["max_length_k"] == 4
@@ -450,8 +450,8 @@ def test_an_interrupted_run_on_packs_ends_the_same(run, capsys):
     assert f"resuming from {run.output / 'checkpoint-2'}" in capsys.readouterr().out
     assert same_adapter(run.output, run.folder / "undisturbed")
     assert json.loads((run.output / "run_config.json").read_text())["packing"] is True
-    with pytest.raises(InputError, match=r"another configuration:\n.*packing: True there, None now"):
-        run(**SETTINGS | {"packing": None})
+    with pytest.raises(InputError, match=r"another configuration:\n.*packing: True there, False now"):
+        run(**SETTINGS | {"packing": False})
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -9,8 +9,15 @@ from conftest import THINKING, tiny_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerBase
 
-from data import InputError, encode_prompt, encode_target, marked_row, with_fixed_date
-from data.prompt import encode_rows
+from data import (
+    InputError,
+    encode_conversations,
+    encode_prompt,
+    encode_target,
+    marked_row,
+    with_fixed_date,
+)
+from data.formats import FORMATS, to_conversation
 from loading.base_model import load_tokenizer
 
 TEXT = ["the cat sat on the mat and the dog lay in the sun", "what is the capital of kenya ? nairobi", "[INST] [/INST]"]
@@ -144,25 +151,27 @@ def test_many_rows_are_encoded_as_each_by_itself(sentencepiece_dir, family, temp
     if family == "byte level with bos":
         tokenizer = with_bos()
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    prompts, targets = encode_rows(tokenizer, template, ROWS)
-    texts = [(row["instruction"], row["input"]) for row in ROWS]
-    assert prompts == [encode_prompt(tokenizer, template, *text) for text in texts]
-    assert targets == [
-        encode_target(tokenizer, template, *text, row["output"]) for text, row in zip(texts, ROWS, strict=True)
-    ]
+    texts = [(row["instruction"], row["input"], row["output"]) for row in ROWS]
+    rows = [to_conversation(row, FORMATS["instruction"]) for row in ROWS]
+    encoded = encode_conversations(tokenizer, template, rows)
+    prompts = [each.input_ids[: each.spans[0]] for each in encoded]
+    targets = [each.input_ids[each.spans[0] :] for each in encoded]
+    assert all(each.spans[1:] == [len(each.input_ids)] and each.turns == [1] for each in encoded)
+    assert prompts == [encode_prompt(tokenizer, template, *text[:2]) for text in texts]
+    assert targets == [encode_target(tokenizer, template, *text) for text in texts]
     for row, prompt, target in zip(ROWS, prompts, targets, strict=True):
         assert row["instruction"].strip() in tokenizer.decode(prompt)
         assert row["output"].strip() in tokenizer.decode(target)
-    assert encode_rows(tokenizer, template, []) == ([], [])
+    assert encode_conversations(tokenizer, template, []) == []
 
 
 def test_a_row_is_shown_with_what_is_learnt_marked():
     tokenizer = tiny_tokenizer()
     prompt = encode_prompt(tokenizer, "chat", "the cat", "")
     ids = prompt + encode_target(tokenizer, "chat", "the cat", "", "sat")
-    shown = marked_row(tokenizer, {"input_ids": ids, "prompt_length": len(prompt)})
+    shown = marked_row(tokenizer, {"input_ids": ids, "spans": [len(prompt), len(ids)]})
     assert shown == "<|user|>the cat</s><|assistant|>[[sat</s>]]"
-    assert len(marked_row(tokenizer, {"input_ids": ids * 500, "prompt_length": len(prompt)})) < 900
+    assert len(marked_row(tokenizer, {"input_ids": ids * 500, "spans": [len(prompt), len(ids) * 500]})) < 900
 
 
 def test_a_tokenizer_without_a_fast_backend_is_refused(tmp_path):

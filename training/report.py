@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from data import resolve_template, row_lengths
+from data import answer_start, resolve_template, row_lengths, supervised_tokens, turns_before_answer
 from inference.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
 from training.markdown import table
 
@@ -53,7 +53,7 @@ CARD_METRICS = (
 def generate_samples(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, template: str
 ) -> list[tuple[str, str, str]]:
-    """Greedy answers to a few rows of different tasks: (instruction and input, expected, generated).
+    """Greedy answers to a few rows of different tasks: (prompt, expected, generated).
 
     The model loses the generation settings that its base model's folder proposes, so save it before. Under ZeRO-3 this
     is a collective: every rank calls it with the same rows.
@@ -62,7 +62,7 @@ def generate_samples(
         template: the prompt template of the rows; `auto` is what it means for the tokenizer.
     """
     picked = _one_of_each_task(rows)
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in picked]
+    prompts = [row["input_ids"][: answer_start(row)] for row in picked]
     decoding = DecodingArguments(max_new_tokens=MAX_NEW_TOKENS)
     ends = end_tokens(model, tokenizer, resolve_template(template, tokenizer))
     settings = decoding.settings(tokenizer.pad_token_id, ends)
@@ -70,7 +70,7 @@ def generate_samples(
     model.eval()
     answers = tokenizer.batch_decode(generate_answers(model, prompts, settings), skip_special_tokens=True)
     return [
-        ("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"], answer.strip())
+        ("\n".join(turn["content"] for turn in turns_before_answer(row).messages), row["output"], answer.strip())
         for row, answer in zip(picked, answers, strict=True)
     ]
 
@@ -149,7 +149,7 @@ def _data_table(data: dict[str, datasets.Dataset]) -> str:
         counts[name] = {
             "rows": len(rows),
             "tokens": tokens,
-            "tokens of answers": tokens - sum(rows["prompt_length"]),
+            "tokens of answers": sum(map(supervised_tokens, rows["spans"])),
             **{f"rows of {kind}": count for kind, count in sorted(types.items())},
             **{f"rows of {kind}": count for kind, count in sorted(Counter(filter(None, rows["task"])).items())},
         }

@@ -2,7 +2,8 @@
 
     python -m workbench.benchmark_data
 
-Writes a JSON Lines file of instruction rows to a temporary folder, loads it twice, edits one row and loads it again.
+Writes a JSON Lines file of instruction rows, or of conversations, to a temporary folder, loads it twice, edits one row
+and loads it again.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m workbench.benchmark_data", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of rows (default: %(default)s)")
+    parser.add_argument(
+        "--format", choices=ROWS, default="instruction", help="shape of the rows (default: %(default)s)"
+    )
     parser.add_argument("--num_proc", type=int, default=2, help="encoding processes (default: %(default)s)")
     parser.add_argument(
         "--tokenizer", default="models/SmolLM2-135M-Instruct", help="folder or hub id (default: %(default)s)"
@@ -55,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
-        figures = measure(Path(folder), args.rows, args.num_proc, tokenizer)
+        figures = measure(Path(folder), args.format, args.rows, args.num_proc, tokenizer)
     record = provenance("workbench.benchmark_data", argv)
     for name, value in figures.items():
         print(f"{name:28}{value:>16,}")
@@ -64,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         args.json.write_text(json.dumps(record | figures, indent=2) + "\n")
 
 
-def measure(folder: Path, rows: int, num_proc: int, tokenizer: PreTrainedTokenizerBase) -> dict:
+def measure(folder: Path, form: str, rows: int, num_proc: int, tokenizer: PreTrainedTokenizerBase) -> dict:
     """Measure the figures and return them by name."""
     file = folder / "rows.jsonl"
-    write_rows(file, rows)
+    write_rows(file, form, rows)
     encoding = Encoding("auto", 1024, 2)
 
     def load() -> tuple[float, int]:
@@ -93,8 +98,8 @@ def measure(folder: Path, rows: int, num_proc: int, tokenizer: PreTrainedTokeniz
     }
 
 
-def write_rows(file: Path, rows: int) -> None:
-    """Write typical instruction rows: questions of 10 to 45 words, answers of 1 to 30."""
+def write_rows(file: Path, form: str, rows: int) -> None:
+    """Write rows of a format, each with a last column of one letter."""
     generator = random.Random(0)
 
     def text(least: int, most: int) -> str:
@@ -102,22 +107,30 @@ def write_rows(file: Path, rows: int) -> None:
 
     with file.open("w") as stream:
         for index in range(rows):
-            row = {
-                "instruction": f"{index}: {text(10, 45)}",
-                "input": "",
-                "output": text(1, 30),
-                "task_type": index % 2,
-            }
+            row = {**ROWS[form](index, text), "task_type": index % 2, "task": "a"}
             stream.write(json.dumps(row) + "\n")
 
 
+def _instruction(index: int, text: Callable[[int, int], str]) -> dict:
+    """A question of 10 to 45 words, and an answer of 1 to 30."""
+    return {"instruction": f"{index}: {text(10, 45)}", "input": "", "output": text(1, 30)}
+
+
+def _messages(index: int, text: Callable[[int, int], str]) -> dict:
+    """A system prompt and two exchanges."""
+    turns = [("system", text(5, 15)), ("user", f"{index}: {text(5, 30)}"), ("assistant", text(5, 30))]
+    turns += [("user", text(5, 30)), ("assistant", text(5, 30))]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+ROWS = {"instruction": _instruction, "messages": _messages}
+
+
 def edit_one_row(file: Path) -> None:
-    """Change one letter of the answer in the last row without changing the file's size."""
+    """Change the last letter without changing the file's size."""
     with file.open("r+b") as stream:
-        stream.seek(-len(', "task_type": 1}\n') - 2, os.SEEK_END)
-        letter = stream.read(1)
-        stream.seek(-1, os.SEEK_CUR)
-        stream.write(b"x" if letter != b"x" else b"y")
+        stream.seek(-len('a"}\n'), os.SEEK_END)
+        stream.write(b"b")
 
 
 class PeakMemory:
