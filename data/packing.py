@@ -18,12 +18,17 @@ def pack(lengths: ArrayLike, capacity: int, seed: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of each sample.
-        capacity: tokens of a pack; no sample is longer.
+        capacity: tokens of a pack.
 
     Returns:
         The numbers of the samples in each pack.
+
+    Raises:
+        ValueError: a sample is longer than a pack.
     """
     lengths = np.asarray(lengths)
+    if lengths.max(initial=0) > capacity:
+        raise ValueError(f"there is a sample of {lengths.max()} tokens, but a pack has {capacity}")
     order = np.random.default_rng(seed).permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     packs: list[list[int]] = []

@@ -92,6 +92,11 @@ def test_a_sample_goes_where_it_leaves_the_least_room():
     assert sorted(map(sorted, pack([1, 2, 3, 8, 9], 10, seed=0))) == [[0, 4], [1, 3], [2]]
 
 
+def test_a_sample_longer_than_a_pack_is_refused():
+    with pytest.raises(ValueError, match="a sample of 9 tokens, but a pack has 8"):
+        pack([3, 9], 8, seed=0)
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 ROWS = [
     {"input_ids": [5, 6, 7], "spans": [1, 2, 2, 3], "task_type": 1, "source": "a"},
