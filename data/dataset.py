@@ -307,12 +307,13 @@ def _encode_block(
 def _encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
     """Raises InputError, which names the first row that cannot be encoded."""
     conversations = [row["conversation"] for row in rows]
+    settings = encoding.train_on, encoding.max_seq_length
     try:
-        return encode_conversations(tokenizer, encoding.template, conversations, encoding.train_on)
+        return encode_conversations(tokenizer, encoding.template, conversations, *settings)
     except InputError:
         for row in rows:
             try:
-                encode_conversations(tokenizer, encoding.template, [row["conversation"]], encoding.train_on)
+                encode_conversations(tokenizer, encoding.template, [row["conversation"]], *settings)
             except InputError as error:
                 raise InputError(f"{row['source']}: {error}") from error
         raise

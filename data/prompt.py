@@ -13,6 +13,8 @@ from data.formats import Conversation, Turn
 
 TEMPLATES = ("auto", "plain", "chat")
 PLACEHOLDER = "PLACE-OF-THE-CONTENT"
+# A conversation with more answers is encoded in steps, each of twice as many.
+ANSWERS_AT_FIRST = 16
 TrainOn = Literal["all", "last"]
 
 
@@ -133,12 +135,17 @@ def encode_target(
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversations: list[Conversation], train_on: TrainOn = "all"
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    conversations: list[Conversation],
+    train_on: TrainOn = "all",
+    most: int | None = None,
 ) -> list[Encoded]:
     """Conversations that end with an answer as tokens: prompts as `encode_turns` gives, and answers.
 
     Args:
         train_on: every answer of a conversation, or the last one, is supervised, including the token that ends it.
+        most: rows will be cut to so many tokens: answers after them may be left out of the spans.
 
     Raises:
         InputError: the chat template does not accept a conversation, or its answers cannot be told apart.
@@ -148,8 +155,7 @@ def encode_conversations(
     rows, last = [], []
     for conversation in conversations:
         turns = conversation.answers[-1 if train_on == "last" else 0 :]
-        rendered, spans = render_answers(tokenizer, _shown(tokenizer, conversation), turns)
-        rows.append(_segments(tokenizer, conversation, rendered, spans))
+        rows.append(_answered(tokenizer, conversation, turns, most))
         last.append(turns[-1])
     ends = set(control_tokens(tokenizer).values())
     encoded = _encode_segments(tokenizer, rows)
@@ -219,6 +225,25 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for each in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from _strings(each)
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turns: list[int], most: int | None
+) -> list[_Segment]:
+    """The segments of a conversation with those of its answers that begin within the first `most` tokens.
+
+    To find an answer takes renderings of all turns before it: of thousands of answers, minutes.
+    """
+    shown = _shown(tokenizer, conversation)
+    count = ANSWERS_AT_FIRST if most else len(turns)
+    while True:
+        row = _segments(tokenizer, conversation, *render_answers(tokenizer, shown, turns[:count]))
+        if count >= len(turns):
+            return row
+        spans = _encode_segments(tokenizer, [row])[0].spans
+        if most and spans and spans[-1] >= most:
+            return row
+        count *= 2
 
 
 def _segments(

@@ -9,6 +9,7 @@ from conftest import ROOT, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from data import Encoding, InputError, Reading, encode_conversations, load_data, marked_row
+from data.chat_template import render_answers
 from data.formats import FORMATS, Conversation, find_format, to_conversation
 from data.rows import row_problem
 
@@ -107,6 +108,24 @@ def test_a_long_conversation_is_cut_and_its_last_answer_is_the_last_that_is_left
     assert cut["input_ids"] == whole["input_ids"][: first_answer + 3]
     assert cut["spans"] == whole["spans"][:2]
     assert (cut["output"], json.loads(cut["turns"])) == (ANSWER, LONG["messages"][:2])
+
+
+@pytest.mark.parametrize(("answer", "counts"), [(2, [16]), (20, [16, 32]), (39, [16, 32, 40])])
+def test_answers_after_the_limit_are_not_looked_for(tokenizer, monkeypatch, answer, counts):
+    conversation = Conversation([*LONG["messages"][:1], *LONG["messages"][1:] * 20])
+    (whole,) = encode_conversations(tokenizer, "chat", [conversation])
+    most = whole.spans[2 * answer] + 1
+    sought: list[int] = []
+
+    def render(*args):
+        sought.append(len(args[2]))
+        return render_answers(*args)
+
+    monkeypatch.setattr("data.prompt.render_answers", render)
+    (cut,) = encode_conversations(tokenizer, "chat", [conversation], most=most)
+    assert sought == counts
+    assert cut.input_ids[:most] == whole.input_ids[:most]
+    assert cut.spans[: 2 * answer + 2] == whole.spans[: 2 * answer + 2]
 
 
 def test_what_a_source_says_holds_for_rows_that_do_not(tmp_path, tokenizer):
