@@ -236,6 +236,10 @@ def _parsed(content: bytes, place: str, hint: str = "", encoding: str | None = N
         return json.loads(text, object_pairs_hook=_named_once, parse_int=_integer)
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        byte = f"byte 0x{error.object[error.start]:02x}" + ("" if encoding else f" in line {line}")
+        raise InputError(f"{place}: {byte} is not {error.encoding.upper()}; save the file with this encoding") from None
     except NOT_JSON as error:
         raise InputError(f"{place}: not JSON ({error}){hint}") from None
 

@@ -102,7 +102,7 @@ def find_format(row: Mapping[str, Any], declared: str | None = None, answered: b
         found = {name: form for name, form in found.items() if not any(is_empty(row[column]) for column in form.needed)}
     if len(found) > 1 and answered:
         names = " and ".join(f"{name} ({', '.join(form.needed)})" for name, form in found.items())
-        raise InputError(f"has the columns of several formats, {names}: name the format, or take the others out")
+        raise InputError(f"has columns of several formats, {names}: take the others out, or name one in a mix")
     begun = sorted(asked.values(), key=lambda form: form.context not in row)
     return next(iter([*found.values(), *begun, FORMATS["instruction"]]))
 
@@ -119,7 +119,8 @@ def to_conversation(row: Mapping[str, Any], form: Format, answered: bool = True)
     """
     if missing := [column for column in form.needed if column not in row and (answered or column != form.answer)]:
         others = "" if form.question in row else f" (other formats have {_QUESTIONS})"
-        raise InputError(f"has no {missing[0]!r}{others}; its fields are {', '.join(map(repr, row)) or 'none'}")
+        fields = ", ".join(map(repr, row)) or "none"
+        raise InputError(f"has no {missing[0]!r}{others}; its fields are {fields} (docs/DATA.md says how to map them)")
     turns = _pair(row, form, answered) if form.answer else _turns(row[form.question], form.question)
     system = row.get("system")
     if not is_empty(system):
@@ -165,6 +166,8 @@ def _turn(role: str, content: str) -> Turn:
 
 
 def _turns(value: object, column: str) -> list[Turn]:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # of CSV
+        value = _json(repr(column), value)
     if not isinstance(value, list):
         raise InputError(f"{column!r} is {shown(value)}, but has to be a list of turns")
     if not value:
@@ -189,6 +192,8 @@ def _read_turn(turn: object, place: str) -> Turn:
     for key in OTHER_KEYS:
         if not is_empty(turn.get(key)):
             read[key] = _text(f"{place}.{key}", turn[key])
+    if not is_empty(turn.get("function_call")):
+        raise InputError(f"{place} has a 'function_call', which is not read: write it as 'tool_calls'")
     if turn.get("weight") is not None:
         read["weight"] = _weight(place, turn["weight"])
     if not is_empty(calls := turn.get("tool_calls")):
@@ -224,10 +229,8 @@ def _call(place: str, call: object) -> dict:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InputError(f"{place} is {shown(call)}, but has to be a function with a name and arguments")
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _json(f"{place}: the arguments", arguments)
-    elif isinstance(arguments, dict):  # of Parquet, whose rows all have the same names
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+    written = isinstance(arguments, str)
+    arguments = _json(f"{place}: the arguments", arguments) if written else _without_nulls(arguments)
     read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **read} if isinstance(call, dict) and isinstance(call.get("id"), str) else read
 
@@ -235,7 +238,7 @@ def _call(place: str, call: object) -> dict:
 def _tools(tools: object) -> list[dict] | None:
     if is_empty(tools):
         return None
-    tools = _json("'tools'", tools) if isinstance(tools, str) else tools
+    tools = _json("'tools'", tools) if isinstance(tools, str) else _without_nulls(tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"'tools' is {shown(tools)}, but has to be a list of functions' JSON schemas")
     return tools or None
@@ -245,6 +248,15 @@ def _check_tools(turns: list[Turn], tools: list[dict] | None) -> None:
     of_tools = [index for index, turn in enumerate(turns) if turn.get("tool_calls") or turn["role"] == "tool"]
     if of_tools and not tools:
         raise InputError(f"calls a tool (turn {of_tools[0]}), but has no 'tools' that says which there are")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without fields that are null: of Parquet and of the hub, all objects have the same names."""
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return value
 
 
 def _json(place: str, text: str) -> Any:

@@ -277,6 +277,8 @@ def _in_words(error: Any) -> str:
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])
         return f"{place} {text}" if text.startswith("is ") else f"{place}: {text}"
+    if error["type"].endswith("too_short"):
+        return f"{place} is empty"
     allowed = error["msg"].removeprefix("Input should be ")
     if error["type"] == "model_type":
         allowed = "a mapping of keys to values"

@@ -242,13 +242,13 @@ def _other_columns(row: dict, form: Format) -> list[str]:
 
 def _column_problem(row: dict, form: Format, name: str, answered: bool) -> str | None:
     """The problem with a column that is not read, or None if it may be ignored."""
-    if _letters(name) in CONVERSATION and _says_something(row[name]):
+    if form.question in row and _letters(name) in CONVERSATION and _says_something(row[name]):
         return (
             f"has a {name!r}, which is not read: write a conversation as 'messages' and a system prompt as 'system', "
             "or take it out"
         )
     field = _meant_field(name, form, answered)
-    if field and is_empty(row.get(field)):
+    if field and is_empty(row.get(field)) and (form.question in row or field == form.question):
         return f"{name!r} is not a known column: rename it to {field!r}, or take it out"
     return None
 

@@ -70,7 +70,8 @@ BAD_FILES = {
     "name twice": ("rows.json", '[{"output": "a", "output": "b"}]', "the name 'output' occurs more than once in"),
     "name twice in a line": ("rows.jsonl", '{"output": "a", "output": "b"}', "row 1: the name 'output' occurs more"),
     "half a character": ("rows.jsonl", b"\xff\xfe" + json.dumps(GOOD).encode("utf-16-le")[:-1], "not readable text"),
-    "Latin-1": ("rows.jsonl", json.dumps(GOOD).encode() + b'\n{"output": "caf\xe9"}', "row 2: not JSON .* byte 0xe9"),
+    "Latin-1": ("rows.jsonl", b'\n\n{"output": "caf\xe9"}', "row 3: byte 0xe9 is not UTF-8; save"),
+    "Latin-1 list": ("rows.json", b'[\n{"output": "caf\xe9"}]', "byte 0xe9 in line 2 is not UTF-8; save the file with"),
     "zeros behind": ("rows.jsonl", json.dumps(GOOD).encode() + b"\n" + bytes(64), r"row 2: not JSON \(Expecting value"),
     "zeros": ("rows.jsonl", bytes(100), "row 1: not JSON"),
 }

@@ -4,12 +4,15 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from data import Encoding, InputError, Reading, encode_conversations, load_data, marked_row
 from data.chat_template import render_answers
+from data.files import read_block, split_files
 from data.formats import FORMATS, Conversation, find_format, to_conversation
 from data.rows import row_problem
 
@@ -172,6 +175,7 @@ def test_tools_are_shown_and_calls_are_learnt(tmp_path, tokenizer):
     for tools in (TOOLS, json.dumps(TOOLS)):
         conversation = read({"messages": turns, "tools": tools})
         assert (conversation.messages, conversation.tools) == (wanted, TOOLS)
+    assert read({"messages": json.dumps(turns), "tools": json.dumps(TOOLS)}) == conversation
     sharegpt = [
         {"from": "human", "value": "1 + 2?"},
         {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 2}}'},
@@ -198,6 +202,18 @@ def test_tools_are_shown_and_calls_are_learnt(tmp_path, tokenizer):
     )
     cut = load([{"messages": turns[:2], "tools": TOOLS}], tool_user, tmp_path)
     assert json.loads(cut["output"][0])[0]["function"]["name"] == "add"
+
+
+def test_fields_that_only_parquet_has_are_left_out(tmp_path):
+    file = tmp_path / "rows.parquet"
+    schemas = [{"name": name, "properties": {name: {"type": "string"}}} for name in ("city", "day")]
+    calls = [{"function": {"name": name, "arguments": {"of": {name: "x"}}}} for name in ("city", "day")]
+    turns = [PAIR[0], {"role": "assistant", "content": None, "tool_calls": calls}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns, "tools": schemas}]), file)
+    ((_, row),) = read_block(next(split_files([file])))
+    assert row["tools"][0]["properties"] == {"city": {"type": "string"}, "day": None}
+    assert read(row) == read({"messages": turns, "tools": schemas})
+    assert read(row).tools == schemas
 
 
 def test_parts_are_joined_trailing_turns_are_left_out_and_a_weight_of_0_is_not_learnt(tokenizer):
@@ -254,7 +270,16 @@ def turns(*pairs: tuple[str, object]) -> dict:
 BAD = {
     "nothing known": (
         {"question": "x", "answer": "y"},
-        r"has no 'instruction' \(other formats have 'instruction', 'prom",
+        r"has no 'instruction' \(other formats have 'instruction', 'prom.*are 'question', 'answer' \(docs/DATA.md",
+    ),
+    "a known name where its format is not": (
+        {"inputs": "x", "targets": "y"},
+        r"has no 'instruction' .*; its fields are 'inputs', 'targets'",
+    ),
+    "text that is no JSON": ({"messages": "[{'role': 'user'}]"}, "'messages': not JSON"),
+    "function_call": (
+        {"messages": [PAIR[0], PAIR[1] | {"function_call": {"name": "add", "arguments": "{}"}}]},
+        r"messages\[1\] has a 'function_call', which is not read: write it as 'tool_calls'",
     ),
     "empty conversation": ({"messages": []}, "'messages' is empty: a conversation has at least one turn"),
     "no list": ({"messages": "hello"}, "'messages' is \"hello\", but has to be a list of turns"),

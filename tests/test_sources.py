@@ -266,7 +266,7 @@ def test_the_table_shows_the_share_of_each_source(folder):
 
 BAD = [
     ({"path": "gone.jsonl"}, "sources[0].path: HERE/gone.jsonl: no such file or folder"),
-    ({"path": ""}, 'sources[0].path is "", but has to'),
+    ({"path": ""}, "sources[0].path is empty"),
     ({"path": "questions.txt"}, "sources[0].path: HERE/questions.txt: no such file or folder"),
     ({"pth": "questions.jsonl"}, "sources[0].pth: unknown key; did you mean 'path'?"),
     ({"hbu": "a/b"}, "sources[0].hbu: unknown key; did you mean 'hub'?"),
@@ -350,7 +350,7 @@ def test_a_source_counts_once(folder):
         (b"", "mix.yaml: the file is null, but has to be a mapping"),
         (b"- path: a", 'mix.yaml: the file is [{"path": "a"}], but has to be a mapping'),
         (b"seed: 1", "mix.yaml: it has no sources"),
-        (b"sources: []", "mix.yaml: sources is [], but has to"),
+        (b"sources: []", "mix.yaml: sources is empty"),
         (b"sources: {path: questions.jsonl}", "mix.yaml: sources is {"),
         (b"sources:\n  - path: [a", "mix.yaml: line 2: not readable as YAML (expected ',' or ']'"),
         (b"seed: 1\nseed: 2\nsources: []", "mix.yaml: line 1: not readable as YAML (the key 'seed' occurs twice)"),
