@@ -32,7 +32,7 @@ from data.rows import RECOGNISED, Reading, check_rows, complete_rows
 from data.workers import map_blocks, worker_count
 
 # Part of every cache key: raise it when the encoding of a row or the files of an entry change.
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 ROWS_NAME = "rows.arrow"
 STATISTICS_NAME = "statistics.json"
 MOST_NAMES_SHOWN = 5

@@ -228,9 +228,7 @@ def _call(place: str, call: object) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InputError(f"{place} is {shown(call)}, but has to be a function with a name and arguments")
-    arguments = function.get("arguments", {})
-    written = isinstance(arguments, str)
-    arguments = _json(f"{place}: the arguments", arguments) if written else _without_nulls(arguments)
+    arguments = _json(f"{place}: the arguments", function.get("arguments", {}))
     read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **read} if isinstance(call, dict) and isinstance(call.get("id"), str) else read
 
@@ -238,7 +236,7 @@ def _call(place: str, call: object) -> dict:
 def _tools(tools: object) -> list[dict] | None:
     if is_empty(tools):
         return None
-    tools = _json("'tools'", tools) if isinstance(tools, str) else _without_nulls(tools)
+    tools = _json("'tools'", tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"'tools' is {shown(tools)}, but has to be a list of functions' JSON schemas")
     return tools or None
@@ -259,11 +257,16 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _json(place: str, text: str) -> Any:
+def _json(place: str, value: object) -> Any:
+    """A value of JSON, which may be written as text."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not JSON ({error}): {shown(text)}") from None
+        read = json.loads(value) if isinstance(value, str) else _without_nulls(value)
+        text = json.dumps(read, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not JSON ({error}): {shown(value)}") from None
+    if not is_unicode(text):
+        raise InputError(f"{place} holds half of a surrogate pair, which is not a character: {shown(value)}")
+    return read
 
 
 def _text(name: str, value: object) -> str:

@@ -331,6 +331,14 @@ BAD = {
         r"messages\[1\].tool_calls\[0\]: the arguments: not JSON .*\{1",
     ),
     "tools": ({"messages": PAIR, "tools": "add"}, r"'tools': not JSON"),
+    "half a character in a tool": (
+        {"messages": PAIR, "tools": [{"name": "\ud83d"}]},
+        "'tools' holds half of a surrogate pair, which is not a character",
+    ),
+    "tools without end": (
+        json.loads('{"messages": [], "tools": [' + '{"a":' * 800 + "1" + "}" * 800 + "]}") | {"messages": PAIR},
+        r"'tools': not JSON \(maximum recursion depth exceeded.*\): \[\{\"a\": ",
+    ),
     "tools as text": (
         {"messages": PAIR, "tools": ["add"]},
         r"'tools' is \[\"add\"\], but has to be a list of functions' JSON",
