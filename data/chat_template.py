@@ -66,8 +66,8 @@ def render(
         )
     except TEMPLATE_ERRORS as error:
         raise InputError(
-            f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)}); fix it, or use "
-            "prompt_template plain"
+            f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)}); change it or "
+            "the row, or use prompt_template plain"
         ) from error
 
 

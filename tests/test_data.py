@@ -285,7 +285,9 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
 )
 def test_a_chat_template_that_fails_is_named(tokenizer, chat_template, message):
     tokenizer.chat_template = chat_template
-    with pytest.raises(InputError, match=rf"chat template fails \({message}.*; fix it, or use prompt_template plain"):
+    with pytest.raises(
+        InputError, match=rf"chat template fails \({message}.*; change it or the row, or use prompt_template plain"
+    ):
         encode_prompt(tokenizer, "chat", "the cat", "")
 
 
