@@ -28,7 +28,7 @@ from data.errors import InputError, reading
 TEXT_KINDS = (".json", ".jsonl", ".csv", ".tsv")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", *TEXT_KINDS, *(kind + compression for kind in TEXT_KINDS for compression in COMPRESSIONS))
-ALLOWED = f".parquet, {', '.join(TEXT_KINDS)}, the last four perhaps followed by {' or '.join(COMPRESSIONS)}"
+ALLOWED = f".parquet, {', '.join(TEXT_KINDS)}, the last four also with {' or '.join(COMPRESSIONS)}"
 # ValueError covers what is not Unicode, RecursionError endless nesting.
 NOT_JSON = (ValueError, RecursionError)
 # Raised for values that Python's types cannot hold: text that is not UTF-8, years after 9999, unknown time zones.
@@ -218,7 +218,7 @@ def _split_json_lines(file: Path) -> Iterator[Block]:
     with _opened_text(file) as stream:
         while text := stream.read(CHARACTERS_OF_A_BLOCK) + stream.readline():
             if first == 1 and text.lstrip().startswith("["):
-                raise InputError(f"{file}: starts with [, as a JSON list does; files with one are named .json")
+                raise InputError(f"{file}: starts with [, like a JSON list; name such a file .json")
             yield Block(file, first, text.encode(errors="surrogateescape"))
             first += text.count("\n")
 
@@ -277,7 +277,7 @@ def _table_rows(file: Path, stream: TextIO) -> Iterator[dict]:
     records = _records(file, stream)
     place, names = next(records, (f"{file}: the header", [""]))
     if not all(names):
-        hint = "name it, or take it out (pandas: index=False)"
+        hint = "name it, or remove it (pandas: index=False)"
         raise InputError(f"{place}: column {names.index('') + 1} has no name; {hint}")
     if twice := _repeated(names):
         raise InputError(f"{place}: more than one column is called {twice!r}")
@@ -301,11 +301,11 @@ def _records(file: Path, stream: TextIO) -> Iterator[tuple[str, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            hint = "perhaps a quote is missing or not doubled, or the text needs JSON Lines"
+            hint = "perhaps a quote is missing or not doubled, or use JSON Lines"
             raise InputError(f"{place}: {error}; {hint}") from None
         if cells:
             if broken := next((cell for cell in cells if not is_unicode(cell)), None):
-                raise InputError(f"{place}: {shown(broken)} is not UTF-8; save the file with this encoding")
+                raise InputError(f"{place}: {shown(broken)} is not UTF-8; save the file in this encoding")
             yield place, cells
             number += 1
 

@@ -102,7 +102,7 @@ def find_format(row: Mapping[str, Any], declared: str | None = None, answered: b
         found = {name: form for name, form in found.items() if not any(is_empty(row[column]) for column in form.needed)}
     if len(found) > 1 and answered:
         names = " and ".join(f"{name} ({', '.join(form.needed)})" for name, form in found.items())
-        raise InputError(f"has the columns of several formats, {names}: name the format, or take the others out")
+        raise InputError(f"has the columns of several formats, {names}: name one in a mix.yaml, or remove columns")
     begun = sorted(asked.values(), key=lambda form: form.context not in row)
     return next(iter([*found.values(), *begun, FORMATS["instruction"]]))
 
@@ -118,7 +118,7 @@ def to_conversation(row: Mapping[str, Any], form: Format, answered: bool = True)
         InputError: something about the row is wrong; the message begins with a verb, as the row's predicate.
     """
     if missing := [column for column in form.needed if column not in row and (answered or column != form.answer)]:
-        others = "" if form.question in row else f" (other formats have {_QUESTIONS})"
+        others = "" if form.question in row else f" (formats begin with {_QUESTIONS}; docs/DATA.md: other names)"
         raise InputError(f"has no {missing[0]!r}{others}; its fields are {', '.join(map(repr, row)) or 'none'}")
     turns = _pair(row, form, answered) if form.answer else _turns(row[form.question], form.question)
     system = row.get("system")
@@ -129,7 +129,7 @@ def to_conversation(row: Mapping[str, Any], form: Format, answered: bool = True)
     conversation = Conversation(turns, tools)
     if answered:
         if not conversation.answers:
-            raise InputError(f"has no turn of the assistant in {form.question!r}: there is nothing to learn from")
+            raise InputError(f"has no assistant turn to train on in {form.question!r}")
         return conversation.until(conversation.answers[-1] + 1)
     prompt = conversation.until(len(turns) - (turns[-1]["role"] == "assistant"))
     if not prompt.messages:
@@ -175,14 +175,14 @@ def _turns(value: object, column: str) -> list[Turn]:
 def _read_turn(turn: object, place: str) -> Turn:
     """A turn in either spelling, `role` and `content` or `from` and `value`."""
     if not isinstance(turn, dict):
-        raise InputError(f"{place} is {shown(turn)}, but has to be an object with a role and a content")
+        raise InputError(f"{place} is {shown(turn)}, but has to be an object with role and content")
     names = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     needed = names[:1] if turn.get("tool_calls") else names
     if missing := [name for name in needed if name not in turn]:
         raise InputError(f"{place} has no {missing[0]!r}; its fields are {', '.join(map(repr, turn)) or 'none'}")
     role, content = turn[names[0]], turn.get(names[1])
     if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{place} has the {names[0]} {shown(role)}; known are {', '.join(ROLES)}")
+        raise InputError(f"{place}.{names[0]} is {shown(role)}, but has to be one of {', '.join(ROLES)}")
     read: Turn = {"role": ROLES[role], "content": _content(place, content, optional=bool(turn.get("tool_calls")))}
     if read["role"] == "tool call":
         return {"role": "assistant", "content": "", "tool_calls": [_call(place, _json(place, read["content"]))]}
@@ -214,7 +214,7 @@ def _content(place: str, content: object, optional: bool) -> str:
 
 def _weight(place: str, weight: object) -> int:
     if weight not in (0, 1) or isinstance(weight, bool):
-        raise InputError(f"{place} has the weight {shown(weight)}, but it has to be 1, or 0 for an answer not to learn")
+        raise InputError(f"{place}.weight is {shown(weight)}, but has to be 1, or 0 for an answer not to train on")
     return int(weight)
 
 
@@ -237,14 +237,14 @@ def _tools(tools: object) -> list[dict] | None:
         return None
     tools = _json("'tools'", tools) if isinstance(tools, str) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"'tools' is {shown(tools)}, but has to be a list of functions' JSON schemas")
+        raise InputError(f"'tools' is {shown(tools)}, but has to be a list of JSON schemas of functions")
     return tools or None
 
 
 def _check_tools(turns: list[Turn], tools: list[dict] | None) -> None:
     of_tools = [index for index, turn in enumerate(turns) if turn.get("tool_calls") or turn["role"] == "tool"]
     if of_tools and not tools:
-        raise InputError(f"calls a tool (turn {of_tools[0]}), but has no 'tools' that says which there are")
+        raise InputError(f"uses a tool (turn {of_tools[0]}), but has no 'tools' that describes it")
 
 
 def _json(place: str, text: str) -> Any:

@@ -102,7 +102,7 @@ def check_rows(
             refuse_rows(problems, at_least=MOST_PROBLEMS_SHOWN + 1)
     refuse_rows(problems)
     if not count:
-        raise InputError(f"{', '.join(map(str, files))}: there is no row")
+        raise InputError(f"{', '.join(map(str, files))}: there are no rows")
     return count, sorted(ignored)
 
 
@@ -146,7 +146,7 @@ def read_row(row: object, reading: Reading = RECOGNISED, answered: bool = True) 
         InputError: it is none, or has columns that look as if they were to be read; the message is the row's predicate.
     """
     if not isinstance(row, dict):
-        raise InputError(f"is {shown(row)}, but has to be an object, such as one with instruction and output")
+        raise InputError(f"is {shown(row)}, but has to be an object, for example with instruction and output")
     row = reading.renamed(row)
     form = find_format(row, reading.format, answered)
     for name in _other_columns(row, form):
@@ -202,8 +202,8 @@ def plain_problem(conversation: Conversation) -> str | None:
     if roles in (["user", "assistant"], ["user"]) and not conversation.tools:
         return None
     return (
-        f"is a conversation ({', '.join(roles[:MOST_PROBLEMS_SHOWN])}), but the prompt template plain has only a "
-        "prompt and an answer: use prompt_template chat, and a tokenizer that has such a template"
+        f"is a conversation ({', '.join(roles[:MOST_PROBLEMS_SHOWN])}), but prompt_template plain takes only a "
+        "prompt and an answer: use prompt_template chat, with a tokenizer that has a chat template"
     )
 
 
@@ -245,11 +245,11 @@ def _column_problem(row: dict, form: Format, name: str, answered: bool) -> str |
     if _letters(name) in CONVERSATION and _says_something(row[name]):
         return (
             f"has a {name!r}, which is not read: write a conversation as 'messages' and a system prompt as 'system', "
-            "or take it out"
+            "or remove the column"
         )
     field = _meant_field(name, form, answered)
     if field and is_empty(row.get(field)):
-        return f"{name!r} is not a known column: rename it to {field!r}, or take it out"
+        return f"{name!r} is not a known column: rename it to {field!r}, or remove it"
     return None
 
 

@@ -227,26 +227,26 @@ def turns(*pairs: tuple[str, object]) -> dict:
 BAD = {
     "nothing known": (
         {"question": "x", "answer": "y"},
-        r"has no 'instruction' \(other formats have 'instruction', 'prom",
+        r"has no 'instruction' \(formats begin with 'instruction', 'prom",
     ),
     "empty conversation": ({"messages": []}, "'messages' is empty: a conversation has at least one turn"),
     "no list": ({"messages": "hello"}, "'messages' is \"hello\", but has to be a list of turns"),
     "no turn": (
         {"messages": ["hello"]},
-        r"messages\[0\] is \"hello\", but has to be an object with a role and a content",
+        r"messages\[0\] is \"hello\", but has to be an object with role and content",
     ),
     "no content": ({"messages": [{"role": "user"}]}, r"messages\[0\] has no 'content'; its fields are 'role'"),
     "unknown role": (
         turns(("narrator", "x")),
-        r"messages\[0\] has the role \"narrator\"; known are system, developer, user,",
+        r"messages\[0\].role is \"narrator\", but has to be one of system, developer, user,",
     ),
     "unknown from": (
         {"conversations": [{"from": "narrator", "value": "x"}]},
-        r"conversations\[0\] has the from \"narrator\"; known are",
+        r"conversations\[0\].from is \"narrator\", but has to be one of",
     ),
     "no assistant": (
         turns(("user", "x"), ("user", "y")),
-        "has no turn of the assistant in 'messages': there is nothing",
+        "has no assistant turn to train on in 'messages'",
     ),
     "number as content": (turns(("user", 3)), r"the content of messages\[0\] is 3, but has to be a string"),
     "picture": (
@@ -256,15 +256,15 @@ BAD = {
     "empty answer": (turns(("user", "x"), ("assistant", " ")), r"messages\[1\] is an empty answer"),
     "weight": (
         {"messages": [PAIR[0], PAIR[1] | {"weight": 0.5}]},
-        r"messages\[1\] has the weight 0.5, but it has to be 1, or 0",
+        r"messages\[1\].weight is 0.5, but has to be 1, or 0",
     ),
     "call without tools": (
         {"messages": [PAIR[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-        r"calls a tool \(turn 1\), but has no 'tools' that says which there are",
+        r"uses a tool \(turn 1\), but has no 'tools' that describes it",
     ),
     "result without tools": (
         turns(("user", "x"), ("tool", "3"), ("assistant", "y")),
-        r"calls a tool \(turn 1\), but has no",
+        r"uses a tool \(turn 1\), but has no",
     ),
     "call without name": (
         {"messages": [PAIR[0], {"role": "assistant", "tool_calls": [{"id": "x"}]}], "tools": TOOLS},
@@ -280,7 +280,7 @@ BAD = {
     "tools": ({"messages": PAIR, "tools": "add"}, r"'tools': not JSON"),
     "tools as text": (
         {"messages": PAIR, "tools": ["add"]},
-        r"'tools' is \[\"add\"\], but has to be a list of functions' JSON",
+        r"'tools' is \[\"add\"\], but has to be a list of JSON schemas",
     ),
     "half a character": (
         turns(("user", "a\ud83d"), ("assistant", "b")),
@@ -311,7 +311,7 @@ def test_what_the_template_refuses_is_named_by_row(tmp_path, tokenizer):
 def test_plain_has_a_prompt_and_an_answer_only(tmp_path, tokenizer):
     assert len(load([ROWS["messages"]], tokenizer, tmp_path, Encoding("plain", 256, 2)))
     with pytest.raises(
-        InputError, match=r"row 1: is a conversation \(system, user, assistant, user, assistant\), but the"
+        InputError, match=r"row 1: is a conversation \(system, user, assistant, user, assistant\), but prompt_"
     ):
         load([LONG], tokenizer, tmp_path, Encoding("plain", 256, 2))
 
