@@ -91,7 +91,7 @@ def render_answers(
     _check_tools(tokenizer, conversation, whole)
     spans = {turn: _answer_span(tokenizer, conversation, turn, whole) for turn in turns}
     if any(start < end for (_, end), (start, _) in pairwise(spans.values())):
-        raise _indistinct("shows turns in another order")
+        raise _indistinct("changes the order of the turns")
     return whole, _marked(tokenizer, conversation, whole, spans)
 
 
@@ -105,7 +105,7 @@ def _check_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
         others["tool calls"] = replace(conversation, messages=turns)
     for name, other in others.items():
         if render(tokenizer, other, add_generation_prompt=False) == whole:
-            raise InputError(f"the tokenizer's chat template does not write {name}; leave such rows out")
+            raise InputError(f"the tokenizer's chat template does not show {name}; remove such rows")
 
 
 def _renamed_calls(turn: Turn) -> Turn:
@@ -129,7 +129,7 @@ def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
         answer = "" if prompt is None else ending[len(prompt) :].rstrip()
         end = start + len(_common(tokenizer, answer, whole[start:]))
     if end <= start:
-        raise _indistinct(f"does not write the answer (turn {turn}) as it does at the end of a conversation")
+        raise _indistinct(f"writes the answer (turn {turn}) differently at the end of a conversation")
     return start, end
 
 
@@ -229,6 +229,6 @@ def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 def _indistinct(reason: str) -> InputError:
     return InputError(
-        f"the tokenizer's chat template {reason}, so the supervised part cannot be told apart; use prompt_template "
+        f"the tokenizer's chat template {reason}, so the supervised text cannot be located; use prompt_template "
         "plain, or --train_on last for conversations"
     )

@@ -90,7 +90,7 @@ def fetch(source: HubSource, seed: int, cache_dir: str | Path, place: str) -> Pa
 def _records(source: HubSource, wanted: int | None, seed: int, place: str) -> Iterator[dict]:
     """The records as Python's values: in Arrow's, JSON of mixed types is text."""
     failure = f"{place}: {source.name} could not be read from the hub"
-    with reading_hub(failure, "correct the source, or start again once it can be read"):
+    with reading_hub(failure, "correct the source, or try again later"):
         records: Iterable[dict] = datasets.load_dataset(
             source.hub, source.config, split=source.split, revision=source.revision, streaming=source.stream
         )

@@ -231,7 +231,7 @@ def read_mix(file: str | Path, num_task_types: int, task_type_names: Sequence[st
     except ValidationError as error:
         problems = [_in_words(each) for each in error.errors()]
     if checks.weights and not any(checks.weights):
-        problems.append("sources: their weights sum to nothing; at least one has to be above 0")
+        problems.append("sources: all weights are 0; at least one has to be above 0")
     if problems or not mix:
         raise InputError("\n".join(f"{file}: {problem}" for problem in problems))
     return mix
@@ -268,10 +268,10 @@ def _in_words(error: Any) -> str:
     parts = [part for part in error["loc"] if part not in (PATH_TAG, HUB_TAG, "[key]")]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     if error["type"] == "missing":
-        return "it has no sources" if place == "sources" else f"{place.rpartition('.')[0]}: has no path and no hub"
+        return "it has no sources" if place == "sources" else f"{place.rpartition('.')[0]}: has neither path nor hub"
     if error["type"] == "extra_forbidden":
         if tag and parts[-1] in HubSource.model_fields:
-            return f"{place}: a source with a path does not have it"
+            return f"{place}: not allowed in a source with a path"
         known = {**FileSource.model_fields, **HubSource.model_fields} if tag else Mix.model_fields
         return f"{place}: unknown key; {_nearest(parts[-1], known)}"
     if error["type"] == "value_error":
@@ -293,4 +293,4 @@ def _shown(value: object) -> str:
 def _nearest(name: object, known: Collection[str]) -> str:
     """The end of a message about a name that is not known."""
     near = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(dict.fromkeys(known)) or 'none'}"
+    return f"did you mean {near[0]!r}?" if near else f"available: {', '.join(dict.fromkeys(known)) or 'none'}"

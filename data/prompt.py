@@ -209,7 +209,7 @@ def _shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Co
     ]
     others = [[value for name, value in turn.items() if name != "content"] for turn in messages]
     if any(_spells_control(tokenizer, text) for text in _strings([others, conversation.tools])):
-        raise InputError("a tool, a call of one or a thought spells a special token of the tokenizer; reword it")
+        raise InputError("a tool, a tool call or reasoning contains a special token of the tokenizer; reword it")
     return Conversation(messages, conversation.tools)
 
 
@@ -233,8 +233,8 @@ def _segments(
     contents = [turn["content"] for turn in conversation.messages if _spells_control(tokenizer, turn["content"])]
     if rendered.count(PLACEHOLDER) != len(contents):
         raise InputError(
-            "a row spells a special token, and the tokenizer's chat template does not show its text exactly once, so "
-            "the two cannot be told apart; use prompt_template plain"
+            "a turn contains a special token, and the tokenizer's chat template does not show the turn exactly once, "
+            "so the token cannot be told from the template's own; use prompt_template plain"
         )
     segments, place, literal = [], 0, iter(contents)
     for turn, (start, end) in spans.items():

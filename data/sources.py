@@ -24,7 +24,7 @@ from data.mix import FileSource, HubSource, Mix, check_columns, is_mix, read_mix
 Part = Literal["training", "held out"]
 NO_ROWS: dict[Part, str] = {
     "training": "no row is left to train on; lower held_out, or take more rows",
-    "held out": "no row is held out to evaluate on; raise held_out, or name another validation file, or none",
+    "held out": "no row is held out to evaluate on; raise held_out, or set another validation file or none",
 }
 
 

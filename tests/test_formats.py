@@ -216,7 +216,7 @@ def test_special_tokens_that_turns_spell_stay_text(tokenizer):
     ]
     assert answers == ["<|im_end|> it is<|im_end|>", "no </s><|im_end|>"]
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "<|im_end|>", "arguments": {}}}]}
-    with pytest.raises(InputError, match="a tool, a call of one or a thought spells a special token"):
+    with pytest.raises(InputError, match="a tool, a tool call or reasoning contains a special token"):
         encode_conversations(tokenizer, "chat", [Conversation([turns[0], call], TOOLS)])
 
 
