@@ -1,9 +1,9 @@
 """Rows of data files: checking and completing them.
 
 A row is a conversation in one of the formats of `formats.py`, with an optional `task_type` (a number, or a name if the
-run has names for them), an optional string `task` that names the task, and an optional list `aliases` of other right
-answers, which only evaluation uses. Other columns are ignored, unless their names say that they were meant to be
-trained on.
+run names its task types), an optional string `task` that names the task, and an optional list `aliases` of other
+correct answers, which only evaluation uses. Other columns are ignored, unless their names suggest that they were meant
+to be trained on.
 """
 
 import difflib
@@ -22,14 +22,14 @@ from data.workers import map_blocks
 
 # Columns of every format.
 COMMON = ("task_type", "task", "aliases")
-# Names, without underscores, under which other formats keep what comes before an instruction.
+# Names, without underscores, that other formats give to the text before an instruction.
 CONVERSATION = {
     "system", "systemmessage", "systemprompt", "history", "chathistory", "conversationhistory", "messages", "turns",
     "chat", "conversation", "conversations", "dialog", "dialogue",
 }  # fmt: skip
-# What formats call the text that a prompt is about.
+# Names that formats give to the text that a prompt is about.
 CONTEXTS = {"context", "input"}
-# Ratio of matching letters from which a name is a misspelt field: `inputs`, `ouput`, `alias`; not `task_id`.
+# Least ratio of matching letters for a name to be a misspelt field: `inputs`, `ouput`, `alias`; not `task_id`.
 MISSPELT = 0.83
 UNLABELLED = -1
 MOST_PROBLEMS_SHOWN = 10
@@ -41,10 +41,10 @@ class Reading:
 
     Args:
         format: a name in `formats.FORMATS`; None recognises it from a row's columns.
-        columns: the file's name for columns of the format: `{"prompt": "question"}`.
-        task_type: of rows that do not say theirs.
-        task: of rows that do not say theirs.
-        prefix: stands before the file's name in `source`.
+        columns: maps the format's column names to the file's: `{"prompt": "question"}`.
+        task_type: default for rows without one.
+        task: default for rows without one.
+        prefix: precedes the file's name in `source`.
     """
 
     format: str | None = None
@@ -54,10 +54,10 @@ class Reading:
     prefix: str = ""
 
     def renamed(self, row: dict) -> dict:
-        """A row with the format's names of columns.
+        """A row with the format's column names.
 
         Raises:
-            InputError: it lacks a column.
+            InputError: the row lacks a mapped column.
         """
         if not self.columns:
             return row
@@ -68,7 +68,7 @@ class Reading:
         return rest | {column: row[name] for column, name in self.columns.items()}
 
 
-# Formats are recognised, and every row speaks for itself.
+# Recognises the format of each row, without defaults.
 RECOGNISED = Reading()
 
 
@@ -80,7 +80,7 @@ def check_rows(
     reading: Reading = RECOGNISED,
     plain: bool = False,
 ) -> tuple[int, list[str]]:
-    """Check every row. Returns the number of rows, and the names of columns that are ignored.
+    """Check every row. Returns the number of rows and the names of ignored columns.
 
     Args:
         plain: the rows are for the template `plain`, which has no turns.
@@ -107,7 +107,7 @@ def check_rows(
 
 
 def refuse_rows(problems: list[str], at_least: int = 1) -> None:
-    """Raise InputError with the first of the problems that rows have, if there are so many."""
+    """Raise InputError with the first problems if there are `at_least` so many."""
     if len(problems) >= at_least:
         more = ["... and perhaps more; fix these first"] if len(problems) > MOST_PROBLEMS_SHOWN else []
         raise InputError("\n".join([*problems[:MOST_PROBLEMS_SHOWN], *more]))
@@ -140,10 +140,10 @@ def row_problem(
 
 
 def read_row(row: object, reading: Reading = RECOGNISED, answered: bool = True) -> Conversation:
-    """The conversation that a row is; see `formats.to_conversation`.
+    """Convert a row into a conversation; see `formats.to_conversation`.
 
     Raises:
-        InputError: it is none, or has columns that look as if they were to be read; the message is the row's predicate.
+        InputError: the row is invalid, or has columns that were probably meant to be read.
     """
     if not isinstance(row, dict):
         raise InputError(f"is {shown(row)}, but has to be an object, for example with instruction and output")
@@ -156,10 +156,10 @@ def read_row(row: object, reading: Reading = RECOGNISED, answered: bool = True) 
 
 
 def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Reading = RECOGNISED) -> list[dict]:
-    """Checked rows as `conversation`, `task_type`, `task`, `aliases`, and `source`, which says where a row comes from.
+    """Checked rows as `conversation`, `task_type`, `task`, `aliases` and `source`, the file and number of the row.
 
-    A missing task type becomes the reading's, or -1, a missing `task` the reading's, or empty, missing `aliases` empty,
-    the name of a task type its number.
+    Names of task types become numbers. A missing `task_type` becomes the reading's or -1, a missing `task` the
+    reading's or empty, missing `aliases` an empty list.
     """
     rows = []
     for number, row in read_block(block):
@@ -182,7 +182,7 @@ def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Re
 def _check_block(
     block: Block, num_task_types: int, task_type_names: Sequence[str], reading: Reading, plain: bool
 ) -> tuple[int, list[str], set[str]]:
-    """The number of rows, their problems, and the names of columns that are not read."""
+    """The number of rows, their problems and the names of ignored columns."""
     rows = list(read_block(block))
     problems = [
         f"{block.file}: row {number}: {problem}"
@@ -236,7 +236,7 @@ def task_type_problem(task_type: object, num_task_types: int, names: Sequence[st
 
 
 def _other_columns(row: dict, form: Format) -> list[str]:
-    """The columns of a row that are not read and hold something."""
+    """The non-empty columns of a row that are not read."""
     return [name for name in row if name not in form.columns and name not in COMMON and not is_empty(row[name])]
 
 
