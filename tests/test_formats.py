@@ -111,7 +111,7 @@ def test_a_long_conversation_is_cut_and_its_last_answer_is_the_last_that_is_left
 
 def test_what_a_source_says_holds_for_rows_that_do_not(tmp_path, tokenizer):
     rows = [{"question": "the cat", "answer": "sat"}, {"question": "the dog", "answer": "lay", "task_type": 0}]
-    columns = {"prompt": "question", "completion": "answer"}
+    columns = {"prompt": "question", "completion": "answer", "aliases": "others"}
     found = load(rows, tokenizer, tmp_path, columns=columns, task_type=1, task="pets", prefix="zoo/")
     assert (found["task_type"][:], found["task"][:]) == ([1, 0], ["pets", "pets"])
     assert found["source"][:] == ["zoo/rows.jsonl row 1", "zoo/rows.jsonl row 2"]
