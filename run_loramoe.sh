@@ -26,6 +26,7 @@ load_in_kbits=${load_in_kbits:-16}                  # bits per base weight: 4 (n
 dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: a file, a folder, or a mix.yaml (docs/DATA.md)
 validation_file=${validation_file-auto}             # held-out rows; empty: none; auto: the tiny data's or a mix's
 max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
+packing=${packing:-false}                           # fill rows with several samples, which do not see each other
 prompt_template=${prompt_template:-auto}            # plain, chat, or auto (chat where the tokenizer has a template)
 
 # ---- method (the paper's settings) -----------------------------------------------------------------------------------
@@ -87,6 +88,7 @@ arguments=(
     --load_in_kbits "$load_in_kbits"
     --dataset_dir "$dataset_dir"
     --max_seq_length "$max_seq_length"
+    --packing "$packing"
     --prompt_template "$prompt_template"
     --tuning "$tuning"
     --lora_nums "$lora_nums"

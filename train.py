@@ -15,10 +15,13 @@ from data import (
     DataStatistics,
     Encoding,
     InputError,
+    PackingCollator,
     Part,
     count_shared_rows,
     load_part,
     marked_row,
+    pack,
+    row_lengths,
     task_types,
 )
 from data.atomic import atomic_files, write_json
@@ -31,6 +34,7 @@ from loading.base_model import (
     check_attention,
     check_base_model,
     check_lengths,
+    check_packing,
     load_tokenizer,
     with_adapter,
 )
@@ -44,6 +48,8 @@ from training.report import generate_samples, summary_lines, write_model_card
 from training.run_folder import RunFolder, run_config
 from training.stopping import StoppedError, StopSignals
 from training.trainer import LoRAMoETrainer
+from transformers_patch.auto import base_of
+from transformers_patch.packing import packs_into_one_row
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         check_attention(skeleton, model_args.attn_implementation)
         model_args.resolve(skeleton)
+        if data_args.packing:
+            check_packing(skeleton)
         train_data, eval_data, data_sha256 = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args, data_sha256)
@@ -103,10 +111,15 @@ def run(
     say(args, *skipped)
     if skipped and not checkpoint:
         say(args, "no checkpoint is left to resume from, so the run starts from the beginning")
-    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint, stop_signals)
+    capacity = config["max_seq_length"] if config["packing"] else None
+    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint, stop_signals, capacity)
     stop_signals.raise_if_terminated(args.device)
-    padding = trainer.train_sampler().padding_share()
-    say(args, f"{padding:.1%} of the tokens in the batches of the first epoch are padding")
+    padding = trainer.padding_share()
+    line = f"{padding:.1%} of the tokens in the batches of the first epoch are padding"
+    if trainer.packs:
+        line = f"{len(train_data):,} rows are in {len(trainer.packs):,} packs of up to {capacity} tokens; {line}"
+        line += f", without packing {trainer.padding_share(packed=False):.1%}"
+    say(args, line)
     with writing(folder.path, "tensorboard"):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     if stop_signals.stopped:
@@ -140,12 +153,8 @@ def load_rows(
         return load_part(path, part, tokenizer, encoding, cache_dir, num_proc)
 
     train_data, train_counts = load(data_args.dataset_dir, "training")
-    micro_batch = args.per_device_train_batch_size * args.num_processes
-    if args.dataloader_drop_last and len(train_data) < micro_batch:
-        raise InputError(
-            f"--dataloader_drop_last leaves no training rows: there are {len(train_data)}, and a micro-batch has "
-            f"{micro_batch} over all processes; leave it out or lower --per_device_train_batch_size"
-        )
+    if args.dataloader_drop_last:
+        check_drop_last(train_data, encoding.max_seq_length if data_args.packing else None, args)
     messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]
     eval_data, data_sha256 = None, {"dataset_sha256": train_counts.sha256}
     if data_args.validation_file:
@@ -162,6 +171,19 @@ def load_rows(
     if not args.prepare_only:
         say(args, *messages)
     return train_data, eval_data, data_sha256
+
+
+def check_drop_last(rows: Dataset, pack_capacity: int | None, args: RunArguments) -> None:
+    """Raises InputError if there are too few rows, or packs of them, for a single micro-batch over all processes."""
+    count, unit = len(rows), "rows"
+    if pack_capacity:
+        count, unit = len(pack(row_lengths(rows), pack_capacity, seed=0)), "packs"  # as many with any seed
+    micro_batch = args.per_device_train_batch_size * args.num_processes
+    if count < micro_batch:
+        raise InputError(
+            f"--dataloader_drop_last leaves no training {unit}: there are {count}, and a micro-batch has {micro_batch} "
+            "over all processes; leave it out or lower --per_device_train_batch_size"
+        )
 
 
 def unseen_task_types(train_data: Dataset, eval_data: Dataset, names: Sequence[str]) -> list[str]:
@@ -190,6 +212,7 @@ def build_trainer(
     eval_data: Dataset | None,
     checkpoint: Path | None,
     stop_signals: StopSignals,
+    pack_capacity: int | None = None,
 ) -> LoRAMoETrainer:
     """Base model, adapter and Trainer; with a checkpoint, made ready to resume from it."""
     set_seed(args.seed)
@@ -202,14 +225,18 @@ def build_trainer(
             say(args, f"processes were {before}, now {args.world_size}: dropout masks will differ")
     args.eval_on_start = eval_data is not None
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
+    collator: Collator | PackingCollator = Collator(tokenizer.pad_token_id)
+    if pack_capacity:
+        collator = PackingCollator(tokenizer.pad_token_id, packs_into_one_row(base_of(model).config))
     trainer = LoRAMoETrainer(
         model=model,
         args=args,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=collator,
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
         stop_signals=stop_signals,
+        pack_capacity=pack_capacity,
     )
     # The weights are the same on all ranks; dropout masks must not be.
     if args.process_index:

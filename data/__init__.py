@@ -3,14 +3,15 @@
 `files.py` reads data files, `formats.py` knows the shapes of their rows, `rows.py` checks and completes these,
 `chat_template.py` shows a conversation as the tokenizer's template does, `prompt.py` turns it into tokens, `dataset.py`
 encodes and caches whole files with the processes of `workers.py`, `sources.py` puts together those that a mix
-(`mix.py`) names, also from the hub (`hub.py`), `sampler.py` orders rows, `collate.py` makes batches.
-`recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them. `answers.py` is the file of generated
-answers, `atomic.py` how files and folders are written, `errors.py` what the user can fix.
+(`mix.py`) names, also from the hub (`hub.py`), `sampler.py` orders rows, `packing.py` puts several into one,
+`collate.py` makes batches. `recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them.
+`answers.py` is the file of generated answers, `atomic.py` how files and folders are written, `errors.py` what the user
+can fix.
 """
 
 from data.answers import AnswerFile
 from data.chat_template import TEMPLATE_VARIABLES, with_fixed_date
-from data.collate import IGNORED_LABEL, Collator, supervised_indices
+from data.collate import IGNORED_LABEL, Collator, PackingCollator, supervised_indices
 from data.dataset import (
     DataStatistics,
     Encoding,
@@ -26,6 +27,7 @@ from data.dataset import (
 from data.errors import InputError, first_line
 from data.files import is_unicode
 from data.formats import Conversation
+from data.packing import PackedRows, pack
 from data.prompt import (
     TEMPLATES,
     encode_answer,
@@ -56,6 +58,8 @@ __all__ = [
     "EpochDataLoader",
     "GlobalBatchSampler",
     "InputError",
+    "PackedRows",
+    "PackingCollator",
     "Part",
     "Reading",
     "answer_start",
@@ -73,6 +77,7 @@ __all__ = [
     "load_data",
     "load_part",
     "marked_row",
+    "pack",
     "resolve_template",
     "row_lengths",
     "show_turns",

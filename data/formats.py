@@ -39,9 +39,9 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """Indices of the assistant turns to train on."""
+        """Indices of the assistant turns to train on. One that begins the conversation answers nothing."""
         turns = enumerate(self.messages)
-        return [index for index, turn in turns if turn["role"] == "assistant" and turn.get("weight") != 0]
+        return [index for index, turn in turns if index and turn["role"] == "assistant" and turn.get("weight") != 0]
 
     def until(self, turn: int) -> "Conversation":
         """The conversation before a turn."""
@@ -127,7 +127,7 @@ def to_conversation(row: Mapping[str, Any], form: Format, answered: bool = True)
     conversation = Conversation(turns, tools)
     if answered:
         if not conversation.answers:
-            raise InputError(f"has no assistant turn to train on in {form.question!r}")
+            raise InputError(f"has no answer to train on in {form.question!r}")
         return conversation.until(conversation.answers[-1] + 1)
     prompt = conversation.until(len(turns) - (turns[-1]["role"] == "assistant"))
     if not prompt.messages:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -262,9 +261,7 @@ def _encode_segments(tokenizer: PreTrainedTokenizerBase, rows: list[list[_Segmen
     }
     encoded = [[next(ids[segment.literal]) for segment in row] for row in rows]
     if _depends_on_context(tokenizer):
-        plain = [index for index, row in enumerate(rows) if not any(segment.literal for segment in row)]
-        for index in plain:
-            encoded[index] = _encode_in_context(tokenizer, rows[index], encoded[index])
+        encoded = [_in_context(tokenizer, row, parts) for row, parts in zip(rows, encoded, strict=True)]
     return [_joined(row, parts) for row, parts in zip(rows, encoded, strict=True)]
 
 
@@ -283,19 +280,19 @@ def _joined(row: list[_Segment], parts: list[list[int]]) -> Encoded:
     return encoded
 
 
-def _encode_in_context(
-    tokenizer: PreTrainedTokenizerBase, row: list[_Segment], parts: list[list[int]]
-) -> list[list[int]]:
-    """Token ids of consecutive segments. Encoded separately, each would begin with the mark of a word.
+def _in_context(tokenizer: PreTrainedTokenizerBase, row: list[_Segment], parts: list[list[int]]) -> list[list[int]]:
+    """Token ids of segments, each in the context of the one before; separately, each would begin with a word's mark.
 
-    If a segment changes the tokens of the text before it, its ids are those of `parts`.
+    They are those of `parts` if a segment changes the tokens of the one before, or if one of the two is literal.
     """
-    texts = list(accumulate(segment.text for segment in row))
-    beginnings = pairwise([[], *_tokenize(tokenizer, texts, literal=False)])
-    return [
-        longer[len(shorter) :] if longer[: len(shorter)] == shorter else part
-        for (shorter, longer), part in zip(beginnings, parts, strict=True)
-    ]
+    places = [place for place in range(1, len(row)) if not (row[place - 1].literal or row[place].literal)]
+    pairs = _tokenize(tokenizer, [row[place - 1].text + row[place].text for place in places], literal=False)
+    following = list(parts)
+    for place, pair in zip(places, pairs, strict=True):
+        before = parts[place - 1]
+        if pair[: len(before)] == before:
+            following[place] = pair[len(before) :]
+    return following
 
 
 def _tokenize(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data.errors import InputError
 from data.files import Block, Unreadable, is_unicode, read_block, shown, split_files
-from data.formats import Conversation, Format, find_format, is_empty, to_conversation
+from data.formats import FORMATS, Conversation, Format, find_format, is_empty, to_conversation
 from data.workers import map_blocks
 
 # Columns of every format.
@@ -57,15 +57,16 @@ class Reading:
         """A row with the format's column names.
 
         Raises:
-            InputError: the row lacks a mapped column.
+            InputError: the row lacks a mapped column that a format needs.
         """
         if not self.columns:
             return row
+        needed = {column for form in FORMATS.values() for column in form.needed}
         for column, name in self.columns.items():
-            if name not in row:
+            if name not in row and column in needed:
                 raise InputError(f"has no {name!r}, which is mapped to {column!r}; its fields are {', '.join(row)}")
         rest = {name: value for name, value in row.items() if name not in self.columns.values()}
-        return rest | {column: row[name] for column, name in self.columns.items()}
+        return rest | {column: row[name] for column, name in self.columns.items() if name in row}
 
 
 # Recognises the format of each row, without defaults.

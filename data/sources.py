@@ -106,12 +106,7 @@ def _load(
 ) -> list[_Source]:
     """Load all rows of the sources, except those with a weight of 0."""
     used = [(f"sources[{number}]", source) for number, source in enumerate(mix.sources) if source.weight != 0]
-    paths = [
-        file.parent / source.path
-        if isinstance(source, FileSource)
-        else fetch(source, mix.seed, cache_dir, f"{file}: {place}")
-        for place, source in used
-    ]
+    paths = [_find(source, file, place, mix.seed, cache_dir) for place, source in used]
     files = [{each.resolve() for each in find_files(path)} for path in paths]
     readers = Counter(each for several in files for each in several)
     sources = []
@@ -121,11 +116,19 @@ def _load(
         if isinstance(source, FileSource):
             folder = Path(source.path) if path.is_dir() else Path(source.path).parent
             prefix += f"{folder.as_posix()}/" if folder != Path() else ""
-        elif source.columns:
-            check_columns(path, source.columns)
         rows, statistics = load_data(path, tokenizer, encoding, cache_dir, num_proc, source.reading(prefix))
         sources.append(_Source(place, source, rows, statistics, {}))
     return sources
+
+
+def _find(source: FileSource | HubSource, file: Path, place: str, seed: int, cache_dir: str | Path) -> Path:
+    """The file or folder with a source's rows."""
+    if isinstance(source, FileSource):
+        return file.parent / source.path
+    path = fetch(source, seed, cache_dir, f"{file}: {place}")
+    if source.columns:
+        check_columns(path, source.columns)
+    return path
 
 
 def _take(file: Path, mix: Mix, sources: list[_Source]) -> list[_Source]:

@@ -93,6 +93,13 @@ UNSUPPORTED = (
     ("debug", (None, "", ["underflow_overflow"]), "--debug supports only underflow_overflow"),
 )  # fmt: skip
 
+# Flags that --packing contradicts, with the reason.
+UNPACKED = (
+    ("blc_reference", "--packing leaves out the padding that --blc_reference counts"),
+    ("output_router_logits", "--packing: the router loss of --output_router_logits would count padding"),
+    ("neftune_noise_alpha", "--packing: the noise of --neftune_noise_alpha depends on the length of a row"),
+)
+
 RANGES = (
     at_least(
         1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_processes",
@@ -220,6 +227,9 @@ class DataArguments:
         None, "evaluation rows: a data file, a folder, or the held-out rows of a mix.yaml; by default none"
     )
     max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
+    packing: bool = flag(
+        False, "fill each row of a batch up to max_seq_length with samples, which do not see each other"
+    )
     prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
     train_on: Literal["all", "last"] = flag("all", "train on all answers of a conversation, or only on the last")
     data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
@@ -359,7 +369,12 @@ def _adapter_problems(flags: argparse.Namespace) -> list[str]:
 
 
 def _data_problems(flags: argparse.Namespace) -> list[str]:
-    return range_problems(flags, [at_least(2, "max_seq_length"), one_of(TEMPLATES, "prompt_template")])
+    problems = range_problems(flags, [at_least(2, "max_seq_length"), one_of(TEMPLATES, "prompt_template")])
+    if flags.packing:
+        problems += [reason for name, reason in UNPACKED if getattr(flags, name)]
+        if flags.train_sampling_strategy == "sequential":
+            problems.append("--packing gives the rows another order than --train_sampling_strategy sequential")
+    return problems
 
 
 def _evaluation_problems(flags: argparse.Namespace) -> list[str]:

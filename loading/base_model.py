@@ -23,6 +23,7 @@ from transformers_patch.auto import (
     most_positions,
     patched_class,
 )
+from transformers_patch.packing import packing_problem
 
 MOST_LINES_SHOWN = 12
 
@@ -129,6 +130,12 @@ def check_attention(model: nn.Module, name: str) -> None:
         base_of(model).set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         raise InputError(f"--attn_implementation {name}: {first_line(error)}") from error
+
+
+def check_packing(model: nn.Module) -> None:
+    """Raises InputError if a model cannot be trained on packed samples."""
+    if problem := packing_problem(base_of(model).config):
+        raise InputError(f"--packing: {problem}")
 
 
 def check_lengths(model: nn.Module, *sets: Dataset, remedy: str | None = None) -> None:

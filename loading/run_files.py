@@ -21,7 +21,7 @@ RENAMED = {"task_types": "task_type_names"}
 
 
 # Flags that earlier versions did not have, and what they did.
-ADDED = {"train_on": "all"}
+ADDED = {"packing": False, "train_on": "all"}
 
 
 def with_current_names(config: dict) -> dict:

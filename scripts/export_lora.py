@@ -247,7 +247,7 @@ def compare(
             wrong_N = log_p_NV.argmax(dim=-1) != positions.targets_N
             cost.nll -= log_p_NV.gather(1, positions.targets_N[:, None]).sum().item()
             cost.kl += (mixture_NV.exp() * (mixture_NV - log_p_NV)).sum().item()
-            cost.exact += len(batch["labels"]) - len(positions.rows_N[wrong_N].unique())
+            cost.exact += len(batch["labels"]) - len(positions.samples_N[wrong_N].unique())
             cost.tokens += len(positions.targets_N)
             cost.rows += len(batch["labels"])
     return costs

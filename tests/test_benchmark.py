@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, filled_model, tiny_model
 
 from data import InputError
-from workbench import benchmark_data
+from workbench import benchmark_data, benchmark_packing
 from workbench.benchmark import main, read_results
 from workbench.benchmark_report import draw
 from workbench.instruments import step
@@ -95,14 +95,19 @@ def test_the_file_holds_a_row_for_each_variant_and_dropout(tmp_path, capsys):
     assert table.count("\n| --- |") == 4
 
 
-def test_training_and_experts_are_measured_and_drawn(tmp_path, model_dir):
+def test_training_packing_and_experts_are_measured_and_drawn(tmp_path, model_dir, monkeypatch):
     file = tmp_path / "results.json"
-    flags = ["--quick", "--rounds", "1", "--sections", "experts,training", "--model", str(model_dir)]
+    flags = ["--quick", "--rounds", "1", "--sections", "experts,training,packing", "--model", str(model_dir)]
+    monkeypatch.setattr(benchmark_packing, "MIXED_ROWS", 40)
+    monkeypatch.setattr(benchmark_packing, "TINY", benchmark_packing.TINY[:2])
     main([*flags, "--json", str(file)])
     results = read_results(file)
     assert results["training"]["samples_per_second"] > 0
     assert results["step_losses"]["loramoe"] == pytest.approx(results["step_losses"]["plain"], abs=1e-3)
     assert len(results["step_losses"]["plain"]) == 20
+    padding = {row["batches"]: row["padding"] for row in results["packing"] if row["rows"] == "tiny data"}
+    assert padding["8 rows in random order"] > padding["8 rows, grouped by length"] > padding["2 packs of 256"]
+    assert all(row["tokens_per_second"] > 0 for row in results["packing"] if "ratio" in row)
     pictures = draw(results, tmp_path)
     assert [picture.name for picture in pictures] == ["experts.png", "step_losses.png"]
     assert all(5_000 < picture.stat().st_size < 150_000 for picture in pictures)

@@ -31,6 +31,7 @@ TRAIN_VARIABLES = {
     "dataset_dir": ("--dataset_dir", "data/my rows"),
     "validation_file": ("--validation_file", "data/my test.json"),
     "max_seq_length": ("--max_seq_length", "101"),
+    "packing": ("--packing", "yes"),
     "prompt_template": ("--prompt_template", "plain"),
     "tuning": ("--tuning", "full"),
     "lora_nums": ("--lora_nums", "102"),

@@ -193,6 +193,16 @@ def test_parts_share_no_row_and_together_have_all(folder):
     assert len(set.union(*parts)) == 30
 
 
+def test_a_part_may_have_nothing_of_a_source(folder):
+    first, second = "questions.jsonl", {"path": "more/others.jsonl", "held_out": 0.5}
+    rows, statistics = folder.load(first, second, part="held out")
+    assert {name.split(" ")[0] for name in rows["source"]} == {"more/others.jsonl"}
+    assert [line.split() for line in statistics.table[1:3]] == [
+        ["questions.jsonl", "0", "0.0%", "0", "0.0%", "20"],
+        ["more/others.jsonl", "none", "5", "100.0%", str(statistics.tokens), "100.0%", "5"],
+    ]
+
+
 def test_the_rows_of_a_source_do_not_depend_on_the_others(folder):
     one = {"path": "questions.jsonl", "rows": 8, "held_out": 0.25}
     alone = folder.load(one)[0]["source"][:]

@@ -72,8 +72,8 @@ def run(tmp_path, model_dir) -> Runner:
     return Runner(tmp_path, model_dir)
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_a_training_micro_batch_does_not_wait_for_the_device(run, monkeypatch, reference):
+@pytest.mark.parametrize("settings", [{}, {"blc_reference": True}, {"packing": True}], ids=str)
+def test_a_training_micro_batch_does_not_wait_for_the_device(run, monkeypatch, settings):
     training_step, operations, steps = Trainer.training_step, Operations(), []
 
     def watched(*args, **kwargs):
@@ -82,7 +82,7 @@ def test_a_training_micro_batch_does_not_wait_for_the_device(run, monkeypatch, r
             return training_step(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", watched)
-    run(max_steps=2, eval_strategy="no", validation_file=None, save_strategy="no", blc_reference=reference)
+    run(max_steps=2, eval_strategy="no", validation_file=None, save_strategy="no", **settings)
     assert len(steps) == 2
     assert operations.launches["mm"] > 0  # it did watch
     assert not operations.waits

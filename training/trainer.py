@@ -17,7 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpoints, sort_checkpoints
 
-from data import EpochDataLoader, GlobalBatchSampler, row_lengths
+from data import EpochDataLoader, GlobalBatchSampler, PackedRows, row_lengths
 from data.atomic import atomic_files
 from inference.routing import Routing
 from loading.arguments import parse_steps
@@ -42,6 +42,8 @@ class LoRAMoETrainer(Trainer):
       step of an epoch may have fewer.
     - Which rows share an optimizer step depends on seed, epoch and global batch size alone (`data/sampler.py`), and the
       last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
+    - With `pack_capacity`, batches are made of packs (`data/packing.py`) of at most so many tokens, in place of rows,
+      and evaluation packs the rows of each batch. The `data_collator` is then a `PackingCollator`.
     - Each log line holds `lm_loss` and `balance_loss` (unweighted) next to `loss`, `aux_loss` (unweighted) if the base
       model is a mixture of experts whose own router loss is added, with routers `routing_entropy`, `routing_cv` and
       `group_share_type_K`, and `tokens_per_second`; on GPUs `peak_memory_gib` and `mfu`. There is one
@@ -50,8 +52,9 @@ class LoRAMoETrainer(Trainer):
       balance term. `routing` then holds the shares of the last evaluation; None if nothing is routed.
     """
 
-    def __init__(self, *args, stop_signals: StopSignals, **kwargs):
+    def __init__(self, *args, stop_signals: StopSignals, pack_capacity: int | None = None, **kwargs):
         super().__init__(*args, compute_metrics=self._metrics, **kwargs)
+        self.packs = PackedRows(self.train_dataset, pack_capacity, self._data_seed) if pack_capacity else None
         self.stop_signals = stop_signals
         self.add_callback(self.stop_signals)
         adapted = isinstance(self.model, PeftModel)
@@ -140,13 +143,17 @@ class LoRAMoETrainer(Trainer):
                     if bar is not None:
                         bar.close()
 
-    def train_sampler(self) -> GlobalBatchSampler:
-        """The micro-batches of this process."""
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def train_sampler(self, packed: bool = True) -> GlobalBatchSampler:
+        """The micro-batches of this process, of packs if there are any; without `packed`, of rows in any case."""
         args = self.args
         return GlobalBatchSampler(
-            row_lengths(self.train_dataset),
+            self.packs.lengths if packed and self.packs else row_lengths(self.train_dataset),
             args.train_sampling_strategy,
-            args.seed if args.data_seed is None else args.data_seed,
+            self._data_seed,
             self._train_batch_size,
             args.gradient_accumulation_steps,
             self.accelerator.num_processes,
@@ -154,12 +161,18 @@ class LoRAMoETrainer(Trainer):
             args.dataloader_drop_last,
         )
 
+    def padding_share(self, packed: bool = True) -> float:
+        """Share of the tokens in the first epoch's batches that are padding; without `packed`, if they were of rows."""
+        if packed and self.packs and self.data_collator.one_row:
+            return 0.0
+        return self.train_sampler(packed).padding_share()
+
     def get_train_dataloader(self) -> EpochDataLoader:
         args = self.args
         return EpochDataLoader(
-            self.train_dataset,
+            self.packs or self.train_dataset,
             batch_sampler=self.train_sampler(),
-            collate_fn=self.data_collator,
+            collate_fn=self.data_collator.from_packs if self.packs else self.data_collator,
             num_workers=args.dataloader_num_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -222,13 +235,14 @@ class LoRAMoETrainer(Trainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
-        """Per row: summed negative log-likelihood, number of supervised tokens, and routing shares.
+        """Per sample: summed negative log-likelihood, number of supervised tokens, and routing shares.
 
         The model gets no labels: with them it would compute losses of the batch, which nobody reports.
         """
         inputs = self._prepare_inputs(inputs)
-        sources, positions = inputs["sources"], SupervisedTokens(inputs["labels"], inputs["supervised_indices"])
-        fields = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        sources, sample_ids = inputs["sources"], inputs.get("sample_ids")
+        positions = SupervisedTokens(inputs["labels"], inputs["supervised_indices"], sample_ids, len(sources))
+        fields = {name: value for name, value in inputs.items() if name not in ("labels", "lengths", "sources")}
         plain_model = self.accelerator.unwrap_model(model)
         recorder = RoutingRecorder(plain_model)
         with torch.no_grad(), self.compute_loss_context_manager(), recorder, positions.only(plain_model):
@@ -236,7 +250,11 @@ class LoRAMoETrainer(Trainer):
         predictions = [positions.scores(logits_1NV)[:, :2]]
         if recorder.weights:
             self._routed_modules = list(recorder.weights)
-            predictions.append(recorder.sample_shares(inputs["attention_mask"]).transpose(0, 1).contiguous())
+            if sample_ids is None:
+                shares_LBE = recorder.sample_shares(inputs["attention_mask"])
+            else:
+                shares_LBE = recorder.packed_shares(sample_ids, len(sources))
+            predictions.append(shares_LBE.transpose(0, 1).contiguous())
         tasks = torch.tensor([self._task_numbers.get(source, -1) for source in sources], device=logits_1NV.device)
         return None, tuple(predictions), torch.stack([inputs["task_types"], tasks], dim=1)
 

@@ -180,7 +180,7 @@ def _why_not(stock: type[PreTrainedModel] | None, config: PretrainedConfig) -> s
         return "transformers has no language model class for it that takes text alone"
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
         return "it is an encoder (is_decoder is false in its configuration)"
-    own = {"task_types", "row_weights", "supervised_indices", "balance_scale", "return_logits"}
+    own = {"task_types", "row_weights", "supervised_indices", "sample_ids", "balance_scale", "return_logits"}
     needed = inspect.signature(LoRAMoEMixin.forward).parameters.keys() - own
     if missing := sorted(needed - inspect.signature(stock.forward).parameters.keys()):
         return f"the forward of {stock.__name__} does not take {', '.join(missing)}"

@@ -1,6 +1,6 @@
 """Logits and loss at the supervised tokens only: at the positions whose next token carries a label.
 
-Shape suffixes: B samples, T tokens, N supervised tokens of the batch, H hidden size, V vocabulary.
+Shape suffixes: B rows, S samples, T tokens, N supervised tokens of the batch, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -24,17 +24,28 @@ class SupervisedTokens:
         labels_BT: labels as in transformers: the label of a token is predicted one position earlier.
         indices_N: the positions in the flattened batch, as the `Collator` gives them; None finds them, which
             synchronises with the device.
+        sample_ids_BT: the number of each token's sample, if several share a row; None if each row is one.
+        num_samples: S, with `sample_ids_BT`.
 
     Attributes:
         targets_N: the label that each position predicts.
-        rows_N: the row of each position.
+        samples_N: the sample of each position.
     """
 
-    def __init__(self, labels_BT: Tensor, indices_N: Tensor | None = None):
+    def __init__(
+        self,
+        labels_BT: Tensor,
+        indices_N: Tensor | None = None,
+        sample_ids_BT: Tensor | None = None,
+        num_samples: int = 0,
+    ):
         self._indices_N = supervised_indices(labels_BT) if indices_N is None else indices_N.to(labels_BT.device)
         self._shape = labels_BT.shape
         self.targets_N = labels_BT.flatten().index_select(0, self._indices_N + 1)
-        self.rows_N = self._indices_N // labels_BT.shape[1]
+        if sample_ids_BT is None:
+            self.samples_N, self._num_samples = self._indices_N // labels_BT.shape[1], len(labels_BT)
+        else:
+            self.samples_N, self._num_samples = sample_ids_BT.flatten()[self._indices_N], num_samples
 
     @contextmanager
     def only(self, model: PreTrainedModel, may_wait: bool = True) -> Iterator[None]:
@@ -68,14 +79,15 @@ class SupervisedTokens:
         )
 
     def scores(self, logits_1NV: Tensor) -> Tensor:
-        """Of each row, shape (B, 3), float32: summed negative log-likelihood of its labels, their number, and how many
-        of them are not the likeliest token at their place."""
+        """Of each sample, shape (S, 3), float32: summed negative log-likelihood of its labels, their number, and how
+        many of them are not the likeliest token at their place."""
         targets_N = self.targets_N.to(logits_1NV.device)
         scores_N3 = torch.ones(len(targets_N), 3, device=logits_1NV.device)
         for logits_CV, targets_C, scores_C3 in in_chunks(logits_1NV, targets_N, scores_N3):
             scores_C3[:, 0] = F.cross_entropy(logits_CV, targets_C, reduction="none")
             scores_C3[:, 2] = logits_CV.argmax(dim=-1) != targets_C
-        return scores_N3.new_zeros(self._shape[0], 3).index_add_(0, self.rows_N.to(scores_N3.device), scores_N3)
+        scores_S3 = scores_N3.new_zeros(self._num_samples, 3)
+        return scores_S3.index_add_(0, self.samples_N.to(scores_N3.device), scores_N3)
 
     def _take(self, x_BTH: Tensor) -> Tensor:
         if x_BTH.shape[:2] != self._shape:

@@ -30,7 +30,7 @@ class LoRAMoEOutput(CausalLMOutputWithPast):
         aux_loss: the unweighted router loss of a base model that is a mixture of experts itself, if its
             configuration asks for it (`output_router_logits`); unrelated to the routers of the adapter.
         router_logits: of such a base model's own routers.
-        routing_shares: while training, mean weight of each expert on this process's rows, (L, B, E), detached; None
+        routing_shares: while training, mean weight of each expert on this process's samples, (L, B, E), detached; None
             if nothing is routed.
     """
 
@@ -75,6 +75,7 @@ class LoRAMoEMixin:
         task_types: Tensor | None = None,
         row_weights: Tensor | None = None,
         supervised_indices: Tensor | None = None,
+        sample_ids: Tensor | None = None,
         balance_scale: float = 1.0,
         return_logits: bool = True,
         **kwargs,
@@ -88,6 +89,9 @@ class LoRAMoEMixin:
                 with the device.
             supervised_indices: of shape (N,), from the `Collator`: positions in the flattened batch whose next token
                 is supervised. None finds them, which synchronises with the device.
+            sample_ids: of shape (B, T), if samples share rows (from the `PackingCollator`): the number of each token's
+                sample, -1 for padding. `task_types` and `row_weights` are then those of the samples, and `position_ids`
+                restart with each; there is no mask. None is a sample for each row.
             balance_scale: factor on the balance term (and on the base model's own router loss) in `loss`, by which a
                 trainer makes the micro-batches of one optimizer step count as their mean. The reported terms lack it.
             return_logits: with labels, whether the output has the logits; they are large, and training needs none.
@@ -96,13 +100,17 @@ class LoRAMoEMixin:
 
         Raises:
             ValueError: the shape of `labels` or `task_types` does not fit the batch, a task type is out of range, the
-                mask cannot tell padding from text, or `logits_to_keep` is given with labels, which choose the
-                positions themselves.
+                mask cannot tell padding from text, `logits_to_keep` is given with labels, which choose the positions
+                themselves, or `sample_ids` with a mask or without positions and task types.
             RuntimeError: the adapter is frozen, or re-entrant checkpointing cut the routing off from its gradient.
         """
         if labels is None and hasattr(self, "router_aux_loss_coef"):
             # The base model's own router loss: stock forwards cannot compute it for a part of the mask, with a cache.
             kwargs.setdefault("output_router_logits", False)
+        if sample_ids is not None:
+            if attention_mask is not None or position_ids is None or task_types is None:
+                raise ValueError("sample_ids need position_ids and task_types, and no attention_mask")
+            use_cache = False  # with a cache, transformers would not look for samples in the positions
         stock_forward = partial(
             super().forward,
             input_ids=input_ids,
@@ -129,7 +137,7 @@ class LoRAMoEMixin:
             attention_mask = torch.ones_like(labels)
         elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, -labels.shape[1] :]  # with a cache, it covers what is in there as well
-        self._add_balance(output, recorder, attention_mask, task_types, row_weights, balance_scale)
+        self._add_balance(output, recorder, attention_mask, sample_ids, task_types, row_weights, balance_scale)
         if self.training and output.aux_loss is not None:
             output.loss = output.loss + self.router_aux_loss_coef * balance_scale * output.aux_loss
         return output
@@ -139,6 +147,7 @@ class LoRAMoEMixin:
         output: LoRAMoEOutput,
         recorder: RoutingRecorder,
         mask_BT: Tensor | dict,
+        sample_ids_BT: Tensor | None,
         task_types_B: Tensor | None,
         row_weights_B: Tensor | None,
         balance_scale: float,
@@ -159,9 +168,14 @@ class LoRAMoEMixin:
             return
         trains = self.training and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains and config.balances):
-            shares_LBE = recorder.sample_shares(mask_BT)
+            real_BT: Tensor | None = mask_BT
+            if sample_ids_BT is None:
+                shares_LBE = recorder.sample_shares(mask_BT)
+            else:
+                assert task_types_B is not None
+                shares_LBE, real_BT = recorder.packed_shares(sample_ids_BT, len(task_types_B)), None
             if config.balances:
-                term = self._balance_term(recorder, shares_LBE, mask_BT, task_types_B, row_weights_B, over_ranks=trains)
+                term = self._balance_term(recorder, shares_LBE, real_BT, task_types_B, row_weights_B, over_ranks=trains)
                 output.balance_loss = term.to(output.loss.device)
         if self.training:
             output.routing_shares = shares_LBE.detach()
@@ -172,7 +186,7 @@ class LoRAMoEMixin:
         self,
         recorder: RoutingRecorder,
         shares_LBE: Tensor,
-        mask_BT: Tensor,
+        mask_BT: Tensor | None,
         task_types_B: Tensor | None = None,
         row_weights_B: Tensor | None = None,
         over_ranks: bool = False,
@@ -181,11 +195,16 @@ class LoRAMoEMixin:
 
         With `blc_reference` it is the authors': of this rank's samples alone, with padding. They sum over the positions
         where a share is the mean: a factor, the length, which the term ignores.
+
+        Args:
+            mask_BT: 1 for real tokens, 0 for padding; None if samples share rows.
         """
-        config, num_rows = self._balance_config, len(mask_BT)
+        config, num_rows = self._balance_config, shares_LBE.shape[1]
         assert config is not None
         _refuse_detached(recorder)
         if config.blc_reference:
+            if mask_BT is None:
+                raise ValueError("blc_reference counts the padding of each sample, so samples cannot share rows")
             mask_BT, over_ranks = torch.ones_like(mask_BT), False
             shares_LBE = recorder.sample_shares(mask_BT)
         if task_types_B is None:
@@ -194,7 +213,7 @@ class LoRAMoEMixin:
             raise ValueError(f"task_types has shape {tuple(task_types_B.shape)}; this batch needs ({num_rows},)")
         elif row_weights_B is None:
             _check_task_types(task_types_B, config.num_task_types)
-        if row_weights_B is None:
+        if row_weights_B is None and mask_BT is not None:
             row_weights_B = mask_BT.any(dim=1)
         self._coefficients_KE = self._coefficients_KE.to(shares_LBE.device)
         coefficients_BE = self._coefficients_KE[task_types_B.to(shares_LBE.device)]

@@ -1,4 +1,7 @@
-"""The recording of routing: forward hooks on the routers, alive for one forward pass."""
+"""The recording of routing: forward hooks on the routers, alive for one forward pass.
+
+Shape suffixes: L adapted Linears, B rows, S samples, T tokens of a row, N of all rows, E experts, X = L * E.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +51,24 @@ class RoutingRecorder:
         weights = list(self.weights.values())
         rows = [each.to(weights[0].device).view(*mask_BT.shape, -1) for each in weights]
         return sample_shares(torch.stack(rows), mask_BT)
+
+    def packed_shares(self, sample_ids_BT: Tensor, num_samples: int) -> Tensor:
+        """As `sample_shares`, of samples that share rows, (L, S, E).
+
+        Args:
+            sample_ids_BT: the number of each token's sample, -1 for padding.
+            num_samples: S.
+        """
+        weights = list(self.weights.values())
+        device, num_experts = weights[0].device, weights[0].shape[-1]
+        weights_NX = torch.cat([each.to(device).flatten(0, -2) for each in weights], dim=-1).float()
+        sample_ids_N = sample_ids_BT.to(device).flatten()
+        belongs_SN = (sample_ids_N == torch.arange(num_samples, device=device).unsqueeze(1)).float()
+        # A product gives the same sums each time, where index_add does not on a GPU. Not in half precision.
+        with torch.autocast(device.type, enabled=False):
+            sums_SX = belongs_SN @ weights_NX
+        shares_SX = sums_SX / belongs_SN.sum(dim=1, keepdim=True).clamp(min=1)
+        return shares_SX.view(num_samples, len(weights), num_experts).transpose(0, 1)
 
     def _keep(self, name: str):
         def hook(module, inputs, output):

@@ -27,18 +27,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, set_seed
 
 from data import InputError, supervised_indices
-from loading.arguments import parse_arguments
-from loading.base_model import load_tokenizer
 from loading.command_line import at_least, range_problems, refuse, run_verb
 from loading.provenance import provenance
-from train import build_trainer, load_rows
-from training.stopping import StopSignals
 from workbench import grid
+from workbench.benchmark_packing import make_trainer, packing
 from workbench.benchmark_report import draw, markdown
 from workbench.instruments import step, step_counts, step_memory, timed, trim_heap
 from workbench.peers import Peer, PeerError
 from workbench.peers import resident_memory as peer_resident_memory
-from workbench.processes import as_flags, run_alone
+from workbench.processes import run_alone
 from workbench.rounds import Times
 from workbench.variants import (
     PlainLayer,
@@ -52,7 +49,6 @@ from workbench.variants import (
 )
 
 DEFAULT_MODEL, LARGE_MODEL = "models/SmolLM2-135M-Instruct", "Llama-2-7B"
-TRAINING_ROWS = "data/tiny_data/train"
 DROPOUTS = (0.0, 0.05)
 PEERS = ("peft_lora", "xlora")
 RATIO = ("ratio", "ratio_low", "ratio_high")
@@ -274,13 +270,14 @@ SECTIONS: dict[str, Callable[[Benchmark], dict]] = {
     "batches": Benchmark.batches,
     "decode": Benchmark.decode,
     "training": Benchmark.training,
+    "packing": packing,
     "ceilings": grid.ceilings,
     "grid": grid.grid,
     "peers": grid.peers,
     "planner": grid.planner,
 }
-# These are for large models on a GPU.
-ON_REQUEST = ("ceilings", "grid", "peers", "planner")
+# The first takes half an hour, the others are for large models on a GPU.
+ON_REQUEST = ("packing", "ceilings", "grid", "peers", "planner")
 
 
 def generate(model: nn.Module, prompt_BT: Tensor) -> float:
@@ -293,27 +290,7 @@ def generate(model: nn.Module, prompt_BT: Tensor) -> float:
 def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tuple[float, list[float]]:
     """Train one epoch on the tiny data. Returns samples per second and the loss of every step."""
     with tempfile.TemporaryDirectory() as output, redirect_stdout(sys.stderr):
-        flags = {
-            "model_name_or_path": folder,
-            "dataset_dir": TRAINING_ROWS,
-            "data_cache_dir": f"{output}/data",
-            "output_dir": f"{output}/run",
-            "per_device_train_batch_size": 8,
-            "lora_nums": 8,
-            "lora_rank": 4,
-            "lora_dropout": dropout,
-            "train_sampling_strategy": order,
-            "seed": 0,
-            "use_cpu": "true",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": "true",
-        }
-        model_args, data_args, args = parse_arguments(as_flags(**flags))
-        tokenizer = load_tokenizer(folder)
-        rows, _, _ = load_rows(tokenizer, model_args, data_args, args)
-        trainer = build_trainer(model_args, args, tokenizer, rows, None, None, StopSignals())
+        trainer = make_trainer(folder, output, lora_dropout=dropout, train_sampling_strategy=order)
         if is_plain:
             compute_as(trainer.model, PlainLayer, dropout)
             trainer.model.get_base_model().__class__ = PlainLlama
@@ -339,7 +316,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", help=f"folder of the base model; default {DEFAULT_MODEL}, with --quick a tiny Llama")
     parser.add_argument("--random", action="store_true", help=f"random bf16 weights of --model, default {LARGE_MODEL}")
-    parser.add_argument("--sections", help=f"list from {','.join(SECTIONS)}; default: all before ceilings")
+    parser.add_argument("--sections", help=f"list from {','.join(SECTIONS)}; default: all before packing")
     parser.add_argument("--kernels", default="", help="values of LORAMOE_KERNELS that grid and decode compare")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which grid and peers start no round")
     parser.add_argument("--rounds", type=int, help="rounds of the main table, half as many for others; default 10")

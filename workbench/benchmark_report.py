@@ -93,6 +93,20 @@ def _training(results: dict) -> str:
     return table(header, rows)
 
 
+def _packing(results: dict) -> str:
+    rows = [
+        [
+            row["rows"],
+            row["batches"],
+            f"{row['tokens_per_second']:.0f}" if "ratio" in row else "",
+            _ratio(row, "ratio") if "ratio" in row else "",
+            f"{row['padding']:.1%}",
+        ]
+        for row in results["packing"]
+    ]
+    return table(["rows", "micro-batches", "real tokens/s", "to grouped", "padding"], rows)
+
+
 TABLES = {
     "rows": _steps,
     "comparisons": _comparisons,
@@ -101,6 +115,7 @@ TABLES = {
     "batches": lambda results: _scaling(results, "batches"),
     "decode": _decode,
     "training": _training,
+    "packing": _packing,
 }
 
 
