@@ -23,8 +23,8 @@ peft_path=${peft_path:-}                            # adapter folder to continue
 load_in_kbits=${load_in_kbits:-16}                  # bits per base weight: 4 (nf4), 8 (int8), 16 (as stored)
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: .json, .jsonl, .csv or .parquet file, or a folder
-validation_file=${validation_file-auto}             # held-out rows; empty: none; auto: the tiny data's, if trained on it
+dataset_dir=${dataset_dir:-data/tiny_data/train}    # training rows: a file, a folder, or a mix.yaml (docs/DATA.md)
+validation_file=${validation_file-auto}             # held-out rows; empty: none; auto: the tiny data's or a mix's
 max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
 packing=${packing:-false}                           # fill rows with several samples, which do not see each other
 prompt_template=${prompt_template:-auto}            # plain, chat, or auto (chat where the tokenizer has a template)
@@ -77,7 +77,10 @@ done
 pretrained_model=${pretrained_model%/} dataset_dir=${dataset_dir%/}
 
 if [[ $validation_file == auto ]]; then
-    if [[ $dataset_dir == data/tiny_data/train ]]; then validation_file=data/tiny_data/test.json; else validation_file=""; fi
+    validation_file=""
+    if [[ $dataset_dir == data/tiny_data/train ]]; then validation_file=data/tiny_data/test.json; fi
+    holds_out='^[^#]*held_out["'\'']?: *[0-9.]*[1-9]' # in a mix.yaml: a share that is not 0
+    if [[ $dataset_dir == *.y*ml ]] && grep -Eqs "$holds_out" "$dataset_dir"; then validation_file=$dataset_dir; fi
 fi
 
 arguments=(

@@ -16,8 +16,9 @@ from data import (
     Encoding,
     InputError,
     PackingCollator,
+    Part,
     count_shared_rows,
-    load_data,
+    load_part,
     marked_row,
     pack,
     row_lengths,
@@ -147,16 +148,17 @@ def load_rows(
         data_args.prompt_template, data_args.max_seq_length, model_args.num_task_types, names, data_args.train_on
     )
 
-    def load(path: str) -> tuple[Dataset, DataStatistics]:
-        return load_data(path, tokenizer, encoding, data_args.data_cache_dir, data_args.preprocessing_num_workers)
+    def load(path: str, part: Part) -> tuple[Dataset, DataStatistics]:
+        cache_dir, num_proc = data_args.data_cache_dir, data_args.preprocessing_num_workers
+        return load_part(path, part, tokenizer, encoding, cache_dir, num_proc)
 
-    train_data, train_counts = load(data_args.dataset_dir)
+    train_data, train_counts = load(data_args.dataset_dir, "training")
     if args.dataloader_drop_last:
         check_drop_last(train_data, encoding.max_seq_length if data_args.packing else None, args)
     messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]
     eval_data, data_sha256 = None, {"dataset_sha256": train_counts.sha256}
     if data_args.validation_file:
-        eval_data, eval_counts = load(data_args.validation_file)
+        eval_data, eval_counts = load(data_args.validation_file, "held out")
         data_sha256["validation_sha256"] = eval_counts.sha256
         messages.append(f"evaluation rows  {data_args.validation_file}: {eval_counts.summary(encoding.max_seq_length)}")
         if args.process_index == 0 and (shared := count_shared_rows(train_data, eval_data)):

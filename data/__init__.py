@@ -2,8 +2,9 @@
 
 `files.py` reads data files, `formats.py` knows the shapes of their rows, `rows.py` checks and completes these,
 `chat_template.py` shows a conversation as the tokenizer's template does, `prompt.py` turns it into tokens, `dataset.py`
-encodes and caches whole files with the processes of `workers.py`, `sampler.py` orders rows, `packing.py` puts several
-into one, `collate.py` makes batches. `recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them.
+encodes and caches whole files with the processes of `workers.py`, `sources.py` puts together those that a mix
+(`mix.py`) names, also from the hub (`hub.py`), `sampler.py` orders rows, `packing.py` puts several into one,
+`collate.py` makes batches. `recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them.
 `answers.py` is the file of generated answers, `atomic.py` how files and folders are written, `errors.py` what the user
 can fix.
 """
@@ -42,6 +43,7 @@ from data.prompt import (
 )
 from data.rows import Reading
 from data.sampler import ORDERS, EpochDataLoader, GlobalBatchSampler
+from data.sources import Part, load_part
 
 __all__ = [
     "IGNORED_LABEL",
@@ -58,6 +60,7 @@ __all__ = [
     "InputError",
     "PackedRows",
     "PackingCollator",
+    "Part",
     "Reading",
     "answer_start",
     "count_shared_rows",
@@ -72,6 +75,7 @@ __all__ = [
     "first_line",
     "is_unicode",
     "load_data",
+    "load_part",
     "marked_row",
     "pack",
     "resolve_template",

@@ -5,6 +5,7 @@ not determine is refused.
 """
 
 import re
+from dataclasses import replace
 from datetime import date
 from functools import lru_cache
 from itertools import pairwise
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.errors import InputError, first_line
-from data.formats import Conversation
+from data.formats import Conversation, Turn
 
 # Variables of chat templates. Some write an empty block of thought before an answer that has none: with thinking off
 # it is part of the prompt as well, so that only the answer is learnt and generated. Others ignore the variable.
@@ -29,6 +30,8 @@ GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Templates that write today's date would train with one date and answer with another. This is Llama 3's default.
 TEMPLATE_DATE = date(2024, 7, 26)
 DATE_CODES = "-d", "-m", *"aAbBdejmuwyYFDxcHIMSpT"
+# Stands for the content of an answer, to see where the template writes it.
+PROBE = "PLACE-OF-AN-ANSWER"
 
 Span = tuple[int, int]
 
@@ -85,16 +88,37 @@ def render_answers(
         InputError: the template does not accept the conversation, or the text of an answer cannot be told apart.
     """
     whole = render(tokenizer, conversation, add_generation_prompt=False)
+    _check_tools(tokenizer, conversation, whole)
     spans = {turn: _answer_span(tokenizer, conversation, turn, whole) for turn in turns}
     if any(start < end for (_, end), (start, _) in pairwise(spans.values())):
         raise _indistinct("shows turns in another order")
     return whole, _marked(tokenizer, conversation, whole, spans)
 
 
+def _check_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, whole: str) -> None:
+    """Refuse tools, or calls of them, that the template does not write: with others it writes the same."""
+    if not conversation.tools:
+        return
+    turns = [_renamed_calls(turn) if turn.get("tool_calls") else turn for turn in conversation.messages]
+    others = {"tools": replace(conversation, tools=conversation.tools * 2)}
+    if turns != conversation.messages:
+        others["tool calls"] = replace(conversation, messages=turns)
+    for name, other in others.items():
+        if render(tokenizer, other, add_generation_prompt=False) == whole:
+            raise InputError(f"the tokenizer's chat template does not write {name}; leave such rows out")
+
+
+def _renamed_calls(turn: Turn) -> Turn:
+    calls = [call | {"function": call["function"] | {"name": "another"}} for call in turn["tool_calls"]]
+    return turn | {"tool_calls": calls}
+
+
 def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, whole: str) -> Span:
     """Where an answer is in the rendering of the conversation."""
     prompts = _prompts(tokenizer, conversation.until(turn))
     start = max((len(prompt) for prompt in prompts if whole.startswith(prompt)), default=None)
+    if start is None:
+        start = _start_after_changes(tokenizer, conversation, turn, whole, prompts)
     if start is None:
         raise _indistinct(f"does not append the answer (turn {turn}) to the prompt")
     if turn == len(conversation.messages) - 1:
@@ -107,6 +131,29 @@ def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     if end <= start:
         raise _indistinct(f"does not write the answer (turn {turn}) as it does at the end of a conversation")
     return start, end
+
+
+def _start_after_changes(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, whole: str, prompts: list[str]
+) -> int | None:
+    """Where an answer begins whose prompt the rest of the conversation changes, but for the turn before the answer.
+
+    Mistral's templates write the system text and the tools into the last turn of the user: they are in the prompt, but
+    not in what comes before the answer in a longer conversation. The answer begins as far before its content as it
+    does after the prompt.
+    """
+    messages = [
+        each | {"content": PROBE} if index == turn else each for index, each in enumerate(conversation.messages)
+    ]
+    probed = replace(conversation, messages=messages)
+    alone, within = (render(tokenizer, each, add_generation_prompt=False) for each in (probed.until(turn + 1), probed))
+    question = conversation.messages[turn - 1]["content"].strip()
+    for prompt in filter(alone.startswith, prompts):
+        before, found, _ = within.partition(alone[len(prompt) :].partition(PROBE)[0] + PROBE)
+        same = question in before and prompt.endswith(before[before.rfind(question) :])
+        if found and same and whole.startswith(before):
+            return len(before)
+    return None
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[str]:
@@ -122,19 +169,24 @@ def _common(tokenizer: PreTrainedTokenizerBase, answer: str, following: str) -> 
     """The text of an answer within a conversation, with which `following` begins; empty if it does not.
 
     Args:
-        answer: its text at the end of a conversation. A template may write more there (the end of the text), and the
-            thought that it drops from earlier answers.
+        answer: its text at the end of a conversation. A template may write more there: the end of the text, and before
+            it a thought, or white space, that it drops from earlier answers or from the last.
     """
-    control = _control_pattern(tokenizer)
-    common = ""
-    for piece in filter(None, control.split(answer)):
-        if not following.startswith(piece, len(common)):
+    text = following.lstrip()
+    pieces = [piece for piece in _control_pattern(tokenizer).split(answer.lstrip()) if piece]
+    words = [index for index, piece in enumerate(pieces) if piece.strip() and piece not in control_tokens(tokenizer)]
+    last = words[-1] + 1 if words else 0
+    content, ends = "".join(pieces[:last]), pieces[last:]
+    starts = (start for start in range(len(content)) if text[:1] == content[start] and content[start:].strip())
+    start = next((start for start in starts if text.startswith(content[start:])), None)
+    if words and (start is None or (start and ends and not text.startswith(content[start:] + ends[0]))):
+        return ""
+    common = content[start:]
+    for piece in ends:
+        if not text.startswith(piece, len(common)):
             break
         common += piece
-    if not common:
-        ends = (answer[start:] for start in range(len(answer)))
-        common = next((end for end in ends if following.startswith(end) and control.sub("", end).strip()), "")
-    return common.rstrip()
+    return (following[: len(following) - len(text)] + common).rstrip()
 
 
 def _marked(

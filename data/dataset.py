@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -36,6 +36,7 @@ FORMAT_VERSION = 9
 ROWS_NAME = "rows.arrow"
 STATISTICS_NAME = "statistics.json"
 MOST_NAMES_SHOWN = 5
+ROWS_AT_ONCE = 10_000
 # Raised for an entry of the cache that is missing or incomplete.
 INCOMPLETE = (OSError, ValueError, TypeError, AttributeError, LookupError, pyarrow.ArrowException)
 
@@ -53,6 +54,8 @@ class DataStatistics:
         supervised_tokens: those of them that the model learns to write.
         ignored: names of columns that are not fields of a row.
         skipped: names in the folder that are not data files.
+        table: of a mix, the lines of a table of its sources. Its `rows`, `truncated`, `dropped` and `ignored` are those
+            of all rows of the sources, whether they are taken or not.
         sha256: SHA-256 over the contents of the files.
     """
 
@@ -64,6 +67,7 @@ class DataStatistics:
     supervised_tokens: int
     ignored: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
     sha256: str = field(default="", compare=False)
 
     def summary(self, max_seq_length: int) -> str:
@@ -76,7 +80,7 @@ class DataStatistics:
             text += f"; columns that are ignored: {_listed(map(repr, self.ignored))}"
         if self.skipped:
             text += f"; skipped (not data files): {_listed(self.skipped)}"
-        return text
+        return "\n".join([text, *self.table])
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,13 @@ def load_data(
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
     """Tokens of each row of an encoded data set."""
-    column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-    return pyarrow.compute.list_value_length(column).to_numpy()
+    return np.concatenate([pyarrow.compute.list_value_length(ids).to_numpy() for ids in _blocks(rows, "input_ids")])
+
+
+def count_supervised(rows: datasets.Dataset) -> int:
+    """Tokens of an encoded data set that the model learns to write."""
+    spans = (pyarrow.compute.list_flatten(block).to_numpy() for block in _blocks(rows, "spans"))
+    return sum(int(each[1::2].sum() - each[::2].sum()) for each in spans)
 
 
 def task_types(rows: datasets.Dataset) -> set[int]:
@@ -193,6 +202,11 @@ def count_shared_rows(first: datasets.Dataset, second: datasets.Dataset) -> int:
         rows.select_columns("prompt_hash").with_format("numpy")[:]["prompt_hash"] for rows in (first, second)
     )
     return int(np.isin(second_hashes, first_hashes).sum())
+
+
+def _blocks(rows: datasets.Dataset, column: str) -> Iterator[pyarrow.ChunkedArray]:
+    """A column in blocks: the rows of a mix are gathered from all over its files, and all at once would fill memory."""
+    return (block[column] for block in rows.select_columns(column).with_format("arrow").iter(ROWS_AT_ONCE))
 
 
 def _listed(names: Iterable[str]) -> str:

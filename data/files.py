@@ -36,6 +36,8 @@ NO_PYTHON_VALUE = (ValueError, ArithmeticError, LookupError, pyarrow.ArrowExcept
 # Size of a block: about so many characters of JSON Lines, so many rows of the other kinds.
 CHARACTERS_OF_A_BLOCK = 2**18
 ROWS_OF_A_BLOCK = 1000
+# A cell of CSV whose closing quote is missing would hold the rest of the file.
+CHARACTERS_OF_A_CELL = 2**20
 
 
 class Block(NamedTuple):
@@ -293,6 +295,7 @@ def _cell_value(name: str, cell: str) -> str | int | None:
 
 def _records(file: Path, stream: TextIO) -> Iterator[tuple[str, list[str]]]:
     """The records of a CSV or TSV file, from the header on, and where each is."""
+    csv.field_size_limit(CHARACTERS_OF_A_CELL)  # of the process; libraries lift it
     reader = csv.reader(stream, delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True)
     number = 0
     cells: list[str] | None = []

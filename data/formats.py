@@ -38,9 +38,9 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """Indices of the assistant's turns that are to be learnt."""
+        """Indices of the assistant's turns that are to be learnt: one that begins the conversation answers nothing."""
         turns = enumerate(self.messages)
-        return [index for index, turn in turns if turn["role"] == "assistant" and turn.get("weight") != 0]
+        return [index for index, turn in turns if index and turn["role"] == "assistant" and turn.get("weight") != 0]
 
     def until(self, turn: int) -> "Conversation":
         """The turns before one."""
@@ -129,7 +129,7 @@ def to_conversation(row: Mapping[str, Any], form: Format, answered: bool = True)
     conversation = Conversation(turns, tools)
     if answered:
         if not conversation.answers:
-            raise InputError(f"has no turn of the assistant in {form.question!r}: there is nothing to learn from")
+            raise InputError(f"has no answer of the assistant in {form.question!r}: there is nothing to learn from")
         return conversation.until(conversation.answers[-1] + 1)
     prompt = conversation.until(len(turns) - (turns[-1]["role"] == "assistant"))
     if not prompt.messages:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -261,10 +260,8 @@ def _encode_segments(tokenizer: PreTrainedTokenizerBase, rows: list[list[_Segmen
         for literal in (False, True)
     }
     encoded = [[next(ids[segment.literal]) for segment in row] for row in rows]
-    if _marks_beginnings(tokenizer):
-        plain = [index for index, row in enumerate(rows) if not any(segment.literal for segment in row)]
-        for index in plain:
-            encoded[index] = _encode_in_context(tokenizer, rows[index], encoded[index])
+    if _depends_on_context(tokenizer):
+        encoded = [_in_context(tokenizer, row, parts) for row, parts in zip(rows, encoded, strict=True)]
     return [_joined(row, parts) for row, parts in zip(rows, encoded, strict=True)]
 
 
@@ -283,19 +280,19 @@ def _joined(row: list[_Segment], parts: list[list[int]]) -> Encoded:
     return encoded
 
 
-def _encode_in_context(
-    tokenizer: PreTrainedTokenizerBase, row: list[_Segment], parts: list[list[int]]
-) -> list[list[int]]:
-    """Token ids of segments as they follow each other: encoded separately, they would begin with a word's mark.
+def _in_context(tokenizer: PreTrainedTokenizerBase, row: list[_Segment], parts: list[list[int]]) -> list[list[int]]:
+    """Token ids of segments, each as it follows the one before: by itself, it would begin with a word's mark.
 
-    Those of `parts`, if what comes before a segment is tokenized differently with it.
+    Those of `parts`, if the segment before is tokenized differently with it, or one of the two is literal.
     """
-    texts = list(accumulate(segment.text for segment in row))
-    beginnings = pairwise([[], *_tokenize(tokenizer, texts, literal=False)])
-    return [
-        longer[len(shorter) :] if longer[: len(shorter)] == shorter else part
-        for (shorter, longer), part in zip(beginnings, parts, strict=True)
-    ]
+    places = [place for place in range(1, len(row)) if not (row[place - 1].literal or row[place].literal)]
+    pairs = _tokenize(tokenizer, [row[place - 1].text + row[place].text for place in places], literal=False)
+    following = list(parts)
+    for place, pair in zip(places, pairs, strict=True):
+        before = parts[place - 1]
+        if pair[: len(before)] == before:
+            following[place] = pair[len(before) :]
+    return following
 
 
 def _tokenize(
@@ -319,9 +316,11 @@ def _tokenize(
 
 
 @lru_cache(maxsize=8)
-def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the tokenizer puts the mark of a word before any text, as SentencePiece does."""
-    return "".join(tokenizer.tokenize("x")) != "x"
+def _depends_on_context(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether text is tokenized differently after other text: the tokenizer puts the mark of a word before any
+    text, as SentencePiece does, or has special tokens that swallow the white space after them, as Phi 3's do."""
+    marks_beginnings = "".join(tokenizer.tokenize("x")) != "x"
+    return marks_beginnings or any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
 
 
 def _spells_control(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

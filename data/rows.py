@@ -44,14 +44,14 @@ class Reading:
         columns: the file's name for columns of the format: `{"prompt": "question"}`.
         task_type: of rows that do not say theirs.
         task: of rows that do not say theirs.
-        place: what messages and `source` call the file; by default its name.
+        prefix: stands before the file's name in `source`.
     """
 
     format: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     task_type: int | str | None = None
     task: str = ""
-    place: str = ""
+    prefix: str = ""
 
     def renamed(self, row: dict) -> dict:
         """A row with the format's names of columns.
@@ -132,7 +132,11 @@ def row_problem(
     assert isinstance(row, dict)
     if plain and (problem := plain_problem(conversation)):
         return problem
-    return _text_problem(row) or _task_type_problem(row.get("task_type"), num_task_types, task_type_names)
+    row = reading.renamed(row)
+    if problem := _text_problem(row):
+        return problem
+    problem = task_type_problem(row.get("task_type"), num_task_types, task_type_names)
+    return f"'task_type' {problem}" if problem else None
 
 
 def read_row(row: object, reading: Reading = RECOGNISED, answered: bool = True) -> Conversation:
@@ -169,7 +173,7 @@ def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Re
                 "task_type": UNLABELLED if task_type is None else task_type,
                 "task": row.get("task") or reading.task,
                 "aliases": row.get("aliases") or [],
-                "source": f"{reading.place or block.file.name} row {number}",
+                "source": f"{reading.prefix}{block.file.name} row {number}",
             }
         )
     return rows
@@ -220,13 +224,14 @@ def _text_problem(row: dict) -> str | None:
     return None
 
 
-def _task_type_problem(task_type: object, num_task_types: int, names: Sequence[str]) -> str | None:
+def task_type_problem(task_type: object, num_task_types: int, names: Sequence[str] = ()) -> str | None:
+    """What is wrong with the number or name of a task type, or None."""
     if task_type is None or (isinstance(task_type, str) and task_type in names):
         return None
     if type(task_type) is not int or not 0 <= task_type < num_task_types:
         named = f"one of {', '.join(names)}, or " if names else ""
         allowed = " or ".join(map(str, range(num_task_types))) if num_task_types < 4 else f"0 to {num_task_types - 1}"
-        return f"'task_type' is {shown(task_type)}, but has to be {named}{allowed} (a whole number), or be left out"
+        return f"is {shown(task_type)}, but has to be {named}{allowed} (a whole number), or be left out"
     return None
 
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Collator, InputError, load_data
+from data import Collator, InputError, Part, load_part
 from inference.trained import TrainedModel
 from loading.base_model import check_lengths
 
@@ -24,7 +24,8 @@ def load_rows(trained: TrainedModel, path: str | None, field: str, cache_dir: st
     path = path or trained.run_config.get(field)
     if not path:
         raise InputError(f"name a data file: the adapter's folder does not have a run_config.json that names a {field}")
-    rows, _ = load_data(path, trained.tokenizer, trained.encoding(), cache_dir)
+    part: Part = "training" if field == "dataset_dir" else "held out"
+    rows, _ = load_part(path, part, trained.tokenizer, trained.encoding(), cache_dir)
     check_lengths(trained.model, rows, remedy=f"shorten or remove the longer ones in {path}")
     return path, rows
 

@@ -222,8 +222,10 @@ def _targets(text: str) -> list[str] | str | None:
 class DataArguments:
     """The data and its encoding as tokens."""
 
-    dataset_dir: str = flag(None, "training rows: a .json, .jsonl, .csv, .tsv or .parquet file, or a folder of them")
-    validation_file: str | None = flag(None, "evaluation rows, file or folder; by default nothing is evaluated")
+    dataset_dir: str = flag(None, "training rows: a data file, a folder of them, or a mix.yaml (docs/DATA.md)")
+    validation_file: str | None = flag(
+        None, "evaluation rows: file, folder, or what a mix.yaml holds out; by default none"
+    )
     max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
     packing: bool = flag(
         False, "fill each row of a batch up to max_seq_length with samples, which do not see each other"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from data import TEMPLATES, DataStatistics, InputError, load_data
+from data import TEMPLATES, DataStatistics, InputError, load_part
 from data.atomic import write_json
 from data.errors import writing
 from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
@@ -42,7 +42,10 @@ class EvaluateArguments:
 
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "files or folders of rows, each measured separately; by default the run's validation file"},
+        metadata={
+            "help": "files or folders of rows, or mixes (what they hold out), each measured separately; by default "
+            "the run's validation file"
+        },
     )
     output: str | None = flag(None, "JSON file for all results")
     base: bool = flag(False, "also measure the base model")
@@ -162,7 +165,7 @@ def load_sets(
     encoding = trained.encoding(template, args.max_seq_length)
     sets = []
     for path in paths:
-        rows, statistics = load_data(path, trained.tokenizer, encoding, args.data_cache_dir)
+        rows, statistics = load_part(path, "held out", trained.tokenizer, encoding, args.data_cache_dir)
         check_lengths(trained.model, rows)
         if unknown := sorted(set(args.label_tasks) - set(rows["task"])):
             raise InputError(f"--label_tasks {' '.join(unknown)}: {path} does not have a row of this task")

@@ -27,15 +27,14 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 import datasets
-import pyarrow
 from filelock import FileLock, Timeout
-from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
-from data import InputError, first_line
+from data import InputError
 from data.atomic import atomic_file
 from data.errors import writing
 from data.facts import TASK as CLOSED_BOOK
+from data.hub import reading_hub, shuffled
 from data.recipes import RECIPES, Source, evaluation_parts
 from inference.metrics import normalized
 from loading.command_line import at_least, flag, parse_flags, range_problems, run_verb
@@ -44,9 +43,6 @@ from loading.provenance import provenance
 COMMAND = "python -m scripts.prepare_data"
 COUNTS_NAME = "counts.json"
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
-SHUFFLE_BUFFER = 10_000
-# Errors raised when reading from the hub.
-UNREADABLE = (OSError, ValueError, HTTPError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
 
 
 @dataclass
@@ -108,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # unreadable() reports errors, once
+    datasets.logging.set_verbosity(logging.CRITICAL)  # reading_hub() reports errors, once
     folder = Path(args.output)
     with writing(f"{folder} cannot be written", "once that is fixed, run the same command to continue"), alone(folder):
         partial, counts = begin(folder, args, argv)
@@ -187,18 +183,14 @@ def open_part(source: Source, seed: int) -> datasets.IterableDataset:
     Raises:
         InputError: it cannot be read, or columns are missing.
     """
-    try:
+    with reading_hub(*in_words(source)):
         records = datasets.load_dataset(
             "parquet", data_files=source.files, split="train", streaming=True, columns=list(source.columns)
         )
-        # By row groups, so that the sample comes from all parts of the files. One group at a time: reading several
-        # takes threads, which need five seconds at the end of each set to stop.
-        shuffled = records.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
-    except UNREADABLE as error:
-        raise unreadable(source, first_line(error)) from error
-    if missing := set(source.columns) - set(records.column_names):
-        raise unreadable(source, f"it has no column {', '.join(sorted(missing))}")
-    return shuffled
+        opened = shuffled(records, seed)
+        if missing := set(source.columns) - set(records.column_names):
+            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    return opened
 
 
 def read(source: Source, records: datasets.IterableDataset) -> Iterator[dict]:
@@ -207,16 +199,15 @@ def read(source: Source, records: datasets.IterableDataset) -> Iterator[dict]:
     Raises:
         InputError: it can no longer be read.
     """
-    try:
+    with reading_hub(*in_words(source)):
         yield from records
-    except UNREADABLE as error:
-        raise unreadable(source, first_line(error)) from error
 
 
-def unreadable(source: Source, reason: str) -> InputError:
-    return InputError(
-        f"{source.name} could not be read from the hub ({source.files}): {reason}\n"
-        f"once that is fixed, run the same command to continue; or leave the set out with --without {source.hub_id}"
+def in_words(source: Source) -> tuple[str, str]:
+    """What is said if a set cannot be read: that it cannot, and what to do."""
+    return (
+        f"{source.name} could not be read from the hub ({source.files})",
+        f"once that is fixed, run the same command to continue; or leave the set out with --without {source.hub_id}",
     )
 
 
@@ -232,8 +223,9 @@ def write_evaluation(partial: Path, opened: dict[Source, Iterable], args: Prepar
             asked.add(key)
             if len(kept) < args.evaluation_rows:
                 kept.setdefault(key, row)
-        if not kept:
-            raise unreadable(source, "none of its records can be used")
+        with reading_hub(*in_words(source)):
+            if not kept:
+                raise ValueError("none of its records can be used")
         write_rows(partial / "evaluation" / f"{file_name(source)}.jsonl", kept.values())
         counts["evaluation"][file_name(source)] = {"rows": len(kept)}
     return asked

@@ -12,7 +12,15 @@ import torch
 from conftest import ROOT, THINKING, example_rows, fill_adapter, filled_model, tiny_config, tiny_tokenizer
 from tokenizers import processors
 
-from data import Collator, InputError, encode_prompt, encode_target, encode_turns
+from data import (
+    Collator,
+    Conversation,
+    InputError,
+    encode_answer,
+    encode_prompt,
+    encode_target,
+    encode_turns,
+)
 from inference.evaluation import METRICS, label_tasks
 from inference.generation import DecodingArguments, generate_answers
 from inference.metrics import TEXT_METRICS
@@ -178,6 +186,27 @@ def test_the_same_seed_gives_the_same_file_and_the_runs_own_data_are_the_default
     for name in METRICS:
         if name in first_all:
             assert first_all[name] == pytest.approx(second_all[name], rel=1e-4)
+
+
+def test_conversations_are_measured_by_all_of_their_answers(run, tmp_path):
+    turns = [("user", "the cat"), ("assistant", "sat"), ("user", "the dog ?"), ("assistant", "lay")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": messages[:end]}) for end in (4, 2)))
+    _, report = run("--data", file, "--template", "chat", "--metrics", "lm_loss", "exact_match")
+    model, tokenizer = filled_model().eval(), tiny_tokenizer()
+    losses = []
+    for end in (4, 2):
+        ids = tokenizer.apply_chat_template(messages[:end], return_dict=False)
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        for answer in range(1, end, 2):
+            start = len(encode_turns(tokenizer, "chat", messages[:answer]))
+            stop = start + len(encode_answer(tokenizer, "chat", Conversation(messages[:answer]), turns[answer][1]))
+            losses += [-logits[place - 1, ids[place]].item() for place in range(start, stop)]
+    (results,) = report["data"]
+    assert results["results"]["adapter"]["all"]["lm_loss"]["value"] == pytest.approx(
+        sum(losses) / len(losses), rel=1e-5
+    )
 
 
 def test_several_files_are_measured_one_by_one(run, data_file, labelled_file):

@@ -112,9 +112,9 @@ def test_a_long_conversation_is_cut_and_its_last_answer_is_the_last_that_is_left
 def test_what_a_source_says_holds_for_rows_that_do_not(tmp_path, tokenizer):
     rows = [{"question": "the cat", "answer": "sat"}, {"question": "the dog", "answer": "lay", "task_type": 0}]
     columns = {"prompt": "question", "completion": "answer"}
-    found = load(rows, tokenizer, tmp_path, columns=columns, task_type=1, task="pets", place="zoo/rows")
+    found = load(rows, tokenizer, tmp_path, columns=columns, task_type=1, task="pets", prefix="zoo/")
     assert (found["task_type"][:], found["task"][:]) == ([1, 0], ["pets", "pets"])
-    assert found["source"][:] == ["zoo/rows row 1", "zoo/rows row 2"]
+    assert found["source"][:] == ["zoo/rows.jsonl row 1", "zoo/rows.jsonl row 2"]
     with pytest.raises(
         InputError, match=r"row 1: has no 'asked', which is mapped to 'prompt'; its fields are question, a"
     ):
@@ -200,6 +200,14 @@ def test_parts_are_joined_trailing_turns_are_left_out_and_a_weight_of_0_is_not_l
     assert shown.endswith("[[on the mat<|im_end|>]]")
 
 
+def test_a_greeting_of_the_assistant_is_not_learnt(tokenizer):
+    row = turns(("assistant", "Hello!"), ("user", "the cat"), ("assistant", "sat"))
+    (encoded,) = encode_conversations(tokenizer, "chat", [read(row)])
+    shown = marked_row(tokenizer, {"input_ids": encoded.input_ids, "spans": encoded.spans})
+    assert shown.startswith("<|im_start|>assistant\nHello!<|im_end|>")
+    assert shown.count("[[") == 1
+
+
 def test_special_tokens_that_turns_spell_stay_text(tokenizer):
     turns = [
         {"role": "user", "content": "repeat <|im_end|>"},
@@ -246,8 +254,9 @@ BAD = {
     ),
     "no assistant": (
         turns(("user", "x"), ("user", "y")),
-        "has no turn of the assistant in 'messages': there is nothing",
+        "has no answer of the assistant in 'messages': there is nothing",
     ),
+    "answer alone": (turns(("assistant", "x"), ("user", "y")), "has no answer of the assistant in 'messages'"),
     "number as content": (turns(("user", 3)), r"the content of messages\[0\] is 3, but has to be a string"),
     "picture": (
         turns(("user", [{"type": "image_url", "image_url": "x"}])),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import THINKING, example_rows, filled_model, full_disk, tiny_tokenizer
 
-from data import AnswerFile, InputError, encode_prompt
+from data import AnswerFile, InputError, encode_prompt, encode_turns
 from inference.generation import DecodingArguments, batches_by_length, generate_answers
 from loading.lock import locked
 from scripts import generate
@@ -94,6 +94,27 @@ def test_a_file_is_answered_in_its_order(run, prompts_file, tmp_path, adapter_di
         expected = alone(model, encode_prompt(tokenizer, "plain", row["instruction"], row["input"]))
         assert row["generated"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert not list(output.parent.glob("*.partial"))
+
+
+def test_conversations_are_answered_after_their_last_question(run, tmp_path):
+    """Whatever the format; an answer that is there is not read."""
+    turns = [("user", "the cat"), ("assistant", "sat"), ("user", "the dog ?"), ("assistant", "lay")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    sharegpt = [{"from": {"user": "human"}.get(role, "gpt"), "value": content} for role, content in turns]
+    rows = [{"messages": messages}, {"messages": messages[:3], "id": 1}, {"conversations": sharegpt}]
+    rows += [{"prompt": messages[:3], "completion": None}, {"prompt": "the cat"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    output = tmp_path / "answers.json"
+    run("--input", tmp_path / "rows.json", "--output", output, "--template", "chat")
+    answers = json.loads(output.read_text())
+    model, tokenizer = filled_model().eval(), tiny_tokenizer()
+    for count, same in ((3, answers[:4]), (1, answers[4:])):
+        expected = alone(model, encode_turns(tokenizer, "chat", messages[:count]))
+        assert {row["generated"] for row in same} == {tokenizer.decode(expected, skip_special_tokens=True).strip()}
+    with pytest.raises(
+        InputError, match=r"a prompt is a conversation \(user, assistant, user\), but the prompt template"
+    ):
+        run("--input", tmp_path / "rows.json", "--output", output, "--template", "plain")
 
 
 @pytest.mark.parametrize("flags", [(), ("--temperature", "1.5", "--seed", "4")], ids=["greedy", "drawn"])

@@ -465,6 +465,24 @@ def test_the_tiny_data_alone_brings_its_held_out_rows(dry_run):
     assert not {"--validation_file", "--eval_strategy", "--eval_steps"} & {*flag_values(prepare[1:])}
 
 
+@pytest.mark.parametrize(
+    ("mix", "is_evaluated"),
+    [
+        ("held_out: 0.1\nsources: []", True),
+        ("sources:\n  - {path: a.json, held_out: .05}", True),
+        ('{"held_out": 1e-3}', True),
+        ("sources: []", False),
+        ("held_out: 0.0 # not 0.1", False),
+        ("# held_out: 0.1", False),
+    ],
+)
+def test_a_mix_brings_the_rows_that_it_holds_out(dry_run, tmp_path, mix, is_evaluated):
+    (tmp_path / "mix.yaml").write_text(mix)
+    *_, prepare, _ = dry_run(dataset_dir="mix.yaml")
+    assert flag_values(prepare[1:]).get("--validation_file") == ("mix.yaml" if is_evaluated else None)
+    assert ("--eval_steps" in prepare) == is_evaluated
+
+
 def test_a_slash_behind_a_folder_changes_nothing(dry_run):
     fetch, prepare, _ = dry_run(pretrained_model="models/SmolLM2-135M-Instruct/", dataset_dir="data/tiny_data/train/")
     assert fetch == ["-m", "scripts.fetch_base_model"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +14,7 @@ from pydantic import ConfigDict, PlainValidator, StrictInt, TypeAdapter, Validat
 from data import InputError
 from data.dataset import file_hash
 from data.facts import FACTS_FILE
+from data.mix import YamlLoader
 from scripts.prepare_data import COUNTS_NAME
 from workbench.experiments.records import ARMS, BASE, MIXTURE, find_record, problem
 
@@ -259,15 +259,6 @@ def best_rate(trials: dict[float, dict]) -> float | None:
     return min((rate for rate in losses if math.isfinite(losses[rate])), key=losses.get, default=None)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, as YAML 1.2 has it; to PyYAML it is text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def read_experiment(file: str | Path) -> Experiment:
     """Read a configuration.
 
@@ -275,7 +266,7 @@ def read_experiment(file: str | Path) -> Experiment:
         InputError: the file is not valid YAML, or its fields differ from those of `Experiment` in name or type.
     """
     try:
-        values = yaml.load(Path(file).read_text(), _Loader)
+        values = yaml.load(Path(file).read_text(), YamlLoader)
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"--config {file} cannot be read: {error}") from None
     try:
