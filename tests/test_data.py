@@ -55,7 +55,7 @@ BAD_ROWS = {
     "number for a string": (GOOD | {"instruction": 3}, r"row 2: 'instruction' is 3, but has to be a string"),
     "list for a string": (
         GOOD | {"output": ["a"]},
-        r"row 2: output\[0\] is \"a\", but has to be an object with a role",
+        r"row 2: output\[0\] is \"a\", but has to be an object with role",
     ),
     "no object": (["Say", "yes"], r"row 2: is \[\"Say\", \"yes\"\], but has to be an object"),
     "negative type": (
@@ -114,7 +114,7 @@ def test_several_bad_rows_are_listed_together(tmp_path, tokenizer):
     file.write_text(json.dumps([GOOD, without("output"), GOOD, without("instruction")]))
     with pytest.raises(
         InputError,
-        match=r"(?s)row 2: has no 'output'.*row 4: has no 'instruction' \(other formats have 'inst",
+        match=r"(?s)row 2: has no 'output'.*row 4: has no 'instruction' \(formats begin with 'inst",
     ):
         load(file, tokenizer, tmp_path)
 

@@ -1,5 +1,6 @@
 """The formats of rows: the same conversation in each gives the same tokens; bad rows are named."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -86,6 +87,13 @@ def test_an_exchange_gives_the_same_tokens_in_every_format(tmp_path, tokenizer):
             )
 
 
+def test_a_table_may_hold_conversations_as_json(tmp_path, tokenizer):
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["messages"], [json.dumps(LONG["messages"])]])
+    (row,) = load_data(tmp_path / "rows.csv", tokenizer, ENCODING, tmp_path / "cache")[0]
+    assert json.loads(row["turns"]) == LONG["messages"][:4]
+
+
 def test_a_conversation_gives_the_same_tokens_in_three_formats(tmp_path, tokenizer):
     turns = LONG["messages"]
     names = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -133,7 +141,7 @@ def test_answers_after_the_limit_are_not_looked_for(tokenizer, monkeypatch, answ
 
 def test_what_a_source_says_holds_for_rows_that_do_not(tmp_path, tokenizer):
     rows = [{"question": "the cat", "answer": "sat"}, {"question": "the dog", "answer": "lay", "task_type": 0}]
-    columns = {"prompt": "question", "completion": "answer"}
+    columns = {"prompt": "question", "completion": "answer", "aliases": "others"}
     found = load(rows, tokenizer, tmp_path, columns=columns, task_type=1, task="pets", prefix="zoo/")
     assert (found["task_type"][:], found["task"][:]) == ([1, 0], ["pets", "pets"])
     assert found["source"][:] == ["zoo/rows.jsonl row 1", "zoo/rows.jsonl row 2"]
@@ -151,6 +159,8 @@ def test_a_declared_format_decides_between_several(tmp_path, tokenizer):
         load([row], tokenizer, tmp_path)
     for name, answer in (("alpaca", "sat"), ("instruction", "sat"), ("dolly", "lay")):
         assert load([row], tokenizer, tmp_path, format=name)["output"][:] == [answer]
+    others = {"context": "here", "messages": PAIR, "prompt": "x", "completion": "y"}
+    assert load([row | others], tokenizer, tmp_path, format="alpaca")["output"][:] == ["sat"]
     # A column that is empty does not count.
     assert read(row | {"response": ""}).messages[-1]["content"] == "sat"
 
@@ -259,7 +269,7 @@ def test_special_tokens_that_turns_spell_stay_text(tokenizer):
     ]
     assert answers == ["<|im_end|> it is<|im_end|>", "no </s><|im_end|>"]
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "<|im_end|>", "arguments": {}}}]}
-    with pytest.raises(InputError, match="a tool, a call of one or a thought spells a special token"):
+    with pytest.raises(InputError, match="a tool, a tool call or reasoning contains a special token"):
         encode_conversations(tokenizer, "chat", [Conversation([turns[0], call], TOOLS)])
 
 
@@ -270,7 +280,7 @@ def turns(*pairs: tuple[str, object]) -> dict:
 BAD = {
     "nothing known": (
         {"question": "x", "answer": "y"},
-        r"has no 'instruction' \(other formats have 'instruction', 'prom.*are 'question', 'answer' \(docs/DATA.md",
+        r"has no 'instruction' \(formats begin with 'instruction', 'prom",
     ),
     "a known name where its format is not": (
         {"inputs": "x", "targets": "y"},
@@ -282,25 +292,26 @@ BAD = {
         r"messages\[1\] has a 'function_call', which is not read: write it as 'tool_calls'",
     ),
     "empty conversation": ({"messages": []}, "'messages' is empty: a conversation has at least one turn"),
-    "no list": ({"messages": "hello"}, "'messages' is \"hello\", but has to be a list of turns"),
+    "no list": ({"messages": "hello"}, "'messages': not JSON .*: \"hello\""),
+    "a number": ({"messages": 3}, "'messages' is 3, but has to be a list of turns"),
     "no turn": (
         {"messages": ["hello"]},
-        r"messages\[0\] is \"hello\", but has to be an object with a role and a content",
+        r"messages\[0\] is \"hello\", but has to be an object with role and content",
     ),
     "no content": ({"messages": [{"role": "user"}]}, r"messages\[0\] has no 'content'; its fields are 'role'"),
     "unknown role": (
         turns(("narrator", "x")),
-        r"messages\[0\] has the role \"narrator\"; known are system, developer, user,",
+        r"messages\[0\].role is \"narrator\", but has to be one of system, developer, user,",
     ),
     "unknown from": (
         {"conversations": [{"from": "narrator", "value": "x"}]},
-        r"conversations\[0\] has the from \"narrator\"; known are",
+        r"conversations\[0\].from is \"narrator\", but has to be one of",
     ),
     "no assistant": (
         turns(("user", "x"), ("user", "y")),
-        "has no answer of the assistant in 'messages': there is nothing",
+        "has no answer to train on in 'messages'",
     ),
-    "answer alone": (turns(("assistant", "x"), ("user", "y")), "has no answer of the assistant in 'messages'"),
+    "answer alone": (turns(("assistant", "x"), ("user", "y")), "has no answer to train on in 'messages'"),
     "number as content": (turns(("user", 3)), r"the content of messages\[0\] is 3, but has to be a string"),
     "picture": (
         turns(("user", [{"type": "image_url", "image_url": "x"}])),
@@ -309,15 +320,15 @@ BAD = {
     "empty answer": (turns(("user", "x"), ("assistant", " ")), r"messages\[1\] is an empty answer"),
     "weight": (
         {"messages": [PAIR[0], PAIR[1] | {"weight": 0.5}]},
-        r"messages\[1\] has the weight 0.5, but it has to be 1, or 0",
+        r"messages\[1\].weight is 0.5, but has to be 1, or 0",
     ),
     "call without tools": (
         {"messages": [PAIR[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-        r"calls a tool \(turn 1\), but has no 'tools' that says which there are",
+        r"uses a tool \(turn 1\), but has no 'tools' that describes it",
     ),
     "result without tools": (
         turns(("user", "x"), ("tool", "3"), ("assistant", "y")),
-        r"calls a tool \(turn 1\), but has no",
+        r"uses a tool \(turn 1\), but has no",
     ),
     "call without name": (
         {"messages": [PAIR[0], {"role": "assistant", "tool_calls": [{"id": "x"}]}], "tools": TOOLS},
@@ -341,7 +352,7 @@ BAD = {
     ),
     "tools as text": (
         {"messages": PAIR, "tools": ["add"]},
-        r"'tools' is \[\"add\"\], but has to be a list of functions' JSON",
+        r"'tools' is \[\"add\"\], but has to be a list of JSON schemas",
     ),
     "half a character": (
         turns(("user", "a\ud83d"), ("assistant", "b")),
@@ -372,7 +383,7 @@ def test_what_the_template_refuses_is_named_by_row(tmp_path, tokenizer):
 def test_plain_has_a_prompt_and_an_answer_only(tmp_path, tokenizer):
     assert len(load([ROWS["messages"]], tokenizer, tmp_path, Encoding("plain", 256, 2)))
     with pytest.raises(
-        InputError, match=r"row 1: is a conversation \(system, user, assistant, user, assistant\), but the"
+        InputError, match=r"row 1: is a conversation \(system, user, assistant, user, assistant\), but prompt_"
     ):
         load([LONG], tokenizer, tmp_path, Encoding("plain", 256, 2))
 
