@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.files import Unreadable, is_unicode, shown
 
 Turn = dict[str, Any]
@@ -176,6 +176,8 @@ def _read_turn(turn: object, place: str) -> Turn:
     """A turn in either spelling, `role` and `content` or `from` and `value`."""
     if not isinstance(turn, dict):
         raise InputError(f"{place} is {shown(turn)}, but has to be an object with a role and a content")
+    if not is_empty(turn.get("function_call")):
+        raise InputError(f"{place} has a 'function_call', which is not read: write it as 'tool_calls'")
     names = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     needed = names[:1] if turn.get("tool_calls") else names
     if missing := [name for name in needed if name not in turn]:
@@ -245,6 +247,10 @@ def _check_tools(turns: list[Turn], tools: list[dict] | None) -> None:
     of_tools = [index for index, turn in enumerate(turns) if turn.get("tool_calls") or turn["role"] == "tool"]
     if of_tools and not tools:
         raise InputError(f"calls a tool (turn {of_tools[0]}), but has no 'tools' that says which there are")
+    try:
+        json.dumps([tools, *(turn.get("tool_calls") for turn in turns)], ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # dates of Parquet, half a surrogate pair, endless nesting
+        raise InputError(f"has a tool, or a call of one, that is not JSON ({first_line(error)})") from None
 
 
 def _json(place: str, text: str) -> Any:

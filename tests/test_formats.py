@@ -291,6 +291,17 @@ BAD = {
         {"messages": PAIR, "tools": ["add"]},
         r"'tools' is \[\"add\"\], but has to be a list of functions' JSON",
     ),
+    "half a character in a call": (
+        {
+            "messages": [PAIR[0], {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": "\ud83d"}}]}],
+            "tools": TOOLS,
+        },
+        r"has a tool, or a call of one, that is not JSON \('utf-8' codec can't encode character '\\ud83d'",
+    ),
+    "the older spelling of a call": (
+        {"messages": [PAIR[0], PAIR[1] | {"function_call": {"name": "add", "arguments": "{}"}}]},
+        r"messages\[1\] has a 'function_call', which is not read: write it as 'tool_calls'",
+    ),
     "half a character": (
         turns(("user", "a\ud83d"), ("assistant", "b")),
         r"the content of messages\[0\] holds half of a surr",
