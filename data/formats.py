@@ -225,7 +225,7 @@ def _call(place: str, call: object) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InputError(f"{place} is {shown(call)}, but has to be a function with a name and arguments")
-    arguments = _json(f"{place}: the arguments", function.get("arguments", {}))
+    arguments = _json(f"{place}.arguments", function.get("arguments", {}))
     read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **read} if isinstance(call, dict) and isinstance(call.get("id"), str) else read
 

@@ -238,10 +238,12 @@ def read_mix(file: str | Path, num_task_types: int, task_type_names: Sequence[st
 
 
 def check_columns(file: Path, columns: dict[str, str]) -> None:
-    """Raise InputError if the first rows of a file lack a mapped column."""
-    block = next(split_files([file]), None)
-    rows = [row for _, row in read_block(block)] if block else []
-    names = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+    """Raise InputError if no row of a file has a mapped column. Rows are read until all have occurred."""
+    names: dict[str, None] = {}
+    for block in split_files([file]):
+        names |= dict.fromkeys(name for _, row in read_block(block) if isinstance(row, dict) for name in row)
+        if names.keys() >= set(columns.values()):
+            return
     for name, there in columns.items():
         if there not in names:
             raise InputError(f"{file} has no column {there!r}, which columns.{name} names; {_nearest(there, names)}")

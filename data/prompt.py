@@ -1,5 +1,6 @@
 """Prompts, the text that the model reads, and answers, the text that it learns to write, as token ids."""
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,8 @@ from data.files import is_unicode
 from data.formats import Conversation, Turn
 
 TEMPLATES = ("auto", "plain", "chat")
-PLACEHOLDER = "PLACE-OF-THE-CONTENT"
+PLACEHOLDER = "PLACE-OF-CONTENT-{}-"
+PLACEHOLDERS = re.compile(PLACEHOLDER.format(r"(\d+)"))
 # A conversation with more answers is encoded in steps, each of twice as many.
 ANSWERS_AT_FIRST = 16
 TrainOn = Literal["all", "last"]
@@ -209,8 +211,8 @@ def _shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Co
         InputError: something else contains one.
     """
     messages = [
-        turn | {"content": PLACEHOLDER} if _spells_control(tokenizer, turn["content"]) else turn
-        for turn in conversation.messages
+        turn | {"content": PLACEHOLDER.format(index)} if _spells_control(tokenizer, turn["content"]) else turn
+        for index, turn in enumerate(conversation.messages)
     ]
     others = [[value for name, value in turn.items() if name != "content"] for turn in messages]
     if any(_spells_control(tokenizer, text) for text in _strings([others, conversation.tools])):
@@ -254,27 +256,26 @@ def _segments(
     Args:
         spans: start and end of each supervised answer in the text, by turn.
     """
-    contents = [turn["content"] for turn in conversation.messages if _spells_control(tokenizer, turn["content"])]
-    if rendered.count(PLACEHOLDER) != len(contents):
+    contents = [turn["content"] for turn in conversation.messages]
+    spelling = [index for index, content in enumerate(contents) if _spells_control(tokenizer, content)]
+    # A template may show them in another order.
+    if sorted(map(int, PLACEHOLDERS.findall(rendered))) != spelling:
         raise InputError(
             "a turn contains a special token, and the tokenizer's chat template does not show the turn exactly once, "
             "so the token cannot be told from the template's own; use prompt_template plain"
         )
-    segments, place, literal = [], 0, iter(contents)
+    segments, place = [], 0
     for turn, (start, end) in spans.items():
-        segments += [*_split(rendered[place:start], literal, None), *_split(rendered[start:end], literal, turn)]
+        segments += [*_split(rendered[place:start], contents, None), *_split(rendered[start:end], contents, turn)]
         place = end
     # Trailing white space after the last answer is dropped.
-    return segments + list(_split(rendered[place:] if not spans else rendered[place:].rstrip(), literal, None))
+    return segments + list(_split(rendered[place:] if not spans else rendered[place:].rstrip(), contents, None))
 
 
-def _split(text: str, literal: Iterator[str], turn: int | None) -> Iterator[_Segment]:
-    """Split a part into segments, with the next contents in place of placeholders."""
-    first, *rest = text.split(PLACEHOLDER)
-    yield _Segment(first, False, turn)
-    for following in rest:
-        yield _Segment(next(literal), True, turn)
-        yield _Segment(following, False, turn)
+def _split(text: str, contents: list[str], turn: int | None) -> Iterator[_Segment]:
+    """Split a part into segments, with contents of turns in place of their placeholders."""
+    for place, piece in enumerate(PLACEHOLDERS.split(text)):
+        yield _Segment(contents[int(piece)], True, turn) if place % 2 else _Segment(piece, False, turn)
 
 
 def _encode_segments(tokenizer: PreTrainedTokenizerBase, rows: list[list[_Segment]]) -> list[Encoded]:

@@ -67,7 +67,10 @@ class Reading:
             if name not in row and column in needed:
                 raise InputError(f"has no {name!r}, which is mapped to {column!r}; its fields are {', '.join(row)}")
         rest = {name: value for name, value in row.items() if name not in self.columns.values()}
-        return rest | {column: row[name] for column, name in self.columns.items() if name in row}
+        renamed = rest | {column: row[name] for column, name in self.columns.items() if name in row}
+        if "task_type" in self.columns and re.fullmatch("[0-9]{1,9}", str(renamed.get("task_type"))):
+            renamed["task_type"] = int(renamed["task_type"])  # text in CSV, which knows the column by its own name
+        return renamed
 
 
 # Recognises the format of each row, without defaults.

@@ -13,6 +13,7 @@ from chat_templates import (
     TOOLS,
     byte_level_tokenizer,
     metaspace_tokenizer,
+    turns,
 )
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -185,3 +186,11 @@ def test_tools_that_a_template_does_not_write_are_refused(train_on):
     tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
     with pytest.raises(InputError, match="chat template does not show tool calls"):
         encode_conversations(tokenizer, "chat", [calls], train_on)
+
+
+def test_special_tokens_that_texts_spell_stay_with_their_turns():
+    """Where a template shows the turns in another order, as Mistral's shows the system text in the last question."""
+    messages = turns("system: </s> S\nuser: Q\nassistant: </s> A\nuser: R\nassistant: B")
+    tokenizer = byte_level_tokenizer(TEMPLATES["mistral"])
+    (encoded,) = encode_conversations(tokenizer, "chat", [Conversation(messages)])
+    assert marked(tokenizer, encoded) == "<s>[INST] Q[/INST][[ </s> A</s>]][INST] </s> S\n\nR[/INST][[ B</s>]]"

@@ -339,7 +339,7 @@ BAD = {
             "messages": [PAIR[0], {"role": "assistant", "tool_calls": [{"name": "add", "arguments": "{1"}]}],
             "tools": TOOLS,
         },
-        r"messages\[1\].tool_calls\[0\]: the arguments: not JSON .*\{1",
+        r"messages\[1\].tool_calls\[0\].arguments: not JSON .*\{1",
     ),
     "tools": ({"messages": PAIR, "tools": "add"}, r"'tools': not JSON"),
     "half a character in a tool": (
@@ -353,6 +353,17 @@ BAD = {
     "tools as text": (
         {"messages": PAIR, "tools": ["add"]},
         r"'tools' is \[\"add\"\], but has to be a list of JSON schemas",
+    ),
+    "half a character in a call": (
+        {
+            "messages": [PAIR[0], {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": "\ud83d"}}]}],
+            "tools": TOOLS,
+        },
+        r"has a tool, or a call of one, that is not JSON \('utf-8' codec can't encode character '\\ud83d'",
+    ),
+    "the older spelling of a call": (
+        {"messages": [PAIR[0], PAIR[1] | {"function_call": {"name": "add", "arguments": "{}"}}]},
+        r"messages\[1\] has a 'function_call', which is not read: write it as 'tool_calls'",
     ),
     "half a character": (
         turns(("user", "a\ud83d"), ("assistant", "b")),

@@ -113,6 +113,18 @@ def test_a_renamed_task_type_is_checked(folder):
     assert "HERE/kinds.jsonl: row 1: 'task_type' is 2, but has to be 0 or 1" in folder.refusal(source)
 
 
+def test_a_renamed_task_type_of_csv_is_a_number(folder):
+    (folder.path / "kinds.csv").write_text("prompt,completion,kind\na,b,1\nc,d,\ne,f,0\n")
+    source = {"path": "kinds.csv", "columns": {"task_type": "kind"}}
+    assert folder.load(source)[0]["task_type"][:] == [1, -1, 0]
+
+
+def test_a_column_that_the_first_rows_lack_may_be_renamed(folder):
+    folder.write("late.jsonl", [*QUESTIONS * 500, QUESTIONS[0] | {"kind": 1}])
+    rows, _ = folder.load({"path": "late.jsonl", "columns": {"task_type": "kind"}})
+    assert Counter(rows["task_type"]) == {-1: 500 * len(QUESTIONS), 1: 1}
+
+
 def test_a_folder_is_a_source(folder):
     folder.write("more/again.jsonl", QUESTIONS)
     rows, _ = folder.load("more", "questions.jsonl")
