@@ -91,19 +91,22 @@ def render_answers(
         InputError: the template does not accept the conversation, or an answer cannot be located.
     """
     whole = render(tokenizer, conversation, add_generation_prompt=False)
-    _check_tools(tokenizer, conversation, whole)
+    _check_all_is_shown(tokenizer, conversation, whole)
     spans = {turn: _answer_span(tokenizer, conversation, turn, whole) for turn in turns}
     if any(start < end for (_, end), (start, _) in pairwise(spans.values())):
         raise _indistinct("changes the order of the turns")
     return whole, _marked(tokenizer, conversation, whole, spans)
 
 
-def _check_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, whole: str) -> None:
-    """Refuse tools or tool calls that the template ignores: it renders others the same."""
-    if not conversation.tools:
-        return
+def _check_all_is_shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, whole: str) -> None:
+    """Refuse tools, tool calls or a last thought that the template ignores: it renders others the same."""
+    *before, last = conversation.messages
+    others = {}
+    if last.get("reasoning_content"):
+        others["reasoning_content"] = replace(conversation, messages=[*before, last | {"reasoning_content": PROBE}])
+    if conversation.tools:
+        others["tools"] = replace(conversation, tools=conversation.tools * 2)
     turns = [_renamed_calls(turn) if turn.get("tool_calls") else turn for turn in conversation.messages]
-    others = {"tools": replace(conversation, tools=conversation.tools * 2)}
     if turns != conversation.messages:
         others["tool calls"] = replace(conversation, messages=turns)
     for name, other in others.items():

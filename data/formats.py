@@ -121,6 +121,8 @@ def to_conversation(row: Mapping[str, Any], form: Format, answered: bool = True)
     turns = _pair(row, form, answered) if form.answer else _turns(row[form.question], form.question)
     system = row.get("system")
     if not is_empty(system):
+        if turns[0]["role"] == "system":
+            raise InputError("has both a 'system' and a system turn: remove one of them")
         turns.insert(0, {"role": "system", "content": _text("'system'", system)})
     tools = None if form.answer else _tools(row.get("tools"))
     _check_tools(turns, tools)
@@ -140,26 +142,23 @@ def is_empty(value: object) -> bool:
 
 
 def _pair(row: Mapping[str, Any], form: Format, answered: bool) -> list[Turn]:
-    """The turns of a prompt and, if needed, its answer. Either column may hold a list of turns."""
+    """The turns of a prompt, which are not learnt, and, if needed, its answer. Either may be a list of turns."""
     assert form.answer
-    question, answer = row[form.question], row.get(form.answer) if answered else None
-    if isinstance(question, list) or isinstance(answer, list):
-        turns = _turns(question, form.question) if isinstance(question, list) else [_turn("user", question)]
-        return turns + (_turns(answer, form.answer) if answered else [])
-    prompt = _text(repr(form.question), question)
-    context = row.get(form.context) if form.context else None
-    if context is not None and _text(repr(form.context), context):
-        prompt = f"{prompt}\n{context}"
-    turns = [_turn("user", prompt)]
-    if answered:
-        turns.append(_turn("assistant", _text(repr(form.answer), answer)))
-        if not turns[-1]["content"].strip():
-            raise InputError(f"{form.answer!r} is empty: there is nothing to learn from")
-    return turns
-
-
-def _turn(role: str, content: str) -> Turn:
-    return {"role": role, "content": content}
+    question, answer = row[form.question], row.get(form.answer)
+    context = _text(repr(form.context), row[form.context]) if form.context and row.get(form.context) is not None else ""
+    if isinstance(question, list):
+        turns = _turns(question, form.question)
+        turns = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
+    else:
+        prompt = _text(repr(form.question), question)
+        turns = [{"role": "user", "content": f"{prompt}\n{context}" if context else prompt}]
+    if not answered:
+        return turns
+    if isinstance(answer, list):
+        return turns + _turns(answer, form.answer)
+    if not _text(repr(form.answer), answer).strip():
+        raise InputError(f"{form.answer!r} is empty: there is nothing to learn from")
+    return [*turns, {"role": "assistant", "content": answer}]
 
 
 def _turns(value: object, column: str) -> list[Turn]:

@@ -100,16 +100,18 @@ def test_a_conversation_gives_the_same_tokens_in_three_formats(tmp_path, tokeniz
     sharegpt = {"conversations": [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]}
     with_system = {"system": "Be brief.", "conversations": sharegpt["conversations"][1:]}
     halves = {"prompt": turns[:4], "completion": turns[4:]}
-    rows = load([LONG, sharegpt, with_system, halves], tokenizer, tmp_path)
+    rows = load([LONG, sharegpt, with_system], tokenizer, tmp_path)
     shown = (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is the capital of Kenya?<|im_end|>\n"
         "<|im_start|>assistant\n[[Nairobi<|im_end|>]]\n<|im_start|>user\nAnd of Chad?<|im_end|>\n"
         "<|im_start|>assistant\n[[N'Djamena<|im_end|>]]"
     )
-    assert [marked_row(tokenizer, row) for row in rows] == [shown] * 4
+    assert [marked_row(tokenizer, row) for row in rows] == [shown] * 3
     assert json.loads(rows[0]["turns"]) == turns[:4]
+    only_last = shown.replace("[[Nairobi<|im_end|>]]", "Nairobi<|im_end|>")
     last = load([LONG], tokenizer, tmp_path, Encoding("chat", 256, 2, train_on="last"))
-    assert marked_row(tokenizer, last[0]) == shown.replace("[[Nairobi<|im_end|>]]", "Nairobi<|im_end|>")
+    split = load([halves, halves | {"completion": "N'Djamena"}], tokenizer, tmp_path)
+    assert [marked_row(tokenizer, row) for row in (*last, *split)] == [only_last] * 3
 
 
 def test_a_long_conversation_is_cut_and_its_last_answer_is_the_last_that_is_left(tmp_path, tokenizer):
@@ -317,6 +319,8 @@ BAD = {
         turns(("user", [{"type": "image_url", "image_url": "x"}])),
         r"messages\[0\] has a part that is not text: .*only text is supported",
     ),
+    "system twice": (LONG | {"system": "Be kind."}, "has both a 'system' and a system turn: remove one of them"),
+    "a number as prompt": ({"prompt": 3, "completion": [PAIR[1]]}, "'prompt' is 3, but has to be a string"),
     "empty answer": (turns(("user", "x"), ("assistant", " ")), r"messages\[1\] is an empty answer"),
     "weight": (
         {"messages": [PAIR[0], PAIR[1] | {"weight": 0.5}]},
@@ -359,7 +363,7 @@ BAD = {
             "messages": [PAIR[0], {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": "\ud83d"}}]}],
             "tools": TOOLS,
         },
-        r"has a tool, or a call of one, that is not JSON \('utf-8' codec can't encode character '\\ud83d'",
+        r"messages\[1\].tool_calls\[0\].arguments holds half of a surrogate pair",
     ),
     "the older spelling of a call": (
         {"messages": [PAIR[0], PAIR[1] | {"function_call": {"name": "add", "arguments": "{}"}}]},
@@ -389,6 +393,15 @@ def test_what_the_template_refuses_is_named_by_row(tmp_path, tokenizer):
         InputError, match=r"rows.jsonl row 2: the tokenizer's chat template fails .*roles must alternate"
     ):
         load([ROWS["messages"], twice], strict, tmp_path)
+
+
+def test_a_thought_that_the_template_does_not_show_is_refused(tmp_path, tokenizer):
+    thought = {"messages": [PAIR[0], PAIR[1] | {"reasoning_content": "It is in Kenya."}]}
+    with pytest.raises(InputError, match=r"row 1: the tokenizer's chat template does not show reasoning_content"):
+        load([thought], tokenizer, tmp_path)
+    shows = tiny_tokenizer()
+    shows.chat_template = CHATML.replace("m.content", "(m.reasoning_content or '') + m.content")
+    assert "[[It is in Kenya.Nairobi" in marked_row(shows, load([thought], shows, tmp_path)[0], 1000)
 
 
 def test_plain_has_a_prompt_and_an_answer_only(tmp_path, tokenizer):
