@@ -163,6 +163,8 @@ def _turn(role: str, content: str) -> Turn:
 
 
 def _turns(value: object, column: str) -> list[Turn]:
+    if isinstance(value, str):  # of a table, whose cells are text
+        value = _json(repr(column), value)
     if not isinstance(value, list):
         raise InputError(f"{column!r} is {shown(value)}, but has to be a list of turns")
     if not value:

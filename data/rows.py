@@ -32,6 +32,7 @@ CONTEXTS = {"context", "input"}
 # Least ratio of matching letters for a name to be a misspelt field: `inputs`, `ouput`, `alias`; not `task_id`.
 MISSPELT = 0.83
 UNLABELLED = -1
+_COLUMNS_OF_FORMATS = frozenset(column for form in FORMATS.values() for column in form.columns)
 MOST_PROBLEMS_SHOWN = 10
 
 
@@ -150,8 +151,10 @@ def read_row(row: object, reading: Reading = RECOGNISED, answered: bool = True) 
         raise InputError(f"is {shown(row)}, but has to be an object, for example with instruction and output")
     row = reading.renamed(row)
     form = find_format(row, reading.format, answered)
+    # Whoever names the format knows that the columns of others are there.
+    known = _COLUMNS_OF_FORMATS if reading.format else frozenset()
     for name in _other_columns(row, form):
-        if problem := _column_problem(row, form, name, answered):
+        if name not in known and (problem := _column_problem(row, form, name, answered)):
             raise InputError(problem)
     return to_conversation(row, form, answered)
 

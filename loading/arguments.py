@@ -373,7 +373,7 @@ def _data_problems(flags: argparse.Namespace) -> list[str]:
     if flags.packing:
         problems += [reason for name, reason in UNPACKED if getattr(flags, name)]
         if flags.train_sampling_strategy == "sequential":
-            problems.append("--packing gives the rows another order than --train_sampling_strategy sequential")
+            problems.append("--packing reorders the rows, against --train_sampling_strategy sequential")
     return problems
 
 

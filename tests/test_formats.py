@@ -1,5 +1,6 @@
 """The formats of rows: the same conversation in each gives the same tokens; bad rows are named."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -82,6 +83,13 @@ def test_an_exchange_gives_the_same_tokens_in_every_format(tmp_path, tokenizer):
             )
 
 
+def test_a_table_may_hold_conversations_as_json(tmp_path, tokenizer):
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["messages"], [json.dumps(LONG["messages"])]])
+    (row,) = load_data(tmp_path / "rows.csv", tokenizer, ENCODING, tmp_path / "cache")[0]
+    assert json.loads(row["turns"]) == LONG["messages"][:4]
+
+
 def test_a_conversation_gives_the_same_tokens_in_three_formats(tmp_path, tokenizer):
     turns = LONG["messages"]
     names = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -129,6 +137,8 @@ def test_a_declared_format_decides_between_several(tmp_path, tokenizer):
         load([row], tokenizer, tmp_path)
     for name, answer in (("alpaca", "sat"), ("instruction", "sat"), ("dolly", "lay")):
         assert load([row], tokenizer, tmp_path, format=name)["output"][:] == [answer]
+    others = {"context": "here", "messages": PAIR, "prompt": "x", "completion": "y"}
+    assert load([row | others], tokenizer, tmp_path, format="alpaca")["output"][:] == ["sat"]
     # A column that is empty does not count.
     assert read(row | {"response": ""}).messages[-1]["content"] == "sat"
 
@@ -238,7 +248,8 @@ BAD = {
         r"has no 'instruction' \(formats begin with 'instruction', 'prom",
     ),
     "empty conversation": ({"messages": []}, "'messages' is empty: a conversation has at least one turn"),
-    "no list": ({"messages": "hello"}, "'messages' is \"hello\", but has to be a list of turns"),
+    "no list": ({"messages": "hello"}, "'messages': not JSON .*: \"hello\""),
+    "a number": ({"messages": 3}, "'messages' is 3, but has to be a list of turns"),
     "no turn": (
         {"messages": ["hello"]},
         r"messages\[0\] is \"hello\", but has to be an object with role and content",

@@ -286,7 +286,7 @@ def test_every_tested_architecture_is_listed_or_known_to_mix():
 
 @pytest.mark.parametrize("name", sorted(MIXING))
 def test_other_architectures_are_refused_by_name(name):
-    with pytest.raises(InputError, match=f"--packing: in base models of type '{name}', samples .* gpt2, .* qwen3,"):
+    with pytest.raises(InputError, match=f"--packing: base models of type '{name}' are not .* gpt2, .* qwen3,"):
         check_packing(base_model(name, "eager"))
 
 
@@ -517,7 +517,7 @@ BAD_FLAGS = {
     "reference": ({"blc_reference": True}, "--packing leaves out the padding that --blc_reference counts"),
     "router loss": ({"output_router_logits": True}, "router loss of --output_router_logits would count padding"),
     "noise": ({"neftune_noise_alpha": 5}, "noise of --neftune_noise_alpha depends on the length of a row"),
-    "order": ({"train_sampling_strategy": "sequential"}, "another order than --train_sampling_strategy sequential"),
+    "order": ({"train_sampling_strategy": "sequential"}, "reorders the rows, against --train_sampling_strategy seq"),
     "no packs": (
         {"dataloader_drop_last": True, "per_device_train_batch_size": 9},
         r"no training packs: there are \d, and a",
