@@ -37,7 +37,8 @@ class Batches(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.size} packs of {self.capacity}" if self.capacity else f"{self.size} rows, grouped by length"
+        packs = "pack" if self.size == 1 else "packs"
+        return f"{self.size} {packs} of {self.capacity}" if self.capacity else f"{self.size} rows, grouped by length"
 
 
 # Batches of about as many tokens.
