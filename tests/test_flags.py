@@ -21,6 +21,7 @@ from data import InputError
 from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from loading.base_model import quantization
 from loading.optimization import EVALUATED, OPTIMIZERS
+from loading.run_files import ADDED
 from training import checkpoint
 from training.run_folder import WITHOUT_EFFECT, WITHOUT_EFFECT_PREFIXES, RunFolder
 
@@ -455,16 +456,18 @@ def test_relative_paths_are_the_callers(tmp_path, where, name, found):
     assert flags[names.get(name, "--model_name_or_path")] == expected
 
 
-def test_the_earlier_name_of_task_type_names_is_accepted(tmp_path, model_dir):
+def test_a_run_of_an_earlier_version_is_known_by_its_old_names_and_missing_flags(tmp_path, model_dir):
     place = ["--model_name_or_path", str(model_dir), "--dataset_dir", "rows", "--output_dir", str(tmp_path / "run")]
     for flag in ("--task_type_names", "--task_types", "--task-types"):
         model_args, _, _ = parse_arguments([*place, flag, "a,b"])
         assert model_args.task_type_names == "a,b"
     folder = RunFolder(tmp_path / "run")
     folder.claim({"task_types": "a,b"})
-    folder.check({"task_type_names": "a,b"})
+    folder.check({"task_type_names": "a,b"} | ADDED)
     with pytest.raises(InputError, match="task_type_names: 'a,b' there, 'a,c' now"):
-        folder.check({"task_type_names": "a,c"})
+        folder.check({"task_type_names": "a,c"} | ADDED)
+    with pytest.raises(InputError, match="train_on: 'all' there, 'last' now"):
+        folder.check({"task_type_names": "a,b"} | ADDED | {"train_on": "last"})
 
 
 def test_a_relative_path_that_is_nowhere_is_refused_with_both_places(tmp_path):
