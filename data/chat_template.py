@@ -122,13 +122,14 @@ def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     if start is None:
         raise _indistinct(f"does not append the answer (turn {turn}) to the prompt")
     if turn == len(conversation.messages) - 1:
-        end = len(whole.rstrip())
+        end = max(start, len(whole.rstrip()))
     else:
         ending = render(tokenizer, conversation.until(turn + 1), add_generation_prompt=False)
         prompt = next(filter(ending.startswith, prompts), None)
         answer = "" if prompt is None else ending[len(prompt) :].rstrip()
         end = start + len(_common(tokenizer, answer, whole[start:]))
-    if end <= start:
+    written = conversation.messages[turn]
+    if end <= start and (written["content"].strip() or written.get("tool_calls")):
         raise _indistinct(f"does not write the answer (turn {turn}) as it does at the end of a conversation")
     return start, end
 
