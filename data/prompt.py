@@ -119,7 +119,9 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, template: str, question: C
     """
     turns = [*question.messages, {"role": "assistant", "content": answer}]
     (encoded,) = encode_conversations(tokenizer, template, [Conversation(turns, question.tools)], train_on="last")
-    return encoded.input_ids[encoded.spans[0] :]
+    # An empty one may have no part that the template marks.
+    start = encoded.spans[0] if encoded.spans else len(encode_question(tokenizer, template, question))
+    return encoded.input_ids[start:]
 
 
 def encode_target(
@@ -151,7 +153,8 @@ def encode_conversations(
     for conversation in conversations:
         turns = conversation.answers[-1 if train_on == "last" else 0 :]
         rendered, spans = render_answers(tokenizer, _shown(tokenizer, conversation), turns)
-        rows.append(_segments(tokenizer, conversation, rendered, spans))
+        # White space after the last answer is not learnt, and nothing follows it.
+        rows.append(_segments(tokenizer, conversation, rendered.rstrip(), spans))
         last.append(turns[-1])
     ends = set(control_tokens(tokenizer).values())
     encoded = _encode_segments(tokenizer, rows)
@@ -243,8 +246,7 @@ def _segments(
     for turn, (start, end) in spans.items():
         segments += [*_split(rendered[place:start], contents, None), *_split(rendered[start:end], contents, turn)]
         place = end
-    # White space after the last answer is not learnt, and nothing follows it.
-    return segments + list(_split(rendered[place:] if not spans else rendered[place:].rstrip(), contents, None))
+    return [*segments, *_split(rendered[place:], contents, None)]
 
 
 def _split(text: str, contents: list[str], turn: int | None) -> Iterator[_Segment]:

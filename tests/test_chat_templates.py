@@ -204,3 +204,8 @@ def test_an_empty_answer_has_the_token_that_ends_it():
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     assert encode_answer(tokenizer, "chat", question, "") == [tokenizer.eos_token_id] == ends
+    marks = "{% generation %}{{ turn.content }}{% endgeneration %}<|im_end|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ turn.role ~ ':' ~ turn.content }}", "assistant:" + marks
+    )
+    assert encode_answer(tokenizer, "chat", question, "") == ends
