@@ -1,7 +1,7 @@
-"""Conversations as the tokenizer's chat template writes them, and the parts of the text that the assistant writes.
+"""Conversations rendered by the tokenizer's chat template, and the spans of the assistant's answers in them.
 
-Both come from the template's own renderings: of the complete conversation, and of its beginnings. A part that these do
-not determine is refused.
+Spans are found by comparing the template's renderings of the complete conversation and of its beginnings. An answer
+that cannot be located this way is an error.
 """
 
 import re
@@ -19,7 +19,7 @@ from data.errors import InputError, first_line
 from data.formats import Conversation, Turn
 
 # Variables of chat templates. Some write an empty block of thought before an answer that has none: with thinking off
-# it is part of the prompt as well, so that only the answer is learnt and generated. Others ignore the variable.
+# it is part of the prompt, so only the answer is trained on and generated. Others ignore the variable.
 TEMPLATE_VARIABLES = {"enable_thinking": False}
 # With these, the prompt ends before an answer's own block of thought.
 THINKING_VARIABLES = {"enable_thinking": True}
@@ -47,14 +47,14 @@ def with_fixed_date(chat_template: str) -> str:
 def render(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_generation_prompt: bool, **variables: Any
 ) -> str:
-    """A conversation as the chat template writes it.
+    """Render a conversation with the chat template.
 
     Args:
-        add_generation_prompt: also what comes before an answer.
+        add_generation_prompt: append the header of an answer.
         variables: of the template, instead of `TEMPLATE_VARIABLES`.
 
     Raises:
-        InputError: the template is wrong, or does not accept such a conversation.
+        InputError: the template is invalid, or does not accept the conversation.
     """
     try:
         return tokenizer.apply_chat_template(
@@ -66,46 +66,53 @@ def render(
         )
     except TEMPLATE_ERRORS as error:
         raise InputError(
-            f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)}); fix it, or use "
-            "prompt_template plain"
+            f"the tokenizer's chat template fails ({type(error).__name__}: {first_line(error)}); change it or "
+            "the row, or use prompt_template plain"
         ) from error
 
 
 def render_answers(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turns: list[int]
 ) -> tuple[str, dict[int, Span]]:
-    """A conversation as the chat template writes it, and by turn where the text of an answer is in it.
+    """Render a conversation with the chat template, and locate answers in it.
 
-    The text of an answer is what follows its prompt, which ends with the turn's header, up to the token that ends the
-    turn, without the white space between turns. Where the template marks what is generated (`{% generation %}`), it is
-    the marked part of that.
+    The text of an answer begins after its prompt, which ends with the turn's header, and includes the token that ends
+    the turn, but not the white space between turns. If the template marks generated text (`{% generation %}`), it is
+    the marked part.
 
     Args:
-        conversation: up to an answer, which is its last turn.
+        conversation: its last turn is an answer.
         turns: indices of the answers, in order.
 
+    Returns:
+        The text, and the start and end of each answer in it by turn.
+
     Raises:
-        InputError: the template does not accept the conversation, or the text of an answer cannot be told apart.
+        InputError: the template does not accept the conversation, or an answer cannot be located.
     """
     whole = render(tokenizer, conversation, add_generation_prompt=False)
-    _check_tools(tokenizer, conversation, whole)
+    _check_all_is_shown(tokenizer, conversation, whole)
     spans = {turn: _answer_span(tokenizer, conversation, turn, whole) for turn in turns}
     if any(start < end for (_, end), (start, _) in pairwise(spans.values())):
-        raise _indistinct("shows turns in another order")
-    return whole, _marked(tokenizer, conversation, whole, spans)
+        raise _indistinct("changes the order of the turns")
+    # Nothing follows the last answer but white space.
+    return whole.rstrip(), _marked(tokenizer, conversation, whole, spans)
 
 
-def _check_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, whole: str) -> None:
-    """Refuse tools, or calls of them, that the template does not write: with others it writes the same."""
-    if not conversation.tools:
-        return
+def _check_all_is_shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, whole: str) -> None:
+    """Refuse tools, tool calls or a last thought that the template ignores: it renders others the same."""
+    *before, last = conversation.messages
+    others = {}
+    if last.get("reasoning_content"):
+        others["reasoning_content"] = replace(conversation, messages=[*before, last | {"reasoning_content": PROBE}])
+    if conversation.tools:
+        others["tools"] = replace(conversation, tools=conversation.tools * 2)
     turns = [_renamed_calls(turn) if turn.get("tool_calls") else turn for turn in conversation.messages]
-    others = {"tools": replace(conversation, tools=conversation.tools * 2)}
     if turns != conversation.messages:
         others["tool calls"] = replace(conversation, messages=turns)
     for name, other in others.items():
         if render(tokenizer, other, add_generation_prompt=False) == whole:
-            raise InputError(f"the tokenizer's chat template does not write {name}; leave such rows out")
+            raise InputError(f"the tokenizer's chat template does not show {name}; remove such rows")
 
 
 def _renamed_calls(turn: Turn) -> Turn:
@@ -114,7 +121,7 @@ def _renamed_calls(turn: Turn) -> Turn:
 
 
 def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, whole: str) -> Span:
-    """Where an answer is in the rendering of the conversation."""
+    """Start and end of an answer in the rendered conversation."""
     prompts = _prompts(tokenizer, conversation.until(turn))
     start = max((len(prompt) for prompt in prompts if whole.startswith(prompt)), default=None)
     if start is None:
@@ -130,18 +137,18 @@ def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
         end = start + len(_common(tokenizer, answer, whole[start:]))
     written = conversation.messages[turn]
     if end <= start and (written["content"].strip() or written.get("tool_calls")):
-        raise _indistinct(f"does not write the answer (turn {turn}) as it does at the end of a conversation")
+        raise _indistinct(f"writes the answer (turn {turn}) differently at the end of a conversation")
     return start, end
 
 
 def _start_after_changes(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, whole: str, prompts: list[str]
 ) -> int | None:
-    """Where an answer begins whose prompt the rest of the conversation changes, but for the turn before the answer.
+    """Start of an answer if the template renders what precedes it differently in a longer conversation.
 
-    Mistral's templates write the system text and the tools into the last turn of the user: they are in the prompt, but
-    not in what comes before the answer in a longer conversation. The answer begins as far before its content as it
-    does after the prompt.
+    Mistral's templates write the system text and the tools into the last user turn: they are in the prompt, but not
+    before the answer in a longer conversation. The turn before the answer has to be the same in both. The answer then
+    begins where its content is found with the same text before it as after the prompt.
     """
     messages = [
         each | {"content": PROBE} if index == turn else each for index, each in enumerate(conversation.messages)
@@ -158,7 +165,7 @@ def _start_after_changes(
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[str]:
-    """What a model may have been prompted with, the longest first: one with an empty block of thought begins as one
+    """The prompts that a model may have been given, longest first: one with an empty block of thought begins like one
     without."""
     thinks = "enable_thinking" in tokenizer.get_chat_template(tools=conversation.tools)
     settings = (TEMPLATE_VARIABLES, THINKING_VARIABLES) if thinks else (TEMPLATE_VARIABLES,)
@@ -167,11 +174,11 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
 
 
 def _common(tokenizer: PreTrainedTokenizerBase, answer: str, following: str) -> str:
-    """The text of an answer within a conversation, with which `following` begins; empty if it does not.
+    """The beginning of `following` that is the answer; empty if it does not begin with it.
 
     Args:
-        answer: its text at the end of a conversation. A template may write more there: the end of the text, and before
-            it a thought, or white space, that it drops from earlier answers or from the last.
+        answer: its text at the end of a conversation. A template may write more there: the end of the text, and
+            reasoning that it drops from earlier answers. White space may differ.
     """
     text = following.lstrip()
     pieces = [piece for piece in _control_pattern(tokenizer).split(answer.lstrip()) if piece]
@@ -193,7 +200,7 @@ def _common(tokenizer: PreTrainedTokenizerBase, answer: str, following: str) -> 
 def _marked(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, whole: str, spans: dict[int, Span]
 ) -> dict[int, Span]:
-    """The parts of the answers that the template marks as generated; all of each if it marks none."""
+    """Restrict spans to the text that the template marks as generated; unchanged if the template has no such marks."""
     template = tokenizer.get_chat_template(tools=conversation.tools)
     if not GENERATION_BLOCK.search(template):
         return spans
@@ -216,8 +223,8 @@ def _marked(
 
 @lru_cache(maxsize=8)
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Every token that is not text, by its spelling. Tokenizers do not always list those that their templates use (the
-    end of a turn, say) as special tokens."""
+    """All tokens that are not text, by spelling. Tokenizers do not always list those that their templates use, such as
+    the end of a turn, as special tokens."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
@@ -230,6 +237,6 @@ def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 def _indistinct(reason: str) -> InputError:
     return InputError(
-        f"the tokenizer's chat template {reason}, so the supervised part cannot be told apart; use prompt_template "
+        f"the tokenizer's chat template {reason}, so the supervised text cannot be located; use prompt_template "
         "plain, or --train_on last for conversations"
     )

@@ -32,7 +32,7 @@ from data.rows import RECOGNISED, Reading, check_rows, complete_rows
 from data.workers import map_blocks, worker_count
 
 # Part of every cache key: raise it when the encoding of a row or the files of an entry change.
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 ROWS_NAME = "rows.arrow"
 STATISTICS_NAME = "statistics.json"
 MOST_NAMES_SHOWN = 5
@@ -307,12 +307,13 @@ def _encode_block(
 def _encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
     """Raises InputError, which names the first row that cannot be encoded."""
     conversations = [row["conversation"] for row in rows]
+    settings = encoding.train_on, encoding.max_seq_length
     try:
-        return encode_conversations(tokenizer, encoding.template, conversations, encoding.train_on)
+        return encode_conversations(tokenizer, encoding.template, conversations, *settings)
     except InputError:
         for row in rows:
             try:
-                encode_conversations(tokenizer, encoding.template, [row["conversation"]], encoding.train_on)
+                encode_conversations(tokenizer, encoding.template, [row["conversation"]], *settings)
             except InputError as error:
                 raise InputError(f"{row['source']}: {error}") from error
         raise

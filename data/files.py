@@ -1,12 +1,12 @@
 """Data files: finding them, and reading their rows block by block.
 
-Files are JSON (a list of rows), JSON Lines, CSV, TSV or Parquet; all but the first are streamed, so their size does not
-matter. All but the last are text: in any Unicode encoding, which is recognised by the first bytes, and perhaps
+Files are JSON (a list of rows), JSON Lines, CSV, TSV or Parquet; all but JSON are streamed, so their size does not
+matter. All but Parquet are text: in any Unicode encoding, which is recognised by the first bytes, and optionally
 compressed by gzip or Zstandard.
 
-CSV is what spreadsheets and pandas write: the first line names the columns, a cell in quotes may hold separators and
-line ends, and quotes in it are doubled. TSV differs in its separator alone. An empty cell is None, all others are
-text, but for the digits of a task type. Rows are counted after the header, blank lines left out.
+CSV is what spreadsheets and pandas write: the first line names the columns, a cell in quotes may contain separators and
+line ends, and quotes in it are doubled. TSV differs only in its separator. An empty cell is None; all others are text,
+except that a numeric task type is an integer. Row numbers start after the header and leave out blank lines.
 """
 
 import csv
@@ -28,12 +28,12 @@ from data.errors import InputError, reading
 TEXT_KINDS = (".json", ".jsonl", ".csv", ".tsv")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", *TEXT_KINDS, *(kind + compression for kind in TEXT_KINDS for compression in COMPRESSIONS))
-ALLOWED = f".parquet, {', '.join(TEXT_KINDS)}, the last four perhaps followed by {' or '.join(COMPRESSIONS)}"
+ALLOWED = f".parquet, {', '.join(TEXT_KINDS)}, the last four also with {' or '.join(COMPRESSIONS)}"
 # ValueError covers what is not Unicode, RecursionError endless nesting.
 NOT_JSON = (ValueError, RecursionError)
 # Raised for values that Python's types cannot hold: text that is not UTF-8, years after 9999, unknown time zones.
 NO_PYTHON_VALUE = (ValueError, ArithmeticError, LookupError, pyarrow.ArrowException)
-# Size of a block: about so many characters of JSON Lines, so many rows of the other kinds.
+# Size of a block: approximate characters of JSON Lines, rows of the other kinds.
 CHARACTERS_OF_A_BLOCK = 2**18
 ROWS_OF_A_BLOCK = 1000
 # A cell of CSV whose closing quote is missing would hold the rest of the file.
@@ -69,8 +69,8 @@ def find_files(path: str | Path) -> list[Path]:
     """The data files at a path: the file itself, or every data file in the folder that is not hidden, in name order.
 
     Raises:
-        InputError: there is nothing, or nothing of a known kind, the folder cannot be read, or what has the name of a
-            data file is a folder, a pipe or the like.
+        InputError: there is no file, or none of a known kind, the folder cannot be read, or something with the name
+            of a data file is a folder, a pipe or the like.
     """
     path = Path(path)
     with reading(path):
@@ -87,7 +87,7 @@ def find_files(path: str | Path) -> list[Path]:
 
 
 def skipped_files(path: str | Path) -> tuple[str, ...]:
-    """The names in a folder that `find_files` skips, subfolders among them; none for a file."""
+    """The names in a folder that `find_files` skips, including subfolders; none for a file."""
     path = Path(path)
     if not path.is_dir():
         return ()
@@ -135,7 +135,7 @@ def read_block(block: Block) -> Iterator[tuple[int, Any]]:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell whether text has no half of a surrogate pair, as which Python keeps bytes that are not UTF-8."""
+    """Tell whether text can be written as UTF-8. If not, half of a surrogate pair stands for an invalid byte."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -169,18 +169,18 @@ def _is_data(file: Path) -> bool:
 
 
 def _kind(file: Path) -> str:
-    """The suffix of a data file's name without that of its compression."""
+    """The suffix of a data file's name, before that of its compression."""
     return Path(file.stem if file.suffix.lower() in COMPRESSIONS else file.name).suffix.lower()
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is not hidden, in name order. Systems hide their own files next to data, as macOS does `._a.jsonl`."""
+    """The entries that are not hidden, in name order. Systems put hidden files next to data: macOS, `._a.jsonl`."""
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, which are decompressed as they are read."""
+    """Open a file for reading bytes, decompressed if need be."""
     with file.open("rb") as stream:
         if compression := COMPRESSIONS.get(file.suffix.lower()):
             yield io.BufferedReader(pyarrow.CompressedInputStream(stream, compression))
@@ -190,7 +190,7 @@ def _opened(file: Path) -> Iterator[io.BufferedReader]:
 
 @contextmanager
 def _opened_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """The text of a file. Bytes that are not UTF-8 survive, so that the row they belong to can be named.
+    """Open a file for reading text. Bytes that are not UTF-8 are kept, so that an error can name their row.
 
     Args:
         newline: as for `open`.
@@ -220,13 +220,13 @@ def _split_json_lines(file: Path) -> Iterator[Block]:
     with _opened_text(file) as stream:
         while text := stream.read(CHARACTERS_OF_A_BLOCK) + stream.readline():
             if first == 1 and text.lstrip().startswith("["):
-                raise InputError(f"{file}: starts with [, as a JSON list does; files with one are named .json")
+                raise InputError(f"{file}: starts with [, like a JSON list; name such a file .json")
             yield Block(file, first, text.encode(errors="surrogateescape"))
             first += text.count("\n")
 
 
 def _parsed(content: bytes, place: str, hint: str = "", encoding: str | None = None) -> object:
-    """The value of some JSON, whose encoding is recognised by its first bytes if none is given.
+    """Parse JSON. Without an encoding, it is recognised by the first bytes.
 
     Raises:
         InputError: it cannot be parsed. The message begins with the place and ends, if it is not JSON, with the hint.
@@ -236,6 +236,10 @@ def _parsed(content: bytes, place: str, hint: str = "", encoding: str | None = N
         return json.loads(text, object_pairs_hook=_named_once, parse_int=_integer)
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        byte = f"byte 0x{error.object[error.start]:02x}" + ("" if encoding else f" in line {line}")
+        raise InputError(f"{place}: {byte} is not {error.encoding.upper()}; save the file with this encoding") from None
     except NOT_JSON as error:
         raise InputError(f"{place}: not JSON ({error}){hint}") from None
 
@@ -279,7 +283,7 @@ def _table_rows(file: Path, stream: TextIO) -> Iterator[dict]:
     records = _records(file, stream)
     place, names = next(records, (f"{file}: the header", [""]))
     if not all(names):
-        hint = "name it, or take it out (pandas: index=False)"
+        hint = "name it, or remove it (pandas: index=False)"
         raise InputError(f"{place}: column {names.index('') + 1} has no name; {hint}")
     if twice := _repeated(names):
         raise InputError(f"{place}: more than one column is called {twice!r}")
@@ -294,8 +298,8 @@ def _cell_value(name: str, cell: str) -> str | int | None:
 
 
 def _records(file: Path, stream: TextIO) -> Iterator[tuple[str, list[str]]]:
-    """The records of a CSV or TSV file, from the header on, and where each is."""
-    csv.field_size_limit(CHARACTERS_OF_A_CELL)  # of the process; libraries lift it
+    """The records of a CSV or TSV file, the header first, each with its place for messages."""
+    csv.field_size_limit(CHARACTERS_OF_A_CELL)  # a setting of the process, which libraries change
     reader = csv.reader(stream, delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True)
     number = 0
     cells: list[str] | None = []
@@ -304,11 +308,11 @@ def _records(file: Path, stream: TextIO) -> Iterator[tuple[str, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            hint = "perhaps a quote is missing or not doubled, or the text needs JSON Lines"
+            hint = "perhaps a quote is missing or not doubled, or use JSON Lines"
             raise InputError(f"{place}: {error}; {hint}") from None
         if cells:
             if broken := next((cell for cell in cells if not is_unicode(cell)), None):
-                raise InputError(f"{place}: {shown(broken)} is not UTF-8; save the file with this encoding")
+                raise InputError(f"{place}: {shown(broken)} is not UTF-8; save the file in this encoding")
             yield place, cells
             number += 1
 

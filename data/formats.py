@@ -1,7 +1,7 @@
-"""The shapes of rows that users have, and the conversation that each is.
+"""Formats of rows, and the conversion of each into a conversation.
 
-A row of two texts, a prompt and an answer, is a conversation of two turns, so that everything after this file knows one
-shape. docs/DATA.md shows a row of each format.
+A prompt with its answer is a conversation of two turns, so all later code handles conversations only. docs/DATA.md
+shows a row of each format.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from data.errors import InputError, first_line
+from data.errors import InputError
 from data.files import Unreadable, is_unicode, shown
 
 Turn = dict[str, Any]
@@ -20,16 +20,17 @@ ROLES = {
     "tool": "tool", "function": "tool", "function_response": "tool", "observation": "tool",
     "function_call": "tool call", "tool_call": "tool call",
 }  # fmt: skip
-# What a turn may have besides its role and its content, as chat templates know it.
+# Keys of a turn besides role and content, as chat templates name them.
 OTHER_KEYS = ("name", "tool_call_id", "reasoning_content")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, as chat templates take them.
+    """Turns in the form that chat templates expect.
 
     Args:
-        messages: dicts with `role` (system, user, assistant or tool), `content` (a string) and what else the turn has.
+        messages: dicts with `role` (system, user, assistant or tool), `content` (a string) and perhaps `OTHER_KEYS`,
+            `tool_calls` and `weight`.
         tools: JSON schemas of the functions that the assistant may call.
     """
 
@@ -38,22 +39,22 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """Indices of the assistant's turns that are to be learnt: one that begins the conversation answers nothing."""
+        """Indices of the assistant turns to train on. One that begins the conversation answers nothing."""
         turns = enumerate(self.messages)
         return [index for index, turn in turns if index and turn["role"] == "assistant" and turn.get("weight") != 0]
 
     def until(self, turn: int) -> "Conversation":
-        """The turns before one."""
+        """The conversation before a turn."""
         return replace(self, messages=self.messages[:turn])
 
 
 class Format(NamedTuple):
-    """Names of columns.
+    """Column names of a format.
 
     Args:
-        question: the prompt; of a conversation, its turns.
+        question: the prompt, or the turns of a conversation.
         answer: the answer; None for a conversation.
-        context: text that follows the prompt, which may be missing.
+        context: optional text that follows the prompt.
     """
 
     question: str
@@ -66,7 +67,7 @@ class Format(NamedTuple):
 
     @property
     def columns(self) -> list[str]:
-        """All that a row of this format may have."""
+        """All columns of the format, optional ones included."""
         others = ("system",) if self.answer else ("system", "tools")
         return [name for name in (*self, *others) if name]
 
@@ -84,15 +85,13 @@ _QUESTIONS = ", ".join(dict.fromkeys(repr(form.question) for form in FORMATS.val
 
 
 def find_format(row: Mapping[str, Any], declared: str | None = None, answered: bool = True) -> Format:
-    """The format of a row: the declared one, or the only one whose columns it has.
-
-    If it has those of none, it is the nearest.
+    """The format of a row: the declared one, else the one whose columns the row has, else the closest.
 
     Args:
-        answered: the row needs an answer, so that its column counts.
+        answered: the row needs an answer.
 
     Raises:
-        InputError: it has those of several.
+        InputError: the row has the columns of several formats.
     """
     if declared:
         return FORMATS[declared]
@@ -102,34 +101,35 @@ def find_format(row: Mapping[str, Any], declared: str | None = None, answered: b
         found = {name: form for name, form in found.items() if not any(is_empty(row[column]) for column in form.needed)}
     if len(found) > 1 and answered:
         names = " and ".join(f"{name} ({', '.join(form.needed)})" for name, form in found.items())
-        raise InputError(f"has the columns of several formats, {names}: name the format, or take the others out")
+        raise InputError(f"has the columns of several formats, {names}: name one in a mix.yaml, or remove columns")
     begun = sorted(asked.values(), key=lambda form: form.context not in row)
     return next(iter([*found.values(), *begun, FORMATS["instruction"]]))
 
 
 def to_conversation(row: Mapping[str, Any], form: Format, answered: bool = True) -> Conversation:
-    """The conversation that a row is, up to its last answer.
+    """Convert a row into a conversation that ends with its last answer.
 
     Args:
-        answered: the row needs an answer; otherwise it is a prompt, and the conversation is what comes before the
-            answer, if there is one.
+        answered: the row needs an answer. If False, the conversation ends before the last answer, if there is one.
 
     Raises:
-        InputError: something about the row is wrong; the message begins with a verb, as the row's predicate.
+        InputError: the row is invalid. The message completes a sentence that begins with the row.
     """
     if missing := [column for column in form.needed if column not in row and (answered or column != form.answer)]:
-        others = "" if form.question in row else f" (other formats have {_QUESTIONS})"
+        others = "" if form.question in row else f" (formats begin with {_QUESTIONS}; docs/DATA.md: other names)"
         raise InputError(f"has no {missing[0]!r}{others}; its fields are {', '.join(map(repr, row)) or 'none'}")
     turns = _pair(row, form, answered) if form.answer else _turns(row[form.question], form.question)
     system = row.get("system")
     if not is_empty(system):
+        if turns[0]["role"] == "system":
+            raise InputError("has both a 'system' and a system turn: remove one of them")
         turns.insert(0, {"role": "system", "content": _text("'system'", system)})
     tools = None if form.answer else _tools(row.get("tools"))
     _check_tools(turns, tools)
     conversation = Conversation(turns, tools)
     if answered:
         if not conversation.answers:
-            raise InputError(f"has no answer of the assistant in {form.question!r}: there is nothing to learn from")
+            raise InputError(f"has no answer to train on in {form.question!r}")
         return conversation.until(conversation.answers[-1] + 1)
     prompt = conversation.until(len(turns) - (turns[-1]["role"] == "assistant"))
     if not prompt.messages:
@@ -142,29 +142,28 @@ def is_empty(value: object) -> bool:
 
 
 def _pair(row: Mapping[str, Any], form: Format, answered: bool) -> list[Turn]:
-    """A prompt and, if needed, its answer. Either may be a list of turns, as conversations are split in two."""
+    """The turns of a prompt, which are not learnt, and, if needed, its answer. Either may be a list of turns."""
     assert form.answer
-    question, answer = row[form.question], row.get(form.answer) if answered else None
-    if isinstance(question, list) or isinstance(answer, list):
-        turns = _turns(question, form.question) if isinstance(question, list) else [_turn("user", question)]
-        return turns + (_turns(answer, form.answer) if answered else [])
-    prompt = _text(repr(form.question), question)
-    context = row.get(form.context) if form.context else None
-    if context is not None and _text(repr(form.context), context):
-        prompt = f"{prompt}\n{context}"
-    turns = [_turn("user", prompt)]
-    if answered:
-        turns.append(_turn("assistant", _text(repr(form.answer), answer)))
-        if not turns[-1]["content"].strip():
-            raise InputError(f"{form.answer!r} is empty: there is nothing to learn from")
-    return turns
-
-
-def _turn(role: str, content: str) -> Turn:
-    return {"role": role, "content": content}
+    question, answer = row[form.question], row.get(form.answer)
+    context = _text(repr(form.context), row[form.context]) if form.context and row.get(form.context) is not None else ""
+    if isinstance(question, list):
+        turns = _turns(question, form.question)
+        turns = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
+    else:
+        prompt = _text(repr(form.question), question)
+        turns = [{"role": "user", "content": f"{prompt}\n{context}" if context else prompt}]
+    if not answered:
+        return turns
+    if isinstance(answer, list):
+        return turns + _turns(answer, form.answer)
+    if not _text(repr(form.answer), answer).strip():
+        raise InputError(f"{form.answer!r} is empty: there is nothing to learn from")
+    return [*turns, {"role": "assistant", "content": answer}]
 
 
 def _turns(value: object, column: str) -> list[Turn]:
+    if isinstance(value, str):  # of a table, whose cells are text
+        value = _json(repr(column), value)
     if not isinstance(value, list):
         raise InputError(f"{column!r} is {shown(value)}, but has to be a list of turns")
     if not value:
@@ -173,24 +172,24 @@ def _turns(value: object, column: str) -> list[Turn]:
 
 
 def _read_turn(turn: object, place: str) -> Turn:
-    """A turn in either spelling, `role` and `content` or `from` and `value`."""
+    """Read a turn with `role` and `content`, or with `from` and `value`."""
     if not isinstance(turn, dict):
-        raise InputError(f"{place} is {shown(turn)}, but has to be an object with a role and a content")
-    if not is_empty(turn.get("function_call")):
-        raise InputError(f"{place} has a 'function_call', which is not read: write it as 'tool_calls'")
+        raise InputError(f"{place} is {shown(turn)}, but has to be an object with role and content")
     names = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     needed = names[:1] if turn.get("tool_calls") else names
     if missing := [name for name in needed if name not in turn]:
         raise InputError(f"{place} has no {missing[0]!r}; its fields are {', '.join(map(repr, turn)) or 'none'}")
     role, content = turn[names[0]], turn.get(names[1])
     if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{place} has the {names[0]} {shown(role)}; known are {', '.join(ROLES)}")
+        raise InputError(f"{place}.{names[0]} is {shown(role)}, but has to be one of {', '.join(ROLES)}")
     read: Turn = {"role": ROLES[role], "content": _content(place, content, optional=bool(turn.get("tool_calls")))}
     if read["role"] == "tool call":
         return {"role": "assistant", "content": "", "tool_calls": [_call(place, _json(place, read["content"]))]}
     for key in OTHER_KEYS:
         if not is_empty(turn.get(key)):
             read[key] = _text(f"{place}.{key}", turn[key])
+    if not is_empty(turn.get("function_call")):
+        raise InputError(f"{place} has a 'function_call', which is not read: write it as 'tool_calls'")
     if turn.get("weight") is not None:
         read["weight"] = _weight(place, turn["weight"])
     if not is_empty(calls := turn.get("tool_calls")):
@@ -203,7 +202,7 @@ def _read_turn(turn: object, place: str) -> Turn:
 
 
 def _content(place: str, content: object, optional: bool) -> str:
-    """A turn's text, which may be in parts."""
+    """The text of a turn. Lists of parts are joined."""
     if content is None and optional:
         return ""
     if isinstance(content, list):
@@ -216,20 +215,16 @@ def _content(place: str, content: object, optional: bool) -> str:
 
 def _weight(place: str, weight: object) -> int:
     if weight not in (0, 1) or isinstance(weight, bool):
-        raise InputError(f"{place} has the weight {shown(weight)}, but it has to be 1, or 0 for an answer not to learn")
+        raise InputError(f"{place}.weight is {shown(weight)}, but has to be 1, or 0 for an answer not to train on")
     return int(weight)
 
 
 def _call(place: str, call: object) -> dict:
-    """A call of a tool: `function` with `name` and `arguments`, or these alone. Arguments may be written as JSON."""
+    """A tool call: `function` with `name` and `arguments`, or these two alone. `arguments` may be a JSON string."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InputError(f"{place} is {shown(call)}, but has to be a function with a name and arguments")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _json(f"{place}: the arguments", arguments)
-    elif isinstance(arguments, dict):  # of Parquet, whose rows all have the same names
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+    arguments = _json(f"{place}.arguments", function.get("arguments", {}))
     read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **read} if isinstance(call, dict) and isinstance(call.get("id"), str) else read
 
@@ -237,27 +232,37 @@ def _call(place: str, call: object) -> dict:
 def _tools(tools: object) -> list[dict] | None:
     if is_empty(tools):
         return None
-    tools = _json("'tools'", tools) if isinstance(tools, str) else tools
+    tools = _json("'tools'", tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"'tools' is {shown(tools)}, but has to be a list of functions' JSON schemas")
+        raise InputError(f"'tools' is {shown(tools)}, but has to be a list of JSON schemas of functions")
     return tools or None
 
 
 def _check_tools(turns: list[Turn], tools: list[dict] | None) -> None:
     of_tools = [index for index, turn in enumerate(turns) if turn.get("tool_calls") or turn["role"] == "tool"]
     if of_tools and not tools:
-        raise InputError(f"calls a tool (turn {of_tools[0]}), but has no 'tools' that says which there are")
-    try:
-        json.dumps([tools, *(turn.get("tool_calls") for turn in turns)], ensure_ascii=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:  # dates of Parquet, half a surrogate pair, endless nesting
-        raise InputError(f"has a tool, or a call of one, that is not JSON ({first_line(error)})") from None
+        raise InputError(f"uses a tool (turn {of_tools[0]}), but has no 'tools' that describes it")
 
 
-def _json(place: str, text: str) -> Any:
+def _without_nulls(value: Any) -> Any:
+    """A value without fields that are null: of Parquet and of the hub, all objects have the same names."""
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return value
+
+
+def _json(place: str, value: object) -> Any:
+    """A value of JSON, which may be written as text."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not JSON ({error}): {shown(text)}") from None
+        read = json.loads(value) if isinstance(value, str) else _without_nulls(value)
+        text = json.dumps(read, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not JSON ({error}): {shown(value)}") from None
+    if not is_unicode(text):
+        raise InputError(f"{place} holds half of a surrogate pair, which is not a character: {shown(value)}")
+    return read
 
 
 def _text(name: str, value: object) -> str:

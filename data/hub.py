@@ -1,7 +1,7 @@
-"""Data sets of the hub (huggingface.co/datasets): opening them, and copying one into a file.
+"""Data sets on the hub (huggingface.co/datasets): opening them, and copying one into a file.
 
-Tested on a stand-in alone: a folder with files and a README.md that describes them, which `datasets.load_dataset` takes
-as it takes a repository of the hub. Code that a data set brings along is never run.
+Tested only with a local folder of files and a README.md that describes them, which `datasets.load_dataset` reads like a
+hub repository. Code in a data set is never run.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from data.errors import InputError, writing
 from data.mix import HubSource
 
 SHUFFLE_BUFFER = 10_000
-# Errors raised when reading from the hub. RuntimeError refuses code of a data set, ImportError says what it needs.
+# Errors raised when reading from the hub. RuntimeError: the data set has code; ImportError: it needs a package.
 UNREADABLE = (
     OSError, ValueError, RuntimeError, ImportError, HTTPError, pyarrow.ArrowException, datasets.exceptions.DatasetsError
 )  # fmt: skip
@@ -31,42 +31,41 @@ UNREADABLE = (
 
 @contextmanager
 def reading_hub(failure: str, advice: str) -> Iterator[None]:
-    """A context in which a data set is read.
+    """Turn errors of reading a data set in this context into InputError.
 
     Args:
-        failure: what the message says has failed; the reason follows it.
-        advice: what to do about it.
+        failure: beginning of the message, before the reason.
+        advice: end of the message.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the data set cannot be read.
     """
     try:
         yield
     except UNREADABLE as error:
-        # The second line may say what there is instead of what was asked for.
+        # The second line may list what is available.
         reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
         raise InputError(f"{failure}: {reason}\n{advice}") from error
 
 
 def shuffled(records: datasets.IterableDataset, seed: int) -> datasets.IterableDataset:
-    """A streamed data set in an order that the seed decides."""
+    """Shuffle a streamed data set by the seed."""
     # By row groups, so that the sample comes from all parts of the files. One group at a time: reading several takes
     # threads, which need five seconds at the end of each set to stop.
     return records.reshard().shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
 
 
 def fetch(source: HubSource, seed: int, cache_dir: str | Path, place: str) -> Path:
-    """The file of JSON Lines with a data set's records, written now or by an earlier call.
+    """A JSON Lines file with the records of a data set, written unless an earlier call did so.
 
-    A data set that is streamed and of which only some rows are wanted is shuffled by the seed, and has only about these
-    rows read (and the buffer that they are shuffled in); of any other, the file has all records in their order. Memory
-    does not grow with it.
+    With `stream` and `rows`, the file has that many rows, shuffled by the seed; little more than these and the shuffle
+    buffer is read. Otherwise it has all records in order. Memory does not grow with the data set.
 
     Args:
-        place: of the source, for messages.
+        place: position of the source in the mix, for messages.
 
     Raises:
-        InputError: it cannot be read, or the file not be written.
+        InputError: the data set cannot be read, or the file cannot be written.
     """
     wanted = source.rows if source.stream else None
     settings = [source.hub, source.config, source.split, source.revision, wanted, seed if wanted else None]
@@ -88,9 +87,9 @@ def fetch(source: HubSource, seed: int, cache_dir: str | Path, place: str) -> Pa
 
 
 def _records(source: HubSource, wanted: int | None, seed: int, place: str) -> Iterator[dict]:
-    """The records as Python's values: in Arrow's, JSON of mixed types is text."""
+    """The records as Python values. As Arrow values, JSON of mixed types would be text."""
     failure = f"{place}: {source.name} could not be read from the hub"
-    with reading_hub(failure, "correct the source, or start again once it can be read"):
+    with reading_hub(failure, "correct the source, or try again later"):
         records: Iterable[dict] = datasets.load_dataset(
             source.hub, source.config, split=source.split, revision=source.revision, streaming=source.stream
         )

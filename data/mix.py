@@ -1,4 +1,4 @@
-"""`mix.yaml`: the sources of a run's rows, how much is taken of each, and what is held out for evaluation.
+"""`mix.yaml`: the sources of a run, how many rows are taken from each, and how many are held out for evaluation.
 
 docs/DATA.md describes every key. The file is checked as a whole, and all its problems are reported together.
 """
@@ -37,7 +37,7 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 
 @dataclass
 class _Checks:
-    """What a file is checked against, and what the checks of its parts have found."""
+    """Context of the checks of a file, and what they have found so far."""
 
     folder: Path
     num_task_types: int
@@ -46,7 +46,7 @@ class _Checks:
     taken: set[tuple] = field(default_factory=set)
 
     def take(self, place: str, info: "ValidationInfo[_Checks]") -> None:
-        """Raises InputError if a source reads the same in the same way as one before it."""
+        """Raise InputError if an earlier source reads the same data in the same way."""
         key = (place, info.data.get("format"), *sorted((info.data.get("columns") or {}).items()))
         if key in self.taken:
             raise InputError(f"{place} is in another source already, and its rows would count twice")
@@ -58,15 +58,15 @@ class _Model(BaseModel):
 
 
 class Source(_Model):
-    """What is said of any source. Without `rows` and `weight`, all of it is taken.
+    """Keys of every source. Without `rows` and `weight`, all rows are taken.
 
     Args:
         format: a key of `FORMATS`; by default recognised from a row's columns.
-        columns: the source's name of a format's column, by the format's.
-        task_type: number or name of the task type of rows that do not say theirs.
-        task: name of the task of rows that do not say theirs.
+        columns: maps the format's column names to the source's.
+        task_type: number or name of the task type, for rows without one.
+        task: name of the task, for rows without one.
         rows: number of rows to take, chosen by the seed.
-        weight: as many rows are taken as are in this proportion to the other sources with a weight.
+        weight: number of rows to take, relative to the other sources with a weight.
         held_out: share of the rows taken that is kept for evaluation; by default the mix's.
     """
 
@@ -113,7 +113,7 @@ class Source(_Model):
         return weight
 
     def reading(self, prefix: str) -> Reading:
-        """How its rows are read."""
+        """The settings for reading its rows."""
         return Reading(self.format, self.columns, self.task_type, self.task or "", prefix)
 
 
@@ -121,7 +121,7 @@ class FileSource(Source):
     """A file or folder.
 
     Args:
-        path: where it is, seen from the folder of the mix.
+        path: relative to the folder of the mix.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -142,14 +142,14 @@ class FileSource(Source):
 
 
 class HubSource(Source):
-    """A data set of the hub.
+    """A data set on the hub.
 
     Args:
         hub: its id, OWNER/NAME.
-        config: the configuration; by default its only one.
-        split: the part.
+        config: the configuration; by default the only one.
+        split: the split.
         revision: commit, branch or tag; by default the newest commit when it is first fetched.
-        stream: read it without downloading all of it first; with `rows`, read about as many.
+        stream: read row by row without downloading all first; with `rows`, little more than these.
     """
 
     config: str | None = None
@@ -175,12 +175,12 @@ def _tag(source: Any) -> str:
 
 
 class Mix(_Model):
-    """The content of a file.
+    """The content of a mix file.
 
     Args:
-        sources: in the order in which their rows follow each other; an epoch shuffles them.
+        sources: in the order of their rows in the data set; an epoch shuffles them.
         seed: decides which rows of a source are taken and which of them are held out.
-        held_out: of sources that do not say theirs.
+        held_out: default for the sources.
     """
 
     sources: Annotated[
@@ -197,7 +197,7 @@ class Mix(_Model):
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Refuses a key that occurs twice, and reads 1e-5 as a number, as YAML 1.2 has it; to PyYAML it is text."""
+    """Refuses duplicate keys, and reads 1e-5 as a number, as YAML 1.2 does; to PyYAML it is text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -212,12 +212,12 @@ YamlLoader.add_implicit_resolver(
 
 
 def is_mix(path: str | Path) -> bool:
-    """Tell by its name whether a path is that of a mix."""
+    """Tell from its name whether a path is a mix."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
 def read_mix(file: str | Path, num_task_types: int, task_type_names: Sequence[str] = ()) -> Mix:
-    """Read a mix and check all that can be checked before rows are read: names, ranges, files, columns.
+    """Read a mix and check everything that does not need its rows: names, ranges, files, columns.
 
     Raises:
         InputError: it lists every problem with its place in the file.
@@ -231,14 +231,14 @@ def read_mix(file: str | Path, num_task_types: int, task_type_names: Sequence[st
     except ValidationError as error:
         problems = [_in_words(each) for each in error.errors()]
     if checks.weights and not any(checks.weights):
-        problems.append("sources: their weights sum to nothing; at least one has to be above 0")
+        problems.append("sources: all weights are 0; at least one has to be above 0")
     if problems or not mix:
         raise InputError("\n".join(f"{file}: {problem}" for problem in problems))
     return mix
 
 
 def check_columns(file: Path, columns: dict[str, str]) -> None:
-    """Raise InputError if no row of a file has a column that a map names. Rows are read until all have occurred."""
+    """Raise InputError if no row of a file has a mapped column. Rows are read until all have occurred."""
     names: dict[str, None] = {}
     for block in split_files([file]):
         names |= dict.fromkeys(name for _, row in read_block(block) if isinstance(row, dict) for name in row)
@@ -265,20 +265,22 @@ def _content(file: Path) -> object:
 
 
 def _in_words(error: Any) -> str:
-    """One of pydantic's errors, with the place as it would be written in Python."""
+    """A message for one of pydantic's errors, with the place as in Python: `sources[0].rows`."""
     tag = next((part for part in error["loc"] if part in (PATH_TAG, HUB_TAG)), None)
     parts = [part for part in error["loc"] if part not in (PATH_TAG, HUB_TAG, "[key]")]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     if error["type"] == "missing":
-        return "it has no sources" if place == "sources" else f"{place.rpartition('.')[0]}: has no path and no hub"
+        return "it has no sources" if place == "sources" else f"{place.rpartition('.')[0]}: has neither path nor hub"
     if error["type"] == "extra_forbidden":
         if tag and parts[-1] in HubSource.model_fields:
-            return f"{place}: a source with a path does not have it"
+            return f"{place}: not allowed in a source with a path"
         known = {**FileSource.model_fields, **HubSource.model_fields} if tag else Mix.model_fields
         return f"{place}: unknown key; {_nearest(parts[-1], known)}"
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])
         return f"{place} {text}" if text.startswith("is ") else f"{place}: {text}"
+    if error["type"].endswith("too_short"):
+        return f"{place} is empty"
     allowed = error["msg"].removeprefix("Input should be ")
     if error["type"] == "model_type":
         allowed = "a mapping of keys to values"
@@ -293,6 +295,6 @@ def _shown(value: object) -> str:
 
 
 def _nearest(name: object, known: Collection[str]) -> str:
-    """The end of a message about a name that is not known."""
+    """The end of a message about an unknown name."""
     near = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(dict.fromkeys(known)) or 'none'}"
+    return f"did you mean {near[0]!r}?" if near else f"available: {', '.join(dict.fromkeys(known)) or 'none'}"

@@ -1,4 +1,4 @@
-"""Prompts, the text that the model reads, and targets, the text that it learns to write, as token ids."""
+"""Prompts, the text that the model reads, and answers, the text that it learns to write, as token ids."""
 
 import re
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ from data.formats import Conversation, Turn
 TEMPLATES = ("auto", "plain", "chat")
 PLACEHOLDER = "PLACE-OF-CONTENT-{}-"
 PLACEHOLDERS = re.compile(PLACEHOLDER.format(r"(\d+)"))
+# A conversation with more answers is encoded in steps, each of twice as many.
+ANSWERS_AT_FIRST = 16
 TrainOn = Literal["all", "last"]
 
 
@@ -23,8 +25,8 @@ class Encoded(NamedTuple):
 
     Args:
         input_ids: token ids.
-        spans: start and end of each supervised part, in turn: a flat list.
-        turns: index in the conversation of the turn that each part belongs to.
+        spans: flat list of the start and end of each supervised part.
+        turns: index of each part's turn in the conversation.
     """
 
     input_ids: list[int]
@@ -33,11 +35,11 @@ class Encoded(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """Text that is tokenized by itself.
+    """Text that is tokenized separately.
 
     Args:
-        literal: special tokens that it spells are text.
-        turn: the turn that it is the answer of, if it is supervised.
+        literal: special tokens in it are plain text.
+        turn: index of its turn if it is supervised.
     """
 
     text: str
@@ -46,7 +48,7 @@ class _Segment(NamedTuple):
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Resolve `auto` to `plain` or `chat` for this tokenizer; these two stay.
+    """Resolve `auto` to `plain` or `chat` for this tokenizer; other names are returned unchanged.
 
     Raises:
         InputError: the name is unknown, or `chat` is given for a tokenizer without a chat template.
@@ -61,12 +63,12 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, context: str) -> list[int]:
-    """Token ids of the prompt, up to where the answer begins. Training and generation share it.
+    """Token ids of a prompt, up to the start of the answer. Training and generation share this function.
 
     plain (the format of the authors' code): instruction, then newline and input if there is one, end-of-sequence token.
     chat: the tokenizer's template with the same text as the user's turn.
 
-    Only the template writes special tokens: text in a row that spells one (`</s>`) stays text.
+    Only the template writes special tokens: one in the text of a row (`</s>`) stays text.
 
     Raises:
         InputError: the text cannot be written as UTF-8.
@@ -75,7 +77,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: str, instruction
 
 
 def encode_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, up to where the next answer begins.
+    """Token ids of a conversation, up to the start of the next answer.
 
     Args:
         turns: each with `role` and `content`. In `plain`, which has no turns, they are paragraphs of one prompt.
@@ -87,7 +89,7 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[
 
 
 def encode_question(tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation) -> list[int]:
-    """As `encode_turns`, of a conversation that may have tools."""
+    """Like `encode_turns`, for a conversation that may have tools."""
     for turn in conversation.messages:
         if problem := encoding_problem("the prompt", turn["content"]):
             raise InputError(problem)
@@ -98,7 +100,7 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, template: str, conversat
 
 
 def encoding_problem(name: str, text: str | None) -> str | None:
-    """A message if a text that a user has typed, which it calls `name`, is not UTF-8; else None."""
+    """A message if text that the user typed is not UTF-8, calling it `name`; else None."""
     if text is None or is_unicode(text):
         return None
     return f"{name} has a byte that is not UTF-8; type or paste it again, or convert it to UTF-8"
@@ -137,29 +139,32 @@ def encode_target(
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversations: list[Conversation], train_on: TrainOn = "all"
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    conversations: list[Conversation],
+    train_on: TrainOn = "all",
+    most: int | None = None,
 ) -> list[Encoded]:
-    """Conversations that end with an answer as tokens: prompts as `encode_turns` gives, and answers.
+    """Encode conversations that end with an answer. Prompts have the tokens of `encode_turns`.
 
     Args:
-        train_on: every answer of a conversation, or the last one, is supervised, including the token that ends it.
+        train_on: supervise all answers of a conversation, or the last one, including the token that ends each.
+        most: rows will be cut to so many tokens: answers after them may be left out of the spans.
 
     Raises:
-        InputError: the chat template does not accept a conversation, or its answers cannot be told apart.
+        InputError: the chat template does not accept a conversation, or an answer cannot be located.
     """
     if template == "plain":
         return _encode_plain(tokenizer, conversations)
     rows, last = [], []
     for conversation in conversations:
         turns = conversation.answers[-1 if train_on == "last" else 0 :]
-        rendered, spans = render_answers(tokenizer, _shown(tokenizer, conversation), turns)
-        # White space after the last answer is not learnt, and nothing follows it.
-        rows.append(_segments(tokenizer, conversation, rendered.rstrip(), spans))
+        rows.append(_answered(tokenizer, conversation, turns, most))
         last.append(turns[-1])
     ends = set(control_tokens(tokenizer).values())
     encoded = _encode_segments(tokenizer, rows)
     for row, turn in zip(encoded, last, strict=True):
-        # A template that does not end its turns: the answer at least ends, with the end of the text.
+        # If the template does not end its turns, the end-of-sequence token ends the last answer.
         if row.turns[-1:] == [turn] and row.spans[-1] == len(row.input_ids) and row.input_ids[-1] not in ends:
             row.input_ids.append(tokenizer.eos_token_id)
             row.spans[-1] += 1
@@ -202,10 +207,10 @@ def _plain_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Conversation:
-    """What the chat template gets to see: contents that spell a special token are replaced by a placeholder.
+    """The conversation for the chat template, with a placeholder for each content that contains a special token.
 
     Raises:
-        InputError: something else spells one.
+        InputError: something else contains one.
     """
     messages = [
         turn | {"content": PLACEHOLDER.format(index)} if _spells_control(tokenizer, turn["content"]) else turn
@@ -213,7 +218,7 @@ def _shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Co
     ]
     others = [[value for name, value in turn.items() if name != "content"] for turn in messages]
     if any(_spells_control(tokenizer, text) for text in _strings([others, conversation.tools])):
-        raise InputError("a tool, a call of one or a thought spells a special token of the tokenizer; reword it")
+        raise InputError("a tool, a tool call or reasoning contains a special token of the tokenizer; reword it")
     return Conversation(messages, conversation.tools)
 
 
@@ -226,21 +231,40 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(each)
 
 
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turns: list[int], most: int | None
+) -> list[_Segment]:
+    """The segments of a conversation with those of its answers that begin within the first `most` tokens.
+
+    To find an answer takes renderings of all turns before it: of thousands of answers, minutes.
+    """
+    shown = _shown(tokenizer, conversation)
+    count = ANSWERS_AT_FIRST if most else len(turns)
+    while True:
+        row = _segments(tokenizer, conversation, *render_answers(tokenizer, shown, turns[:count]))
+        if count >= len(turns):
+            return row
+        spans = _encode_segments(tokenizer, [row])[0].spans
+        if most and spans and spans[-1] >= most:
+            return row
+        count *= 2
+
+
 def _segments(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, rendered: str, spans: dict[int, tuple[int, int]]
 ) -> list[_Segment]:
-    """The segments of a rendered conversation. Special tokens in it count only if the template wrote them.
+    """Split a rendered conversation into segments. Only special tokens that the template wrote count as such.
 
     Args:
-        spans: start and end of each supervised answer in the text, by its turn.
+        spans: start and end of each supervised answer in the text, by turn.
     """
     contents = [turn["content"] for turn in conversation.messages]
     spelling = [index for index, content in enumerate(contents) if _spells_control(tokenizer, content)]
     # A template may show them in another order.
     if sorted(map(int, PLACEHOLDERS.findall(rendered))) != spelling:
         raise InputError(
-            "a row spells a special token, and the tokenizer's chat template does not show its text exactly once, so "
-            "the two cannot be told apart; use prompt_template plain"
+            "a turn contains a special token, and the tokenizer's chat template does not show the turn exactly once, "
+            "so the token cannot be told from the template's own; use prompt_template plain"
         )
     segments, place = [], 0
     for turn, (start, end) in spans.items():
@@ -250,13 +274,13 @@ def _segments(
 
 
 def _split(text: str, contents: list[str], turn: int | None) -> Iterator[_Segment]:
-    """The segments of a part, with contents of turns in place of their placeholders."""
+    """Split a part into segments, with contents of turns in place of their placeholders."""
     for place, piece in enumerate(PLACEHOLDERS.split(text)):
         yield _Segment(contents[int(piece)], True, turn) if place % 2 else _Segment(piece, False, turn)
 
 
 def _encode_segments(tokenizer: PreTrainedTokenizerBase, rows: list[list[_Segment]]) -> list[Encoded]:
-    """Segments as tokens, one row after the other."""
+    """Tokenize the segments of rows."""
     segments = [segment for row in rows for segment in row]
     ids = {
         literal: iter(_tokenize(tokenizer, [each.text for each in segments if each.literal == literal], literal))
@@ -284,9 +308,9 @@ def _joined(row: list[_Segment], parts: list[list[int]]) -> Encoded:
 
 
 def _in_context(tokenizer: PreTrainedTokenizerBase, row: list[_Segment], parts: list[list[int]]) -> list[list[int]]:
-    """Token ids of segments, each as it follows the one before: by itself, it would begin with a word's mark.
+    """Token ids of segments, each in the context of the one before; separately, each would begin with a word's mark.
 
-    Those of `parts`, if the segment before is tokenized differently with it, or one of the two is literal.
+    They are those of `parts` if a segment changes the tokens of the one before, or if one of the two is literal.
     """
     places = [place for place in range(1, len(row)) if not (row[place - 1].literal or row[place].literal)]
     pairs = _tokenize(tokenizer, [row[place - 1].text + row[place].text for place in places], literal=False)
@@ -304,7 +328,7 @@ def _tokenize(
     """Token ids of texts.
 
     Args:
-        literal: special tokens that a text spells are text.
+        literal: special tokens in a text are plain text.
         add_special_tokens: add those that the tokenizer itself adds to a text.
     """
     if not texts:
@@ -314,7 +338,7 @@ def _tokenize(
         add_special_tokens=add_special_tokens,
         split_special_tokens=literal,
         return_attention_mask=False,
-        verbose=False,  # about texts of more tokens than the model can read: rows are cut
+        verbose=False,  # no warning about texts that are too long for the model: rows are truncated
     )["input_ids"]
 
 

@@ -1,9 +1,9 @@
 """Rows of data files: checking and completing them.
 
 A row is a conversation in one of the formats of `formats.py`, with an optional `task_type` (a number, or a name if the
-run has names for them), an optional string `task` that names the task, and an optional list `aliases` of other right
-answers, which only evaluation uses. Other columns are ignored, unless their names say that they were meant to be
-trained on.
+run names its task types), an optional string `task` that names the task, and an optional list `aliases` of other
+correct answers, which only evaluation uses. Other columns are ignored, unless their names suggest that they were meant
+to be trained on.
 """
 
 import difflib
@@ -22,16 +22,17 @@ from data.workers import map_blocks
 
 # Columns of every format.
 COMMON = ("task_type", "task", "aliases")
-# Names, without underscores, under which other formats keep what comes before an instruction.
+# Names, without underscores, that other formats give to the text before an instruction.
 CONVERSATION = {
     "system", "systemmessage", "systemprompt", "history", "chathistory", "conversationhistory", "messages", "turns",
     "chat", "conversation", "conversations", "dialog", "dialogue",
 }  # fmt: skip
-# What formats call the text that a prompt is about.
+# Names that formats give to the text that a prompt is about.
 CONTEXTS = {"context", "input"}
-# Ratio of matching letters from which a name is a misspelt field: `inputs`, `ouput`, `alias`; not `task_id`.
+# Least ratio of matching letters for a name to be a misspelt field: `inputs`, `ouput`, `alias`; not `task_id`.
 MISSPELT = 0.83
 UNLABELLED = -1
+_COLUMNS_OF_FORMATS = frozenset(column for form in FORMATS.values() for column in form.columns)
 MOST_PROBLEMS_SHOWN = 10
 
 
@@ -41,10 +42,10 @@ class Reading:
 
     Args:
         format: a name in `formats.FORMATS`; None recognises it from a row's columns.
-        columns: the file's name for columns of the format: `{"prompt": "question"}`.
-        task_type: of rows that do not say theirs.
-        task: of rows that do not say theirs.
-        prefix: stands before the file's name in `source`.
+        columns: maps the format's column names to the file's: `{"prompt": "question"}`.
+        task_type: default for rows without one.
+        task: default for rows without one.
+        prefix: precedes the file's name in `source`.
     """
 
     format: str | None = None
@@ -54,10 +55,10 @@ class Reading:
     prefix: str = ""
 
     def renamed(self, row: dict) -> dict:
-        """A row with the format's names of columns.
+        """A row with the format's column names.
 
         Raises:
-            InputError: it lacks a column that every row of a format has.
+            InputError: the row lacks a mapped column that a format needs.
         """
         if not self.columns:
             return row
@@ -72,7 +73,7 @@ class Reading:
         return renamed
 
 
-# Formats are recognised, and every row speaks for itself.
+# Recognises the format of each row, without defaults.
 RECOGNISED = Reading()
 
 
@@ -84,7 +85,7 @@ def check_rows(
     reading: Reading = RECOGNISED,
     plain: bool = False,
 ) -> tuple[int, list[str]]:
-    """Check every row. Returns the number of rows, and the names of columns that are ignored.
+    """Check every row. Returns the number of rows and the names of ignored columns.
 
     Args:
         plain: the rows are for the template `plain`, which has no turns.
@@ -106,12 +107,12 @@ def check_rows(
             refuse_rows(problems, at_least=MOST_PROBLEMS_SHOWN + 1)
     refuse_rows(problems)
     if not count:
-        raise InputError(f"{', '.join(map(str, files))}: there is no row")
+        raise InputError(f"{', '.join(map(str, files))}: there are no rows")
     return count, sorted(ignored)
 
 
 def refuse_rows(problems: list[str], at_least: int = 1) -> None:
-    """Raise InputError with the first of the problems that rows have, if there are so many."""
+    """Raise InputError with the first problems if there are `at_least` so many."""
     if len(problems) >= at_least:
         more = ["... and perhaps more; fix these first"] if len(problems) > MOST_PROBLEMS_SHOWN else []
         raise InputError("\n".join([*problems[:MOST_PROBLEMS_SHOWN], *more]))
@@ -144,26 +145,28 @@ def row_problem(
 
 
 def read_row(row: object, reading: Reading = RECOGNISED, answered: bool = True) -> Conversation:
-    """The conversation that a row is; see `formats.to_conversation`.
+    """Convert a row into a conversation; see `formats.to_conversation`.
 
     Raises:
-        InputError: it is none, or has columns that look as if they were to be read; the message is the row's predicate.
+        InputError: the row is invalid, or has columns that were probably meant to be read.
     """
     if not isinstance(row, dict):
-        raise InputError(f"is {shown(row)}, but has to be an object, such as one with instruction and output")
+        raise InputError(f"is {shown(row)}, but has to be an object, for example with instruction and output")
     row = reading.renamed(row)
     form = find_format(row, reading.format, answered)
+    # Whoever names the format knows that the columns of others are there.
+    known = _COLUMNS_OF_FORMATS if reading.format else frozenset()
     for name in _other_columns(row, form):
-        if problem := _column_problem(row, form, name, answered):
+        if name not in known and (problem := _column_problem(row, form, name, answered)):
             raise InputError(problem)
     return to_conversation(row, form, answered)
 
 
 def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Reading = RECOGNISED) -> list[dict]:
-    """Checked rows as `conversation`, `task_type`, `task`, `aliases`, and `source`, which says where a row comes from.
+    """Checked rows as `conversation`, `task_type`, `task`, `aliases` and `source`, the file and number of the row.
 
-    A missing task type becomes the reading's, or -1, a missing `task` the reading's, or empty, missing `aliases` empty,
-    the name of a task type its number.
+    Names of task types become numbers. A missing `task_type` becomes the reading's or -1, a missing `task` the
+    reading's or empty, missing `aliases` an empty list.
     """
     rows = []
     for number, row in read_block(block):
@@ -186,7 +189,7 @@ def complete_rows(block: Block, task_type_names: Sequence[str] = (), reading: Re
 def _check_block(
     block: Block, num_task_types: int, task_type_names: Sequence[str], reading: Reading, plain: bool
 ) -> tuple[int, list[str], set[str]]:
-    """The number of rows, their problems, and the names of columns that are not read."""
+    """The number of rows, their problems and the names of ignored columns."""
     rows = list(read_block(block))
     problems = [
         f"{block.file}: row {number}: {problem}"
@@ -206,8 +209,8 @@ def plain_problem(conversation: Conversation) -> str | None:
     if roles in (["user", "assistant"], ["user"]) and not conversation.tools:
         return None
     return (
-        f"is a conversation ({', '.join(roles[:MOST_PROBLEMS_SHOWN])}), but the prompt template plain has only a "
-        "prompt and an answer: use prompt_template chat, and a tokenizer that has such a template"
+        f"is a conversation ({', '.join(roles[:MOST_PROBLEMS_SHOWN])}), but prompt_template plain takes only a "
+        "prompt and an answer: use prompt_template chat, with a tokenizer that has a chat template"
     )
 
 
@@ -240,20 +243,20 @@ def task_type_problem(task_type: object, num_task_types: int, names: Sequence[st
 
 
 def _other_columns(row: dict, form: Format) -> list[str]:
-    """The columns of a row that are not read and hold something."""
+    """The non-empty columns of a row that are not read."""
     return [name for name in row if name not in form.columns and name not in COMMON and not is_empty(row[name])]
 
 
 def _column_problem(row: dict, form: Format, name: str, answered: bool) -> str | None:
     """The problem with a column that is not read, or None if it may be ignored."""
-    if _letters(name) in CONVERSATION and _says_something(row[name]):
+    if form.question in row and _letters(name) in CONVERSATION and _says_something(row[name]):
         return (
             f"has a {name!r}, which is not read: write a conversation as 'messages' and a system prompt as 'system', "
-            "or take it out"
+            "or remove the column"
         )
     field = _meant_field(name, form, answered)
-    if field and is_empty(row.get(field)):
-        return f"{name!r} is not a known column: rename it to {field!r}, or take it out"
+    if field and is_empty(row.get(field)) and (form.question in row or field == form.question):
+        return f"{name!r} is not a known column: rename it to {field!r}, or remove it"
     return None
 
 

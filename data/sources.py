@@ -1,6 +1,6 @@
-"""Rows of a run: of a file, a folder, or the sources of a mix.
+"""The rows of a run: from a file, a folder, or the sources of a mix.
 
-Each source is encoded and cached by itself. A mix is a choice of its rows: indices into the mapped files, no copies.
+Each source is encoded and cached separately. A mix selects rows by index from the memory-mapped files, without copies.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ from data.mix import FileSource, HubSource, Mix, check_columns, is_mix, read_mix
 Part = Literal["training", "held out"]
 NO_ROWS: dict[Part, str] = {
     "training": "no row is left to train on; lower held_out, or take more rows",
-    "held out": "no row is held out to evaluate on; raise held_out, or name another validation file, or none",
+    "held out": "no row is held out to evaluate on; raise held_out, or set another validation file or none",
 }
 
 
 class _Source(NamedTuple):
-    """A source, and what it gives.
+    """A source and its rows.
 
     Args:
-        place: where it is in the file.
+        place: its position in the mix file: `sources[0]`.
         rows: all of its rows.
-        taken: indices of the rows of each part.
+        taken: indices of the rows in each part.
     """
 
     place: str
@@ -52,17 +52,17 @@ def load_part(
     cache_dir: str | Path,
     num_proc: int | None = None,
 ) -> tuple[datasets.Dataset, DataStatistics]:
-    """The rows of a data file or a folder, or a part of a mix, as `load_data` returns them.
+    """Load the rows of a data file or folder, or a part of a mix, as `load_data` does.
 
     Args:
-        part: of a mix; a file or folder has none.
+        part: part of a mix to load; ignored for a file or folder.
 
     Returns:
-        The rows and their counts. Those of a mix have a table of its sources, and a hash that covers the contents of
-        the sources, how they are read, and which of their rows are taken.
+        The rows and their counts. The counts of a mix include a table of its sources, and a hash of the contents of the
+        sources, how they are read, and which of their rows are taken.
 
     Raises:
-        InputError: see `read_mix` and `load_data`; or the part has no rows, or a source fewer than are asked for.
+        InputError: as for `read_mix` and `load_data`; or the part is empty, or a source has fewer rows than requested.
     """
     if not is_mix(path):
         return load_data(path, tokenizer, encoding, cache_dir, num_proc)
@@ -75,10 +75,10 @@ def load_part(
 
 
 def choose_rows(size: int, taken: int, held_out: float, seed: int) -> dict[Part, np.ndarray]:
-    """Indices of some of `size` rows, by part and in order.
+    """Choose `taken` of `size` rows and split them: sorted indices by part.
 
-    They are the first of a permutation, of which every so manyth is held out: of two calls with the same seed and size,
-    the one that takes more takes the others' rows as well, and each row is in the same part.
+    They are the first of a permutation, of which rows at regular intervals are held out. So of two calls with the same
+    seed, size and share, the one that takes more rows takes all rows of the other, each in the same part.
 
     Args:
         held_out: share of the taken rows; half a row is rounded up.
@@ -89,7 +89,7 @@ def choose_rows(size: int, taken: int, held_out: float, seed: int) -> dict[Part,
 
 
 def weighted_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Numbers of rows in proportion to weights (above 0), as many as there can be without taking a row twice."""
+    """The largest numbers of rows in proportion to weights (above 0) that take no row twice."""
     if not weights:
         return []
     scale = min(Fraction(size) / Fraction(weight) for size, weight in zip(sizes, weights, strict=True))
@@ -104,14 +104,14 @@ def _load(
     cache_dir: str | Path,
     num_proc: int | None,
 ) -> list[_Source]:
-    """The sources with all of their rows, but for those that a weight of 0 leaves out."""
+    """Load all rows of the sources, except those with a weight of 0."""
     used = [(f"sources[{number}]", source) for number, source in enumerate(mix.sources) if source.weight != 0]
     paths = [_find(source, file, place, mix.seed, cache_dir) for place, source in used]
     files = [{each.resolve() for each in find_files(path)} for path in paths]
     readers = Counter(each for several in files for each in several)
     sources = []
     for (place, source), path, own in zip(used, paths, files, strict=True):
-        # File and number tell a row from all others, unless two sources read the same file, each in its way.
+        # File and number identify a row, unless two sources read the same file in different ways.
         prefix = f"{place} " if any(readers[each] > 1 for each in own) else ""
         if isinstance(source, FileSource):
             folder = Path(source.path) if path.is_dir() else Path(source.path).parent
@@ -132,10 +132,10 @@ def _find(source: FileSource | HubSource, file: Path, place: str, seed: int, cac
 
 
 def _take(file: Path, mix: Mix, sources: list[_Source]) -> list[_Source]:
-    """The sources with the indices of the rows that are taken.
+    """Choose the rows of each source.
 
     Raises:
-        InputError: there are fewer than are asked for, or a weight is so small that it leaves none.
+        InputError: a source has fewer rows than requested, or its weight is so small that no row is taken.
     """
     weights = {each.place: each.source.weight for each in sources if each.source.weight}
     sizes = [len(each.rows) for each in sources if each.place in weights]
@@ -157,7 +157,7 @@ def _take(file: Path, mix: Mix, sources: list[_Source]) -> list[_Source]:
 
 
 def _statistics(sources: list[_Source], part: Part, names: Sequence[str]) -> DataStatistics:
-    """The counts of a part, and a table of its sources."""
+    """Counts of a part, with a table of its sources."""
     other: Part = "held out" if part == "training" else "training"
     tokens = [int(row_lengths(each.rows)[each.taken[part]].sum()) for each in sources]
     counts = [each.statistics for each in sources]
@@ -186,7 +186,7 @@ def _types(source: _Source, part: Part, names: Sequence[str]) -> str:
 
 
 def _table_lines(sources: list[tuple[str, str, int, int, int]], other: Part) -> tuple[str, ...]:
-    """A line for each source, from its name, task types, rows, tokens and rows in the other part; and one for all."""
+    """A line per source, given name, task types, rows, tokens and rows in the other part; and one for the total."""
     all_rows, all_tokens, all_others = (sum(column) for column in list(zip(*sources, strict=True))[2:])
     cells: list[tuple[str, ...]] = [("source", "task type", "rows", "share", "tokens", "share", other)]
     for name, types, rows, tokens, others in [*sources, ("all", "", all_rows, all_tokens, all_others)]:
@@ -199,7 +199,7 @@ def _table_lines(sources: list[tuple[str, str, int, int, int]], other: Part) -> 
 
 
 def _sha256(sources: list[_Source], part: Part) -> str:
-    """A hash of all that decides which rows a part has: contents, how they are read, which are taken."""
+    """Hash everything that determines the rows of a part: contents, how they are read, which are taken."""
     digest = hashlib.sha256()
     for each in sources:
         settings = each.source.model_dump(include={"format", "columns", "task_type", "task"})

@@ -224,14 +224,14 @@ class DataArguments:
 
     dataset_dir: str = flag(None, "training rows: a data file, a folder of them, or a mix.yaml (docs/DATA.md)")
     validation_file: str | None = flag(
-        None, "evaluation rows: file, folder, or what a mix.yaml holds out; by default none"
+        None, "evaluation rows: a data file, a folder, or the held-out rows of a mix.yaml; by default none"
     )
     max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
     packing: bool = flag(
         False, "fill each row of a batch up to max_seq_length with samples, which do not see each other"
     )
     prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
-    train_on: Literal["all", "last"] = flag("all", "answers of a conversation that are learnt: all, or the last")
+    train_on: Literal["all", "last"] = flag("all", "train on all answers of a conversation, or only on the last")
     data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
     preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
 
@@ -373,7 +373,7 @@ def _data_problems(flags: argparse.Namespace) -> list[str]:
     if flags.packing:
         problems += [reason for name, reason in UNPACKED if getattr(flags, name)]
         if flags.train_sampling_strategy == "sequential":
-            problems.append("--packing gives the rows another order than --train_sampling_strategy sequential")
+            problems.append("--packing reorders the rows, against --train_sampling_strategy sequential")
     return problems
 
 

@@ -43,7 +43,7 @@ class EvaluateArguments:
     data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "files or folders of rows, or mixes (what they hold out), each measured separately; by default "
+            "help": "files or folders of rows, or mixes (their held-out rows), each measured separately; by default "
             "the run's validation file"
         },
     )

@@ -44,7 +44,7 @@ class GenerateArguments:
     """The prompts, and the place of the answers."""
 
     prompt: str | None = flag(None, "one prompt; the answer is printed")
-    input: str | None = flag(None, "file or folder of rows in any format of docs/DATA.md; answers in it are not read")
+    input: str | None = flag(None, "file or folder of rows in any format of docs/DATA.md; existing answers are ignored")
     output: str | None = flag(
         None, "file for the rows with their answers, .json or .jsonl; rerunning an interrupted command resumes it"
     )

@@ -131,7 +131,7 @@ def test_what_cannot_be_told_apart_is_refused_and_never_marked_wrongly(name, cas
     except InputError as error:
         shown = str(error)
     right = last_alone(expected) if expected != REFUSED and train_on == "last" else expected
-    assert shown == right or "so the supervised part cannot be told apart" in shown
+    assert shown == right or "so the supervised text cannot be located" in shown
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,11 +180,11 @@ def test_tokens_that_swallow_the_line_break_after_them(case):
 def test_tools_that_a_template_does_not_write_are_refused(train_on):
     """Else the answer with the call would be learnt as an empty one."""
     tokenizer = byte_level_tokenizer(TEMPLATES["chatml"])
-    with pytest.raises(InputError, match="chat template does not write tools"):
+    with pytest.raises(InputError, match="chat template does not show tools"):
         encode(tokenizer, "tools", train_on)
     calls = Conversation(CONVERSATIONS["tools"][:2], [CLOCK])
     tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
-    with pytest.raises(InputError, match="chat template does not write tool calls"):
+    with pytest.raises(InputError, match="chat template does not show tool calls"):
         encode_conversations(tokenizer, "chat", [calls], train_on)
 
 

@@ -55,7 +55,7 @@ BAD_ROWS = {
     "number for a string": (GOOD | {"instruction": 3}, r"row 2: 'instruction' is 3, but has to be a string"),
     "list for a string": (
         GOOD | {"output": ["a"]},
-        r"row 2: output\[0\] is \"a\", but has to be an object with a role",
+        r"row 2: output\[0\] is \"a\", but has to be an object with role",
     ),
     "no object": (["Say", "yes"], r"row 2: is \[\"Say\", \"yes\"\], but has to be an object"),
     "negative type": (
@@ -114,7 +114,7 @@ def test_several_bad_rows_are_listed_together(tmp_path, tokenizer):
     file.write_text(json.dumps([GOOD, without("output"), GOOD, without("instruction")]))
     with pytest.raises(
         InputError,
-        match=r"(?s)row 2: has no 'output'.*row 4: has no 'instruction' \(other formats have 'inst",
+        match=r"(?s)row 2: has no 'output'.*row 4: has no 'instruction' \(formats begin with 'inst",
     ):
         load(file, tokenizer, tmp_path)
 
@@ -285,7 +285,9 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
 )
 def test_a_chat_template_that_fails_is_named(tokenizer, chat_template, message):
     tokenizer.chat_template = chat_template
-    with pytest.raises(InputError, match=rf"chat template fails \({message}.*; fix it, or use prompt_template plain"):
+    with pytest.raises(
+        InputError, match=rf"chat template fails \({message}.*; change it or the row, or use prompt_template plain"
+    ):
         encode_prompt(tokenizer, "chat", "the cat", "")
 
 

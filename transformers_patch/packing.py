@@ -19,8 +19,8 @@ def packing_problem(config: PretrainedConfig) -> str | None:
     """The reason why a base model cannot be trained on packed samples, or None."""
     if config.model_type not in PACKABLE:
         return (
-            f"in base models of type {config.model_type!r}, samples that share a row are not known to be kept apart; "
-            f"they are in {', '.join(sorted(PACKABLE))}"
+            f"base models of type {config.model_type!r} are not known to keep the samples of a row apart; supported "
+            f"are {', '.join(sorted(PACKABLE))}"
         )
     if getattr(config, "output_router_logits", False):
         return "the base model's own router loss (--output_router_logits) would count padding"
