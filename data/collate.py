@@ -120,7 +120,7 @@ def _lay_out(rows: list[dict], packs: Sequence[Sequence[int]], pad_token_id: int
     """Ids, labels, positions and sample numbers of shape (B, T), with a row for each pack of numbers of `rows`.
 
     The first token of a sample is not supervised: it may come after a token of another one. Positions restart with each
-    sample and with the padding, which so is apart from them.
+    sample; each token of the padding is at position 0, apart from all others.
     """
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     shape = len(packs), max(sum(len(ids[number]) for number in members) for members in packs)
@@ -138,7 +138,6 @@ def _lay_out(rows: list[dict], packs: Sequence[Sequence[int]], pad_token_id: int
             sample_ids[index, start:end] = number
             position_ids[index, start:end] = torch.arange(end - start)
             start = end
-        position_ids[index, start:] = torch.arange(shape[1] - start)
     return input_ids, labels, position_ids, sample_ids
 
 

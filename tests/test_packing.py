@@ -496,6 +496,15 @@ def test_evaluation_on_packs_is_that_of_rows(run, tmp_path, processes):
             np.testing.assert_allclose(found[name][kind], shares, rtol=0, atol=3e-6)
 
 
+def test_packs_may_be_longer_than_a_table_of_positions(run, gpt2_dir, tmp_path):
+    """Rows of up to 50 tokens in packs of 200, and padding of more than the table's 64 positions."""
+    rows = [{"instruction": "a" * length, "output": "b"} for length in [40] * 5 + [20]]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    flags = {"model_name_or_path": gpt2_dir, "prompt_template": "plain", "max_seq_length": 200, "max_steps": 1}
+    trainer = trainer_of(run, packing=True, **flags)
+    assert np.ptp(trainer.packs.lengths) > 64
+
+
 def test_samples_are_cut_as_without_packing(run, capsys):
     trainer = trainer_of(run, packing=True, max_seq_length=30, max_steps=1)
     assert "rows cut at 30 tokens" in capsys.readouterr().out

@@ -276,7 +276,7 @@ SECTIONS: dict[str, Callable[[Benchmark], dict]] = {
     "peers": grid.peers,
     "planner": grid.planner,
 }
-# The first takes half an hour, the others are for large models on a GPU.
+# The first takes its time, the others are for large models on a GPU.
 ON_REQUEST = ("packing", "ceilings", "grid", "peers", "planner")
 
 

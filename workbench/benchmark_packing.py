@@ -7,9 +7,11 @@ import sys
 import tempfile
 from contextlib import redirect_stdout
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from data import GlobalBatchSampler, InputError, row_lengths
 from loading.arguments import parse_arguments
@@ -17,13 +19,14 @@ from loading.base_model import load_tokenizer
 from train import build_trainer, load_rows
 from training.stopping import StopSignals
 from training.trainer import LoRAMoETrainer
+from workbench.instruments import step
 from workbench.processes import as_flags
 
 if TYPE_CHECKING:
     from workbench.benchmark import Benchmark
 
 TRAINING_ROWS = "data/tiny_data/train"
-MIXED_ROWS, MIXED_STEPS = 10_000, 6
+MIXED_ROWS = 10_000
 
 
 class Batches(NamedTuple):
@@ -34,30 +37,29 @@ class Batches(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.size} packs of {self.capacity}" if self.capacity else f"{self.size} rows, grouped by length"
+        packs = "pack" if self.size == 1 else "packs"
+        return f"{self.size} {packs} of {self.capacity}" if self.capacity else f"{self.size} rows, grouped by length"
 
 
 # Batches of about as many tokens.
 TINY = Batches(8), Batches(2, 256), Batches(1, 512), Batches(1, 1024)
-MIXED = Batches(8), Batches(3, 1024)
+MIXED = Batches(5), Batches(2, 1024)
 
 
 def packing(benchmark: "Benchmark") -> dict:
-    """Real tokens per second and padding, on packs and on rows that are grouped by length.
-
-    One epoch of the tiny data, and some steps of rows of about 20 to 800 tokens, other ones in each round.
-    """
+    """Real tokens per second of a step (forward and backward pass) and the padding of an epoch, on packs and on rows
+    that are grouped by length: of the tiny data, and of rows of about 20 to 800 tokens."""
     if benchmark.folder is None or benchmark.random:
         raise InputError("--sections packing needs a base model with a tokenizer; name one with --model")
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         mixed = Path(folder, "mixed.jsonl")
         write_rows(mixed, MIXED_ROWS)
         make = partial(make_trainer, str(benchmark.folder), folder)
-        tiny = _compare(benchmark, "tiny data", TINY, make)
-        return {"packing": tiny + _compare(
-            benchmark, "20 to 800 tokens", MIXED,
-            partial(make, dataset_dir=mixed, prompt_template="plain", max_steps=MIXED_STEPS),
-        )}  # fmt: skip
+        rows = _compare(benchmark, "tiny data", {kind: make(kind) for kind in TINY}, benchmark.rounds)
+        make = partial(make, dataset_dir=mixed, prompt_template="plain")
+        trainers = {kind: make(kind) for kind in MIXED}
+        rows += _compare(benchmark, "20 to 800 tokens", trainers, benchmark.fewer_rounds)
+    return {"packing": rows}
 
 
 def make_trainer(folder: str, output: str, batches: Batches = TINY[0], **changes) -> LoRAMoETrainer:
@@ -84,32 +86,44 @@ def make_trainer(folder: str, output: str, batches: Batches = TINY[0], **changes
     return build_trainer(model_args, args, tokenizer, rows, None, None, StopSignals(), batches.capacity)
 
 
-def _compare(benchmark: "Benchmark", name: str, kinds: tuple[Batches, ...], make) -> list[dict]:
-    """A row for each kind of batches; the first is what the others are compared with."""
-    speeds: dict[Batches, list[float]] = {kind: [] for kind in kinds}
-    padding = {}
-    order = list(kinds)
-    for number in range(max(1, benchmark.fewer_rounds)):
+def _compare(benchmark: "Benchmark", name: str, trainers: dict[Batches, LoRAMoETrainer], rounds: int) -> list[dict]:
+    """A row for each kind of batches, which take turns; the first is what the others are compared with."""
+    first, *_ = trainers
+    model = trainers[first].model.train()
+    # The first batch has the longest row.
+    loaders = {kind: islice(cycle(trainer.get_train_dataloader()), 1, None) for kind, trainer in trainers.items()}
+    speeds: dict[Batches, list[float]] = {kind: [] for kind in trainers}
+    order = list(trainers)
+    for number in range(-1, rounds):
         for kind in order:
-            trainer = make(batches=kind, seed=number)
-            sampler = trainer.train_sampler()
-            steps = max(trainer.args.max_steps, 0) or None
-            tokens = sum(int(sampler.lengths[batch].sum()) for batch in islice(sampler, steps))
-            padding[kind] = trainer.padding_share()
-            speeds[kind].append(tokens / trainer.train().metrics["train_runtime"])
-            benchmark.say(f"{name}, {kind.label}: {speeds[kind][-1]:.0f} tokens/s")
+            batch = next(loaders[kind])
+            tokens = sum(batch.pop("lengths"))
+            del batch["sources"]
+            seconds = step(model, batch | {"return_logits": False})
+            if number >= 0:
+                speeds[kind].append(tokens / seconds)
         order.append(order.pop(0))
-    lengths = row_lengths(trainer.train_dataset)
-    unordered = GlobalBatchSampler(lengths, "random", 0, kinds[0].size).padding_share()
-    rows = []
-    for kind in kinds:
-        ratios = [mine / first for mine, first in zip(speeds[kind], speeds[kinds[0]], strict=True)]
-        spread = {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-        speed = statistics.median(speeds[kind])
-        rows.append(
-            {"rows": name, "batches": kind.label, "tokens_per_second": speed, **spread, "padding": padding[kind]}
-        )
-    return [*rows, {"rows": name, "batches": f"{kinds[0].size} rows in random order", "padding": unordered}]
+        benchmark.say(f"{name}, round {number + 1} of {rounds}")
+    unordered = GlobalBatchSampler(row_lengths(trainers[first].train_dataset), "random", 0, first.size).padding_share()
+    return [
+        {"rows": name, "batches": f"{first.size} rows in random order", "padding": unordered},
+        *(
+            {
+                "rows": name,
+                "batches": kind.label,
+                "tokens_per_second": statistics.median(speeds[kind]),
+                **spread([mine / other for mine, other in zip(speeds[kind], speeds[first], strict=True)]),
+                "padding": trainer.padding_share(),
+            }
+            for kind, trainer in trainers.items()
+        ),
+    ]
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = np.percentile(ratios, (25, 50, 75)).tolist()
+    return {"ratio": middle, "ratio_low": low, "ratio_high": high}
 
 
 def write_rows(file: Path, count: int) -> None:
