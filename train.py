@@ -163,8 +163,8 @@ def load_rows(
         messages.append(f"evaluation rows  {data_args.validation_file}: {eval_counts.summary(encoding.max_seq_length)}")
         if args.process_index == 0 and (shared := count_shared_rows(train_data, eval_data)):
             messages.append(
-                f"warning: {shared} of {len(eval_data)} evaluation rows are also training rows (same instruction and "
-                "input), so the evaluation flatters the model"
+                f"warning: {shared} of {len(eval_data)} evaluation rows are also training rows (same prompt), so the "
+                "evaluation flatters the model"
             )
         messages += unseen_task_types(train_data, eval_data, names)
     messages += ["first training row, what is learnt in [[ ]]:", marked_row(tokenizer, train_data[0])]

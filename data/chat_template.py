@@ -95,7 +95,8 @@ def render_answers(
     spans = {turn: _answer_span(tokenizer, conversation, turn, whole) for turn in turns}
     if any(start < end for (_, end), (start, _) in pairwise(spans.values())):
         raise _indistinct("changes the order of the turns")
-    return whole, _marked(tokenizer, conversation, whole, spans)
+    # Nothing follows the last answer but white space.
+    return whole.rstrip(), _marked(tokenizer, conversation, whole, spans)
 
 
 def _check_all_is_shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, whole: str) -> None:
@@ -128,13 +129,14 @@ def _answer_span(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     if start is None:
         raise _indistinct(f"does not append the answer (turn {turn}) to the prompt")
     if turn == len(conversation.messages) - 1:
-        end = len(whole.rstrip())
+        end = max(start, len(whole.rstrip()))
     else:
         ending = render(tokenizer, conversation.until(turn + 1), add_generation_prompt=False)
         prompt = next(filter(ending.startswith, prompts), None)
         answer = "" if prompt is None else ending[len(prompt) :].rstrip()
         end = start + len(_common(tokenizer, answer, whole[start:]))
-    if end <= start:
+    written = conversation.messages[turn]
+    if end <= start and (written["content"].strip() or written.get("tool_calls")):
         raise _indistinct(f"writes the answer (turn {turn}) differently at the end of a conversation")
     return start, end
 

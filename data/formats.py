@@ -225,8 +225,11 @@ def _call(place: str, call: object) -> dict:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InputError(f"{place} is {shown(call)}, but has to be a function with a name and arguments")
     arguments = _json(f"{place}.arguments", function.get("arguments", {}))
-    read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"id": call["id"], **read} if isinstance(call, dict) and isinstance(call.get("id"), str) else read
+    name = _text(f"{place}.name", function["name"])
+    read = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if isinstance(call, dict) and isinstance(call.get("id"), str):
+        return {"id": _text(f"{place}.id", call["id"]), **read}
+    return read
 
 
 def _tools(tools: object) -> list[dict] | None:

@@ -121,7 +121,9 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, template: str, question: C
     """
     turns = [*question.messages, {"role": "assistant", "content": answer}]
     (encoded,) = encode_conversations(tokenizer, template, [Conversation(turns, question.tools)], train_on="last")
-    return encoded.input_ids[encoded.spans[0] :]
+    # An empty one may have no part that the template marks.
+    start = encoded.spans[0] if encoded.spans else len(encode_question(tokenizer, template, question))
+    return encoded.input_ids[start:]
 
 
 def encode_target(
@@ -268,8 +270,7 @@ def _segments(
     for turn, (start, end) in spans.items():
         segments += [*_split(rendered[place:start], contents, None), *_split(rendered[start:end], contents, turn)]
         place = end
-    # Trailing white space after the last answer is dropped.
-    return segments + list(_split(rendered[place:] if not spans else rendered[place:].rstrip(), contents, None))
+    return [*segments, *_split(rendered[place:], contents, None)]
 
 
 def _split(text: str, contents: list[str], turn: int | None) -> Iterator[_Segment]:

@@ -19,7 +19,6 @@ PUBLISHED = (
 # Flags that earlier versions wrote into a run's configuration under another name.
 RENAMED = {"task_types": "task_type_names"}
 
-
 # Flags that earlier versions did not have, and what they did.
 ADDED = {"packing": False, "train_on": "all"}
 

@@ -195,7 +195,12 @@ def answer_settings(inference: InferenceArguments, answerer: Answerer) -> dict:
 
 def answer_rows(answerer: Answerer, rows: list[dict], file: AnswerFile, batch_size: int) -> None:
     """Answer the rows that do not have an answer yet, batch by batch, and complete the file."""
-    prompts = [answerer.encode(read_row(row, answered=False)) for row in rows]
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            prompts.append(answerer.encode(read_row(row, answered=False)))
+        except InputError as error:
+            raise InputError(f"--input: row {number}: {error}") from error
     batches = batches_by_length([len(prompt) for prompt in prompts], batch_size)
     with tqdm(total=len(rows), desc="answers", unit="row") as bar:
         for batch in batches:

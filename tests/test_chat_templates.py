@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from data.chat_template import TEMPLATE_ERRORS, TEMPLATE_VARIABLES
 from data.errors import InputError
 from data.formats import Conversation
-from data.prompt import Encoded, encode_conversations, encode_question, marked_row
+from data.prompt import Encoded, encode_answer, encode_conversations, encode_question, marked_row
 
 FAMILIES = {
     "byte level": byte_level_tokenizer,
@@ -194,3 +194,18 @@ def test_special_tokens_that_texts_spell_stay_with_their_turns():
     tokenizer = byte_level_tokenizer(TEMPLATES["mistral"])
     (encoded,) = encode_conversations(tokenizer, "chat", [Conversation(messages)])
     assert marked(tokenizer, encoded) == "<s>[INST] Q[/INST][[ </s> A</s>]][INST] </s> S\n\nR[/INST][[ B</s>]]"
+
+
+def test_an_empty_answer_has_the_token_that_ends_it():
+    """As the harness asks for it. Also with a template that does not end its turns."""
+    tokenizer, question = byte_level_tokenizer(TEMPLATES["chatml"]), Conversation(turns("user: Q"))
+    ends = encode_answer(tokenizer, "chat", question, "")
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role ~ ':' ~ turn.content }}\n{% endfor %}" + (
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    assert encode_answer(tokenizer, "chat", question, "") == [tokenizer.eos_token_id] == ends
+    marks = "{% generation %}{{ turn.content }}{% endgeneration %}<|im_end|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ turn.role ~ ':' ~ turn.content }}", "assistant:" + marks
+    )
+    assert encode_answer(tokenizer, "chat", question, "") == ends

@@ -365,6 +365,10 @@ BAD = {
         },
         r"messages\[1\].tool_calls\[0\].arguments holds half of a surrogate pair",
     ),
+    "half a character in the id of a call": (
+        {"messages": [PAIR[0], {"role": "assistant", "tool_calls": [CALL | {"id": "\ud83d"}]}], "tools": TOOLS},
+        r"messages\[1\].tool_calls\[0\].id holds half of a surrogate pair",
+    ),
     "the older spelling of a call": (
         {"messages": [PAIR[0], PAIR[1] | {"function_call": {"name": "add", "arguments": "{}"}}]},
         r"messages\[1\] has a 'function_call', which is not read: write it as 'tool_calls'",

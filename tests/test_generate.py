@@ -111,7 +111,7 @@ def test_conversations_are_answered_after_their_last_question(run, tmp_path):
     for count, same in ((3, answers[:4]), (1, answers[4:])):
         expected = alone(model, encode_turns(tokenizer, "chat", messages[:count]))
         assert {row["generated"] for row in same} == {tokenizer.decode(expected, skip_special_tokens=True).strip()}
-    with pytest.raises(InputError, match=r"a prompt is a conversation \(user, assistant, user\), but prompt_template"):
+    with pytest.raises(InputError, match=r"--input: row 1: a prompt is a conversation \(user, assistant, user\), but"):
         run("--input", tmp_path / "rows.json", "--output", output, "--template", "plain")
 
 
