@@ -79,8 +79,8 @@ pretrained_model=${pretrained_model%/} dataset_dir=${dataset_dir%/}
 if [[ $validation_file == auto ]]; then
     validation_file=""
     if [[ $dataset_dir == data/tiny_data/train ]]; then validation_file=data/tiny_data/test.json; fi
-    holds_out='^[^#]*held_out["'\'']?: *[0-9.]*[1-9]' # in a mix.yaml: a share that is not 0
-    if [[ $dataset_dir == *.y*ml ]] && grep -Eqs "$holds_out" "$dataset_dir"; then validation_file=$dataset_dir; fi
+    holds_out='^[^#]*held_out["'\'']? *: *[0-9.]*[1-9]' # in a mix.yaml: a share that is not 0
+    if [[ ${dataset_dir,,} =~ \.ya?ml$ ]] && grep -Eqs "$holds_out" "$dataset_dir"; then validation_file=$dataset_dir; fi
 fi
 
 arguments=(

@@ -1,12 +1,11 @@
 """From data files to batches, without any model.
 
-`files.py` reads data files, `formats.py` knows the shapes of their rows, `rows.py` checks and completes these,
-`chat_template.py` shows a conversation as the tokenizer's template does, `prompt.py` turns it into tokens, `dataset.py`
-encodes and caches whole files with the processes of `workers.py`, `sources.py` puts together those that a mix
-(`mix.py`) names, also from the hub (`hub.py`), `sampler.py` orders rows, `packing.py` puts several into one,
-`collate.py` makes batches. `recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them.
-`answers.py` is the file of generated answers, `atomic.py` how files and folders are written, `errors.py` what the user
-can fix.
+`files.py` reads data files, `formats.py` knows the shapes of their rows, `rows.py` checks and completes these.
+`chat_template.py` renders a conversation, `segments.py` and `prompt.py` turn it into tokens, `dataset.py` encodes and
+caches whole files with the processes of `workers.py`. `sources.py` puts together those that a mix (`mix.py`) names,
+also from the hub (`hub.py`). `sampler.py` orders rows, `packing.py` puts several into one, `collate.py` makes batches.
+`recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them. `answers.py` is the file of generated
+answers, `atomic.py` how files and folders are written, `errors.py` what the user can fix.
 """
 
 from data.answers import AnswerFile

@@ -1,9 +1,6 @@
 """Prompts, the text that the model reads, and answers, the text that it learns to write, as token ids."""
 
-import re
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,40 +8,12 @@ from data.chat_template import control_tokens, render, render_answers
 from data.errors import InputError
 from data.files import is_unicode
 from data.formats import Conversation, Turn
+from data.segments import Encoded, Segment, encode_segments, split_rendered, tokenize, with_placeholders
 
 TEMPLATES = ("auto", "plain", "chat")
-PLACEHOLDER = "PLACE-OF-CONTENT-{}-"
-PLACEHOLDERS = re.compile(PLACEHOLDER.format(r"(\d+)"))
 # A conversation with more answers is encoded in steps, each of twice as many.
 ANSWERS_AT_FIRST = 16
 TrainOn = Literal["all", "last"]
-
-
-class Encoded(NamedTuple):
-    """A conversation as tokens.
-
-    Args:
-        input_ids: token ids.
-        spans: flat list of the start and end of each supervised part.
-        turns: index of each part's turn in the conversation.
-    """
-
-    input_ids: list[int]
-    spans: list[int]
-    turns: list[int]
-
-
-class _Segment(NamedTuple):
-    """Text that is tokenized separately.
-
-    Args:
-        literal: special tokens in it are plain text.
-        turn: index of its turn if it is supervised.
-    """
-
-    text: str
-    literal: bool
-    turn: int | None
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -95,8 +64,8 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, template: str, conversat
             raise InputError(problem)
     if template == "plain":
         return _plain_prompts(tokenizer, [_paragraphs(conversation.messages)])[0]
-    rendered = render(tokenizer, _shown(tokenizer, conversation), add_generation_prompt=True)
-    return _encode_segments(tokenizer, [_segments(tokenizer, conversation, rendered, {})])[0].input_ids
+    rendered = render(tokenizer, with_placeholders(tokenizer, conversation), add_generation_prompt=True)
+    return encode_segments(tokenizer, [split_rendered(tokenizer, conversation, rendered, {})])[0].input_ids
 
 
 def encoding_problem(name: str, text: str | None) -> str | None:
@@ -162,7 +131,7 @@ def encode_conversations(
         rows.append(_answered(tokenizer, conversation, turns, most))
         last.append(turns[-1])
     ends = set(control_tokens(tokenizer).values())
-    encoded = _encode_segments(tokenizer, rows)
+    encoded = encode_segments(tokenizer, rows)
     for row, turn in zip(encoded, last, strict=True):
         # If the template does not end its turns, the end-of-sequence token ends the last answer.
         if row.turns[-1:] == [turn] and row.spans[-1] == len(row.input_ids) and row.input_ids[-1] not in ends:
@@ -185,7 +154,7 @@ def marked_row(tokenizer: PreTrainedTokenizerBase, row: dict, most_characters: i
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]) -> list[Encoded]:
     """Prompts of one or more paragraphs, and answers that end with the end-of-sequence token."""
     prompts = _plain_prompts(tokenizer, [_paragraphs(each.messages[:-1]) for each in conversations])
-    answers = _tokenize(tokenizer, [each.messages[-1]["content"] for each in conversations], literal=True)
+    answers = tokenize(tokenizer, [each.messages[-1]["content"] for each in conversations], literal=True)
     lasts = [len(each.messages) - 1 for each in conversations]
     return [
         Encoded([*prompt, *answer, tokenizer.eos_token_id], [len(prompt), len(prompt) + len(answer) + 1], [turn])
@@ -202,156 +171,27 @@ def _user_text(instruction: str, context: str) -> str:
 
 
 def _plain_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    encoded = _tokenize(tokenizer, texts, literal=True, add_special_tokens=True)
+    encoded = tokenize(tokenizer, texts, literal=True, add_special_tokens=True)
     return [[*_without_end(ids, tokenizer), tokenizer.eos_token_id] for ids in encoded]
-
-
-def _shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Conversation:
-    """The conversation for the chat template, with a placeholder for each content that contains a special token.
-
-    Raises:
-        InputError: something else contains one.
-    """
-    messages = [
-        turn | {"content": PLACEHOLDER.format(index)} if _spells_control(tokenizer, turn["content"]) else turn
-        for index, turn in enumerate(conversation.messages)
-    ]
-    others = [[value for name, value in turn.items() if name != "content"] for turn in messages]
-    if any(_spells_control(tokenizer, text) for text in _strings([others, conversation.tools])):
-        raise InputError("a tool, a tool call or reasoning contains a special token of the tokenizer; reword it")
-    return Conversation(messages, conversation.tools)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All text in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _strings(each)
 
 
 def _answered(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turns: list[int], most: int | None
-) -> list[_Segment]:
+) -> list[Segment]:
     """The segments of a conversation with those of its answers that begin within the first `most` tokens.
 
     To find an answer takes renderings of all turns before it: of thousands of answers, minutes.
     """
-    shown = _shown(tokenizer, conversation)
+    shown = with_placeholders(tokenizer, conversation)
     count = ANSWERS_AT_FIRST if most else len(turns)
     while True:
-        row = _segments(tokenizer, conversation, *render_answers(tokenizer, shown, turns[:count]))
+        row = split_rendered(tokenizer, conversation, *render_answers(tokenizer, shown, turns[:count]))
         if count >= len(turns):
             return row
-        spans = _encode_segments(tokenizer, [row])[0].spans
+        spans = encode_segments(tokenizer, [row])[0].spans
         if most and spans and spans[-1] >= most:
             return row
         count *= 2
-
-
-def _segments(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, rendered: str, spans: dict[int, tuple[int, int]]
-) -> list[_Segment]:
-    """Split a rendered conversation into segments. Only special tokens that the template wrote count as such.
-
-    Args:
-        spans: start and end of each supervised answer in the text, by turn.
-    """
-    contents = [turn["content"] for turn in conversation.messages]
-    spelling = [index for index, content in enumerate(contents) if _spells_control(tokenizer, content)]
-    # A template may show them in another order.
-    if sorted(map(int, PLACEHOLDERS.findall(rendered))) != spelling:
-        raise InputError(
-            "a turn contains a special token, and the tokenizer's chat template does not show the turn exactly once, "
-            "so the token cannot be told from the template's own; use prompt_template plain"
-        )
-    segments, place = [], 0
-    for turn, (start, end) in spans.items():
-        segments += [*_split(rendered[place:start], contents, None), *_split(rendered[start:end], contents, turn)]
-        place = end
-    return [*segments, *_split(rendered[place:], contents, None)]
-
-
-def _split(text: str, contents: list[str], turn: int | None) -> Iterator[_Segment]:
-    """Split a part into segments, with contents of turns in place of their placeholders."""
-    for place, piece in enumerate(PLACEHOLDERS.split(text)):
-        yield _Segment(contents[int(piece)], True, turn) if place % 2 else _Segment(piece, False, turn)
-
-
-def _encode_segments(tokenizer: PreTrainedTokenizerBase, rows: list[list[_Segment]]) -> list[Encoded]:
-    """Tokenize the segments of rows."""
-    segments = [segment for row in rows for segment in row]
-    ids = {
-        literal: iter(_tokenize(tokenizer, [each.text for each in segments if each.literal == literal], literal))
-        for literal in (False, True)
-    }
-    encoded = [[next(ids[segment.literal]) for segment in row] for row in rows]
-    if _depends_on_context(tokenizer):
-        encoded = [_in_context(tokenizer, row, parts) for row, parts in zip(rows, encoded, strict=True)]
-    return [_joined(row, parts) for row, parts in zip(rows, encoded, strict=True)]
-
-
-def _joined(row: list[_Segment], parts: list[list[int]]) -> Encoded:
-    encoded = Encoded([], [], [])
-    for segment, ids in zip(row, parts, strict=True):
-        start = len(encoded.input_ids)
-        encoded.input_ids.extend(ids)
-        if segment.turn is None:
-            continue
-        if encoded.turns[-1:] == [segment.turn]:
-            encoded.spans[-1] += len(ids)
-        else:
-            encoded.spans.extend((start, start + len(ids)))
-            encoded.turns.append(segment.turn)
-    return encoded
-
-
-def _in_context(tokenizer: PreTrainedTokenizerBase, row: list[_Segment], parts: list[list[int]]) -> list[list[int]]:
-    """Token ids of segments, each in the context of the one before; separately, each would begin with a word's mark.
-
-    They are those of `parts` if a segment changes the tokens of the one before, or if one of the two is literal.
-    """
-    places = [place for place in range(1, len(row)) if not (row[place - 1].literal or row[place].literal)]
-    pairs = _tokenize(tokenizer, [row[place - 1].text + row[place].text for place in places], literal=False)
-    following = list(parts)
-    for place, pair in zip(places, pairs, strict=True):
-        before = parts[place - 1]
-        if pair[: len(before)] == before:
-            following[place] = pair[len(before) :]
-    return following
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], literal: bool, add_special_tokens: bool = False
-) -> list[list[int]]:
-    """Token ids of texts.
-
-    Args:
-        literal: special tokens in a text are plain text.
-        add_special_tokens: add those that the tokenizer itself adds to a text.
-    """
-    if not texts:
-        return []
-    return tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        split_special_tokens=literal,
-        return_attention_mask=False,
-        verbose=False,  # no warning about texts that are too long for the model: rows are truncated
-    )["input_ids"]
-
-
-@lru_cache(maxsize=8)
-def _depends_on_context(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether text is tokenized differently after other text: the tokenizer puts the mark of a word before any
-    text, as SentencePiece does, or has special tokens that swallow the white space after them, as Phi 3's do."""
-    marks_beginnings = "".join(tokenizer.tokenize("x")) != "x"
-    return marks_beginnings or any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
-
-
-def _spells_control(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return any(token in text for token in control_tokens(tokenizer))
 
 
 def _shortened(text: str, most: int) -> str:

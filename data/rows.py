@@ -32,6 +32,7 @@ CONTEXTS = {"context", "input"}
 # Least ratio of matching letters for a name to be a misspelt field: `inputs`, `ouput`, `alias`; not `task_id`.
 MISSPELT = 0.83
 UNLABELLED = -1
+_NEEDED_BY_FORMATS = frozenset(column for form in FORMATS.values() for column in form.needed)
 _COLUMNS_OF_FORMATS = frozenset(column for form in FORMATS.values() for column in form.columns)
 MOST_PROBLEMS_SHOWN = 10
 
@@ -62,9 +63,8 @@ class Reading:
         """
         if not self.columns:
             return row
-        needed = {column for form in FORMATS.values() for column in form.needed}
         for column, name in self.columns.items():
-            if name not in row and column in needed:
+            if name not in row and column in _NEEDED_BY_FORMATS:
                 raise InputError(f"has no {name!r}, which is mapped to {column!r}; its fields are {', '.join(row)}")
         rest = {name: value for name, value in row.items() if name not in self.columns.values()}
         renamed = rest | {column: row[name] for column, name in self.columns.items() if name in row}
@@ -254,6 +254,8 @@ def _column_problem(row: dict, form: Format, name: str, answered: bool) -> str |
             f"has a {name!r}, which is not read: write a conversation as 'messages' and a system prompt as 'system', "
             "or remove the column"
         )
+    if form.answer and not form.context and _letters(name) in CONTEXTS and form.question in row:
+        return f"has a {name!r}, which is not read: add it to {form.question!r}, or remove the column"
     field = _meant_field(name, form, answered)
     if field and is_empty(row.get(field)) and (form.question in row or field == form.question):
         return f"{name!r} is not a known column: rename it to {field!r}, or remove it"

@@ -321,6 +321,10 @@ BAD = {
     ),
     "system twice": (LONG | {"system": "Be kind."}, "has both a 'system' and a system turn: remove one of them"),
     "a number as prompt": ({"prompt": 3, "completion": [PAIR[1]]}, "'prompt' is 3, but has to be a string"),
+    "context of a prompt": (
+        ROWS["prompt_completion"] | {"context": "Africa"},
+        "has a 'context', which is not read: add it to 'prompt', or remove the column",
+    ),
     "empty answer": (turns(("user", "x"), ("assistant", " ")), r"messages\[1\] is an empty answer"),
     "weight": (
         {"messages": [PAIR[0], PAIR[1] | {"weight": 0.5}]},

@@ -182,6 +182,11 @@ class LoRAMoETrainer(Trainer):
             generator=torch.Generator(),
         )
 
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """As Trainer's, but the examples in packs, not the packs: `train_samples_per_second` depends on it."""
+        packed = self.packs is not None and dataloader.dataset is self.packs
+        return len(self.train_dataset) if packed else super().num_examples(dataloader)
+
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """As Trainer's, but with the last rows even under `dataloader_drop_last`, which concerns training."""
         drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
