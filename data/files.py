@@ -239,7 +239,8 @@ def _parsed(content: bytes, place: str, hint: str = "", encoding: str | None = N
     except UnicodeDecodeError as error:
         line = 1 + content.count(b"\n", 0, error.start)
         byte = f"byte 0x{error.object[error.start]:02x}" + ("" if encoding else f" in line {line}")
-        raise InputError(f"{place}: {byte} is not {error.encoding.upper()}; save the file with this encoding") from None
+        name = error.encoding.upper()
+        raise InputError(f"{place}: {byte} is not {name}; save the file as UTF-8") from None
     except NOT_JSON as error:
         raise InputError(f"{place}: not JSON ({error}){hint}") from None
 
@@ -312,7 +313,7 @@ def _records(file: Path, stream: TextIO) -> Iterator[tuple[str, list[str]]]:
             raise InputError(f"{place}: {error}; {hint}") from None
         if cells:
             if broken := next((cell for cell in cells if not is_unicode(cell)), None):
-                raise InputError(f"{place}: {shown(broken)} is not UTF-8; save the file in this encoding")
+                raise InputError(f"{place}: {shown(broken)} is not UTF-8; save the file as UTF-8")
             yield place, cells
             number += 1
 

@@ -71,7 +71,11 @@ BAD_FILES = {
     "name twice in a line": ("rows.jsonl", '{"output": "a", "output": "b"}', "row 1: the name 'output' occurs more"),
     "half a character": ("rows.jsonl", b"\xff\xfe" + json.dumps(GOOD).encode("utf-16-le")[:-1], "not readable text"),
     "Latin-1": ("rows.jsonl", b'\n\n{"output": "caf\xe9"}', "row 3: byte 0xe9 is not UTF-8; save"),
-    "Latin-1 list": ("rows.json", b'[\n{"output": "caf\xe9"}]', "byte 0xe9 in line 2 is not UTF-8; save the file with"),
+    "Latin-1 list": (
+        "rows.json",
+        b'[\n{"output": "caf\xe9"}]',
+        "byte 0xe9 in line 2 is not UTF-8; save the file as UTF-8",
+    ),
     "zeros behind": ("rows.jsonl", json.dumps(GOOD).encode() + b"\n" + bytes(64), r"row 2: not JSON \(Expecting value"),
     "zeros": ("rows.jsonl", bytes(100), "row 1: not JSON"),
 }
@@ -338,7 +342,7 @@ BAD_TABLES = {
     "no names": ("\n", "the header: column 1 has no name"),
     "a name twice": ("a,b,a\n1,2,3\n", "the header: more than one column is called 'a'"),
     "a header without end": ('"a,b\n1,2\n', "the header: unexpected end of data"),
-    "Latin-1": (b"a,b\n1,2\n3,caf\xe9\n", r"row 2 \(line 3\): \"caf\\udce9\" is not UTF-8; save the file in this"),
+    "Latin-1": (b"a,b\n1,2\n3,caf\xe9\n", r"row 2 \(line 3\): \"caf\\udce9\" is not UTF-8; save the file as UTF-8"),
     "a name in Latin-1": (b"caf\xe9,b\n1,2\n", r"the header: \"caf\\udce9\" is not UTF-8"),
     "half a character": (b"\xff\xfe" + "a,b\n1,2\n".encode("utf-16-le")[:-1], "not readable text"),
     "no header": ("Say,yes\nGo,no\n", "row 1: has no 'instruction' .*; its fields are 'Say', 'yes'"),
