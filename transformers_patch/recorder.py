@@ -61,13 +61,13 @@ class RoutingRecorder:
         """
         weights = list(self.weights.values())
         device, num_experts = weights[0].device, weights[0].shape[-1]
-        weights_NX = torch.cat([each.to(device).flatten(0, -2) for each in weights], dim=-1).float()
+        weights_NX = torch.cat([each.to(device).flatten(0, -2) for each in weights], dim=-1)
         sample_ids_N = sample_ids_BT.to(device).flatten()
-        belongs_SN = (sample_ids_N == torch.arange(num_samples, device=device).unsqueeze(1)).float()
-        # A product gives the same sums each time, where index_add does not on a GPU. Not in half precision.
-        with torch.autocast(device.type, enabled=False):
-            sums_SX = belongs_SN @ weights_NX
-        shares_SX = sums_SX / belongs_SN.sum(dim=1, keepdim=True).clamp(min=1)
+        belongs_SN = (sample_ids_N == torch.arange(num_samples, device=device).unsqueeze(1)).double()
+        # A product gives the same sums each time, where index_add does not on a GPU. In float64, which neither autocast
+        # nor TF32 rounds.
+        sums_SX = belongs_SN @ weights_NX.double()
+        shares_SX = (sums_SX / belongs_SN.sum(dim=1, keepdim=True).clamp(min=1)).float()
         return shares_SX.view(num_samples, len(weights), num_experts).transpose(0, 1)
 
     def _keep(self, name: str):
