@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.packing import pack
+from data.segments import span_pairs
 
 IGNORED_LABEL = -100
 
@@ -132,7 +133,7 @@ def _lay_out(rows: list[dict], packs: Sequence[Sequence[int]], pad_token_id: int
         for number in members:
             end, spans = start + len(ids[number]), rows[number]["spans"]
             input_ids[index, start:end] = ids[number]
-            for first, last in zip(spans[::2], spans[1::2], strict=True):
+            for first, last in span_pairs(spans):
                 first = max(first, 1)
                 labels[index, start + first : start + last] = ids[number][first:last]
             sample_ids[index, start:end] = number

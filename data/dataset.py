@@ -29,6 +29,7 @@ from data.files import Block, find_files, skipped_files, split_files
 from data.formats import Conversation
 from data.prompt import Encoded, TrainOn, encode_conversations, resolve_template
 from data.rows import RECOGNISED, Reading, check_rows, complete_rows
+from data.segments import span_pairs
 from data.workers import map_blocks, worker_count
 
 # Part of every cache key: raise it when the encoding of a row or the files of an entry change.
@@ -186,11 +187,6 @@ def answer_start(row: dict) -> int:
     return row["spans"][-2]
 
 
-def supervised_tokens(spans: list[int]) -> int:
-    """Tokens in the supervised parts of an encoded row."""
-    return sum(spans[1::2]) - sum(spans[::2])
-
-
 def turns_before_answer(row: dict) -> Conversation:
     """The conversation before the last supervised answer of an encoded row."""
     return Conversation(json.loads(row["turns"]), json.loads(row["tools"] or "null"))
@@ -299,7 +295,7 @@ def _encode_block(
         "truncated": truncated,
         "dropped": len(rows) - len(kept),
         "tokens": sum(len(row["input_ids"]) for row in kept),
-        "supervised_tokens": sum(supervised_tokens(row["spans"]) for row in kept),
+        "supervised_tokens": sum(end - start for row in kept for start, end in span_pairs(row["spans"])),
     }
     return pyarrow.RecordBatch.from_pylist(kept, schema=_FEATURES.arrow_schema), counts
 
@@ -321,8 +317,7 @@ def _encode_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, encoding:
 
 def _cut(spans: list[int], most: int) -> list[int]:
     """The supervised parts of the first `most` tokens."""
-    pairs = zip(spans[::2], spans[1::2], strict=True)
-    return [place for start, end in pairs if start < most for place in (start, min(end, most))]
+    return [place for start, end in span_pairs(spans) if start < most for place in (start, min(end, most))]
 
 
 def _texts(conversation: Conversation, last: int) -> dict[str, str | int]:

@@ -8,7 +8,7 @@ from data.chat_template import control_tokens, render, render_answers
 from data.errors import InputError
 from data.files import is_unicode
 from data.formats import Conversation, Turn
-from data.segments import Encoded, Segment, encode_segments, split_rendered, tokenize, with_placeholders
+from data.segments import Encoded, Segment, encode_segments, span_pairs, split_rendered, tokenize, with_placeholders
 
 TEMPLATES = ("auto", "plain", "chat")
 # A conversation with more answers is encoded in steps, each of twice as many.
@@ -143,7 +143,7 @@ def encode_conversations(
 def marked_row(tokenizer: PreTrainedTokenizerBase, row: dict, most_characters: int = 400) -> str:
     """An encoded row as text, with the supervised parts in [[ ]]; long parts are shortened in the middle."""
     ids, text, place = list(row["input_ids"]), "", 0
-    for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
+    for start, end in span_pairs(row["spans"]):
         parts = ids[place:start], ids[start:end]
         before, answer = (tokenizer.decode(part, skip_special_tokens=False) for part in parts)
         text += f"{_shortened(before, most_characters)}[[{_shortened(answer, most_characters)}]]"

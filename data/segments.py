@@ -5,7 +5,7 @@ placeholder in place of such a turn, and the turn's text is a segment.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,6 +31,11 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     spans: list[int]
     turns: list[int]
+
+
+def span_pairs(spans: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Start and end of each supervised part, from the flat list of an encoded row."""
+    return zip(spans[::2], spans[1::2], strict=True)
 
 
 class Segment(NamedTuple):

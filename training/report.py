@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from data import answer_start, resolve_template, row_lengths, supervised_tokens, turns_before_answer
+from data import answer_start, count_supervised, resolve_template, row_lengths, turns_before_answer
 from inference.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
 from training.markdown import table
 
@@ -149,7 +149,7 @@ def _data_table(data: dict[str, datasets.Dataset]) -> str:
         counts[name] = {
             "rows": len(rows),
             "tokens": tokens,
-            "tokens of answers": sum(map(supervised_tokens, rows["spans"])),
+            "tokens of answers": count_supervised(rows),
             **{f"rows of {kind}": count for kind, count in sorted(types.items())},
             **{f"rows of {kind}": count for kind, count in sorted(Counter(filter(None, rows["task"])).items())},
         }
