@@ -65,7 +65,7 @@ def fused_shape(experts: "LoraExperts", x: Tensor) -> Shape | None:
     choice = os.environ.get("LORAMOE_KERNELS") or proven
     if choice not in ("torch", "triton"):
         raise ValueError(f"LORAMOE_KERNELS is torch or triton, not {choice!r}")
-    if choice == "torch":
+    if choice == "torch" or experts.null_expert:
         return None
     router, probability = experts.router, experts.dropout if experts.training else 0
     shape = Shape(
