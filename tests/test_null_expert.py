@@ -1,14 +1,17 @@
 """A router output whose expert is zero, from the configuration to a run."""
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import filled_model, tiny_model
 from reference import balance_loop
 from test_model import MLP, gradients, make_batch
+from test_train import Runner
 from torch import nn
 
+from data import InputError
 from peft import LoraConfig, PeftModel, Router, get_peft_model
 from transformers_patch import RoutingRecorder
 
@@ -113,3 +116,39 @@ def test_adapters_of_earlier_versions_have_none(tmp_path):
         PeftModel.from_pretrained(tiny_model(), tmp_path)(**make_batch()).logits,
         filled_model().eval()(**make_batch()).logits,
     )
+
+
+@pytest.fixture
+def run(tmp_path, model_dir, monkeypatch) -> Runner:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    return Runner(tmp_path, model_dir)
+
+
+@pytest.mark.parametrize(("experts", "first"), [(4, "experts 0-3"), (1, "expert 0")])
+def test_a_run_trains_it_reports_it_and_goes_on_with_it(run, tmp_path, capsys, experts, first):
+    results = run(lora_nums=experts, lora_null_expert="true", blc_alpha=0.6)
+    assert results["eval_lm_loss_after"] < results["eval_lm_loss_before"]
+    config = LoraConfig.from_pretrained(run.output)
+    assert (config.lora_null_expert, config.group_sizes) == (True, [experts, 1])
+    routing = json.loads((run.output / "routing.json").read_text())
+    assert (routing["num_experts"], routing["null_expert"]) == (experts + 1, experts)
+    assert all(len(shares) == experts + 1 for shares in routing["expert_share_by_task_type"].values())
+    assert re.split("  +", results["routing_table"][0].strip()) == [first, "null expert"]
+    card = (run.output / "README.md").read_text()
+    assert "LoRAMoE adapter" in card
+    assert "lora_null_expert" in card
+    assert any("group_share_type_1" in line for line in run.log())
+    flags = {"lora_nums": experts, "peft_path": run.output, "output_dir": tmp_path / "on", "max_steps": 1}
+    with pytest.raises(InputError, match="--lora_null_expert is False, the adapter has True"):
+        run(**flags)
+    run(**flags, lora_null_expert="true")
+
+
+def test_a_run_without_it_has_the_losses_of_a_run_that_does_not_know_it(run, tmp_path):
+    """A router of other shape would draw other initial weights."""
+    losses = []
+    for output, flags in (("run", {}), ("off", {"lora_null_expert": "false"}), ("on", {"lora_null_expert": "true"})):
+        run(max_steps=2, output_dir=tmp_path / output, **flags)
+        state = json.loads((tmp_path / output / "trainer_state.json").read_text())
+        losses.append([line["loss"] for line in state["log_history"] if "lm_loss" in line])
+    assert losses[0] == losses[1] != losses[2]

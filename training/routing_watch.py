@@ -22,6 +22,7 @@ class RoutingWatch(TrainerCallback):
     Args:
         num_task_types: number of task types K.
         group_sizes: experts in the group of each; unless there are K groups, none is watched.
+        null_expert: number of the null expert, if there is one.
     """
 
     # From the first micro-batch on, which tells shapes and device.
@@ -31,8 +32,8 @@ class RoutingWatch(TrainerCallback):
     _step_E: Tensor
     _steps_below_K: Tensor
 
-    def __init__(self, num_task_types: int, group_sizes: list[int]):
-        self.num_task_types = num_task_types
+    def __init__(self, num_task_types: int, group_sizes: list[int], null_expert: int | None = None):
+        self.num_task_types, self.null_expert = num_task_types, null_expert
         self._groups = group_spans(group_sizes) if len(group_sizes) == num_task_types else []
         self._started = False
         self._warned = False
@@ -99,8 +100,8 @@ class RoutingWatch(TrainerCallback):
             return None
         self._warned = True
         return (
-            f"warning: the routing has collapsed: {span_text(self._groups[group])}, the group of task type "
-            f"{group}, have had less than {COLLAPSE_SHARE:.0%} of the weight in each of the last "
-            f"{int(steps_K[group])} steps (now step {step}). They hardly learn any more: give the balance term more "
-            "weight (--blc_weight), or lower --learning_rate"
+            f"warning: the routing has collapsed: {span_text(self._groups[group], self.null_expert)}, the group of "
+            f"task type {group}, with less than {COLLAPSE_SHARE:.0%} of the weight in each of the last "
+            f"{int(steps_K[group])} steps (now step {step}). The group hardly counts or learns any more: give the "
+            "balance term more weight (--blc_weight), or lower --learning_rate"
         )
