@@ -92,10 +92,10 @@ def test_groups_of_different_sizes_are_summed_each(arguments):
 
 
 @pytest.mark.parametrize(
-    ("groups", "expected"),
-    [(None, ["experts 0-2", "null expert"]), ([1, 3], ["expert 0", "experts 1-2, null"])],
+    ("groups", "expected", "collapsed"),
+    [(None, ["experts 0-2", "null expert"], False), ([1, 3], ["expert 0", "experts 1-2, null"], True)],
 )
-def test_the_null_expert_is_named_and_counts_like_any_expert(arguments, groups, expected):
+def test_the_null_expert_is_named_and_counts_but_alone_cannot_collapse(arguments, groups, expected, collapsed):
     config = LoraConfig(lora_nums=3, lora_null_expert=True, expert_groups=groups)
     shares = [0.1, 0.2, 0.3, 0.4]
     routing = Routing(["up"], np.array([[shares]]), np.array([1]), np.array([""]))
@@ -109,7 +109,16 @@ def test_the_null_expert_is_named_and_counts_like_any_expert(arguments, groups, 
     for _ in range(COLLAPSE_STEPS):
         watch.watch(torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]), torch.tensor([1]), torch.ones(1))
         watch.on_step_end(None, None, None)
-    assert f"collapsed: {expected[1]}, the group of task type 1" in watch.collapse(arguments, COLLAPSE_STEPS)
+    values = watch.scalars(arguments)
+    assert (values["group_share_type_1"], values["routing_cv"]) == (0, 2)
+    message = watch.collapse(arguments, COLLAPSE_STEPS)
+    assert (message is not None) == collapsed
+    assert not collapsed or f"collapsed: {expected[1]}, the group of task type 1, have had" in message
+    for _ in range(COLLAPSE_STEPS):
+        watch.watch(torch.tensor([[[0.0, 0.0, 0.0, 1.0]]]), torch.tensor([0]), torch.ones(1))
+        watch.on_step_end(None, None, None)
+    message = watch.collapse(arguments, COLLAPSE_STEPS)  # once in a run
+    assert collapsed or f"collapsed: {expected[0]}, the group of task type 0, have had" in message
 
 
 @pytest.mark.parametrize(("experts", "labels"), [(6, [*"012345", "null"]), (20, [*map(str, range(0, 20, 2)), "null"])])
