@@ -465,9 +465,10 @@ def test_a_stock_model_is_refused_where_the_balance_term_counts():
     get_peft_model(LlamaForCausalLM(tiny_config()), LoraConfig(lora_nums=1))
 
 
+@pytest.mark.parametrize("null_expert", [False, True])
 @pytest.mark.parametrize("part", ["lm_loss", "balance_loss"])
-def test_checkpointing_changes_no_gradient(part):
-    model, batch = filled_model().train(), make_batch()
+def test_checkpointing_changes_no_gradient(part, null_expert):
+    model, batch = filled_model(lora_null_expert=null_expert).train(), make_batch()
     expected = gradients(model, batch, part)
     model.activation_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(gradients(model, batch, part), expected, rtol=1e-5, atol=1e-7)
