@@ -72,7 +72,7 @@ def fused_shape(experts: "LoraExperts", x: Tensor) -> Shape | None:
     router, probability = experts.router, experts.dropout if experts.training else 0
     shape = Shape(
         x.shape[-1],
-        experts.num_experts + experts.null_expert,
+        1 if router is None else router.out_features,
         experts.num_experts,
         experts.rank,
         len(experts.lora_A) < experts.lora_B.shape[1],
