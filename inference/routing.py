@@ -60,7 +60,10 @@ def group_spans(group_sizes: list[int]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, group_sizes, strict=True)]
 
 
-def span_text(span: slice) -> str:
+def span_text(span: slice, null_expert: int | None = None) -> str:
+    """The experts of a group, for reports: by number, and the null expert by name."""
+    if span.stop - 1 == null_expert:
+        return f"{span_text(slice(span.start, null_expert))}, null" if span.start < null_expert else "null expert"
     last = span.stop - 1
     return f"experts {span.start}-{last}" if span.start < last else f"expert {last}"
 
@@ -82,6 +85,7 @@ def routing_summary(routing: Routing, config: LoraConfig) -> dict:
     variation_L = coefficient_of_variation(shares_BLE.mean(dim=0))
     summary = {
         "num_experts": shares_BLE.shape[-1],
+        "null_expert": config.null_expert,
         "num_task_types": config.num_task_types,
         "task_type_names": config.task_type_names,
         "expert_groups": config.group_sizes,
@@ -116,12 +120,14 @@ def training_curves(name: str, log_history: list[dict], blc_weight: float) -> di
 def routing_lines(routing: Routing, config: LoraConfig) -> list[str]:
     """A small table: one line for each task type, one column for each expert group."""
     if len(config.group_sizes) != config.num_task_types:
-        return [f"no groups: {config.lora_nums} experts cannot be split among {config.num_task_types} task types"]
-    lines = [" " * 32 + "".join(f"{span_text(span):>16}" for span in group_spans(config.group_sizes))]
+        return [f"no groups: {config.routed_experts} experts cannot be split among {config.num_task_types} task types"]
+    heads = [span_text(span, config.null_expert) for span in group_spans(config.group_sizes)]
+    width = max(16, *(len(head) + 2 for head in heads))
+    lines = [" " * 32 + "".join(f"{head:>{width}}" for head in heads)]
     names = task_type_names(config)
     for kind, shares in group_shares(routing, config.group_sizes).items():
         name = "no task type" if kind < 0 else names[kind]
-        lines.append(f"  {name:30}" + "".join(f"{share:16.1%}" for share in shares))
+        lines.append(f"  {name:30}" + "".join(f"{share:{width}.1%}" for share in shares))
     return lines
 
 

@@ -132,7 +132,7 @@ def _draw_prompt(part: SubFigure, summary: dict) -> None:
     axes = part.subplots()
     image = axes.imshow(weights_ET, aspect="auto", origin="lower")
     axes.set_xticks(range(weights_ET.shape[1]), [_visible(token) for token in tokens[:MAX_TOKENS]], rotation=90)
-    axes.set_yticks(range(summary["num_experts"]))
+    axes.set_yticks(range(summary["num_experts"]), _expert_names(summary))
     axes.set_ylabel("expert")
     shown = f", the first {MAX_TOKENS} of {len(tokens)} tokens" if len(tokens) > MAX_TOKENS else ""
     axes.set_title(f"Weight of each expert by token of one prompt, all Linears{shown}")
@@ -140,9 +140,15 @@ def _draw_prompt(part: SubFigure, summary: dict) -> None:
 
 
 def _label_experts(axes: Axes, summary: dict) -> None:
-    step = math.ceil(summary["num_experts"] / 16)
-    axes.set_xticks(range(0, summary["num_experts"], step))
+    names = _expert_names(summary)
+    step = math.ceil(len(names) / 16)
+    first = 0 if summary["null_expert"] is None else summary["null_expert"] % step  # so that the last one is named
+    axes.set_xticks(range(first, len(names), step), names[first::step])
     axes.set_xlabel("expert")
+
+
+def _expert_names(summary: dict) -> list[str]:
+    return ["null" if expert == summary["null_expert"] else str(expert) for expert in range(summary["num_experts"])]
 
 
 def _by_projection(modules: list[str]) -> dict[str, list[tuple[int, int]]]:

@@ -37,6 +37,7 @@ FLAG_OF_FIELD = {
     "expert_groups": "--expert_groups",
     "lora_top_k": "--lora_top_k",
     "lora_shared_A": "--lora_shared_A",
+    "lora_null_expert": "--lora_null_expert",
     "target_modules": "--trainable",
     "layers_to_transform": "--layers_to_transform",
     "modules_to_save": "--modules_to_save",
@@ -131,6 +132,11 @@ class ModelArguments:
     lora_nums: int = flag(6, "experts per adapted Linear; 1 is plain LoRA")
     lora_top_k: int | None = flag(None, "experts used for each token, at least 2; by default or with 0 all of them")
     lora_shared_A: bool | None = flag(None, "one A shared by all experts of a Linear, which then differ only in B")
+    lora_null_expert: bool | None = flag(
+        None,
+        "one more router output, whose expert is zero: the weight it gets leaves the base model unchanged; it is the "
+        "last expert, by default alone in the group of the last task type, world knowledge",
+    )
     lora_dropout: float = flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
     trainable: str = flag(
         "auto",
@@ -156,7 +162,8 @@ class ModelArguments:
         aliases=["--task_types", "--task-types"],
     )
     expert_groups: str | None = flag(
-        None, "sizes of the task types' groups of experts, separated by commas; by default equal"
+        None,
+        "sizes of the task types' groups of experts, a null expert included, separated by commas; by default equal",
     )
     output_router_logits: bool | None = flag(
         None, "for a base model that is itself a mixture of experts: add its router loss, and log it as aux_loss"
@@ -181,6 +188,7 @@ class ModelArguments:
             expert_groups=_numbers("expert_groups", self.expert_groups),
             lora_top_k=self.lora_top_k,
             lora_shared_A=bool(self.lora_shared_A),
+            lora_null_expert=bool(self.lora_null_expert),
             target_modules=_targets(self.trainable),
             layers_to_transform=_numbers("layers_to_transform", self.layers_to_transform),
             modules_to_save=listed(self.modules_to_save),

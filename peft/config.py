@@ -12,14 +12,14 @@ CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 # Fields that adapters saved by earlier versions do not have; their defaults are what those versions did.
 ADDED_LATER = {
-    "blc_reference", "expert_groups", "layers_to_transform", "lora_shared_A", "lora_top_k", "modules_to_save",
-    "task_type_names",
+    "blc_reference", "expert_groups", "layers_to_transform", "lora_null_expert", "lora_shared_A", "lora_top_k",
+    "modules_to_save", "task_type_names",
 }  # fmt: skip
 
 # See `LoraConfig.fixed_differences`.
 FIXED_FIELDS = (
-    "r", "lora_alpha", "lora_nums", "lora_top_k", "lora_shared_A", "num_task_types", "task_type_names",
-    "expert_groups", "target_modules", "layers_to_transform", "modules_to_save",
+    "r", "lora_alpha", "lora_nums", "lora_null_expert", "lora_top_k", "lora_shared_A", "num_task_types",
+    "task_type_names", "expert_groups", "target_modules", "layers_to_transform", "modules_to_save",
 )  # fmt: skip
 
 
@@ -111,7 +111,10 @@ class LoraConfig(PeftConfig):
     Args:
         r: rank of each expert.
         lora_alpha: the experts' output is scaled by lora_alpha / r.
-        lora_nums: number of experts per adapted Linear; 1 is plain LoRA, without router and balance term.
+        lora_nums: number of trained experts per adapted Linear; 1 is plain LoRA, without router and balance term,
+            unless there is a null expert.
+        lora_null_expert: the router has one more output, the last one, whose expert is zero: its weight is taken from
+            the trained experts and leaves the base model as it is.
         lora_top_k: experts that take part for a token, at least 2: a softmax over the largest router logits, the others
             weigh nothing; None (or 0) for all of them.
         lora_shared_A: one A of rank r for all experts of a Linear, which then differ in B alone (as in HydraLoRA).
@@ -121,10 +124,11 @@ class LoraConfig(PeftConfig):
         blc_weight: the weight of the balance term in the loss, beta of the paper; 0 turns it off.
         blc_reference: compute the balance term from the statistic of the authors' code: router weights summed over all
             positions, padding included, and the samples of one process alone.
-        num_task_types: number of task types K; if the balance term counts, K has to divide lora_nums, unless
-            `expert_groups` is given.
+        num_task_types: number of task types K; if the balance term counts, K (with a null expert, K - 1) has to divide
+            lora_nums, unless `expert_groups` is given.
         task_type_names: names of the task types, in their order, if they have any.
-        expert_groups: number of experts in the group of each task type; None for equal groups.
+        expert_groups: number of experts in the group of each task type, the null expert included, which is in the last
+            group; None for equal groups of trained experts, and one of the null expert alone.
         target_modules: the Linears to adapt: a list of names, each compared with the end of the modules' dotted names;
             a regular expression, which the full dotted name of a Linear has to match; or `all-linear`, every Linear
             but the output embedding. A string of letters, digits, underscores and dots alone is a name. None for the
@@ -149,6 +153,7 @@ class LoraConfig(PeftConfig):
     expert_groups: list[int] | None = None
     lora_top_k: int | None = None
     lora_shared_A: bool = False
+    lora_null_expert: bool = False
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | None = None
     modules_to_save: list[str] | str | None = None
@@ -172,18 +177,30 @@ class LoraConfig(PeftConfig):
             raise ValueError("\n".join(problems))
 
     @property
+    def routed_experts(self) -> int:
+        """Number of experts that share the weight of a token, the null expert included; 1 needs no router."""
+        return self.lora_nums + self.lora_null_expert
+
+    @property
+    def null_expert(self) -> int | None:
+        """Number of the null expert among them, None if there is none."""
+        return self.lora_nums if self.lora_null_expert else None
+
+    @property
     def balances(self) -> bool:
         """True if the balance term is part of the training loss."""
-        return self.blc_weight > 0 and self.lora_nums > 1
+        return self.blc_weight > 0 and self.routed_experts > 1
 
     @property
     def group_sizes(self) -> list[int]:
         """Number of experts of each task type's group; one group of all if they cannot be split."""
         if self.expert_groups is not None:
             return self.expert_groups
-        if self.lora_nums % self.num_task_types:
-            return [self.lora_nums]
-        return [self.lora_nums // self.num_task_types] * self.num_task_types
+        of_null = [1] if self.lora_null_expert else []
+        of_trained = self.num_task_types - len(of_null)
+        if of_trained == 0 or self.lora_nums % of_trained:
+            return [self.routed_experts]
+        return [self.lora_nums // of_trained] * of_trained + of_null
 
     def fixed_differences(self, other: "LoraConfig") -> list[str]:
         """The fields that give weights their shapes and meaning, as far as another configuration differs in them."""
@@ -205,7 +222,7 @@ class LoraConfig(PeftConfig):
             problems.append(f"blc_weight is {self.blc_weight}, but has to be a number of at least 0")
         problems += [
             f"{name} is {value!r}, but has to be true or false"
-            for name in ("blc_reference", "lora_shared_A", "inference_mode")
+            for name in ("blc_reference", "lora_null_expert", "lora_shared_A", "inference_mode")
             if type(value := getattr(self, name)) is not bool
         ]
         problems += self._module_problems()
@@ -233,24 +250,24 @@ class LoraConfig(PeftConfig):
     def _expert_problems(self) -> list[str]:
         """Contradictions among values that are valid by themselves."""
         problems, K, groups, names = [], self.num_task_types, self.expert_groups, self.task_type_names
-        if groups is not None and not (_are_counts(groups) and len(groups) == K and sum(groups) == self.lora_nums):
+        E, total = self.routed_experts, "lora_nums and the null expert" if self.lora_null_expert else "lora_nums"
+        if groups is not None and not (_are_counts(groups) and len(groups) == K and sum(groups) == E):
             problems.append(
                 f"expert_groups is {groups}, but has to be {K} whole numbers of at least 1, one for each task type, "
-                f"that add up to lora_nums, {self.lora_nums}"
+                f"that add up to {total}, {E}"
             )
-        if groups is None and self.balances and self.lora_nums % K:
+        if groups is None and self.balances and len(self.group_sizes) != K:
+            of_trained, rest = (K - 1, " next to the null expert's") if self.lora_null_expert else (K, "")
             problems.append(
-                f"lora_nums is {self.lora_nums} and num_task_types is {K}: the experts cannot be split into {K} equal "
-                f"groups; choose a multiple of {K}, give the sizes of the groups with expert_groups, or turn the "
-                "balance term off with blc_weight 0"
+                f"lora_nums is {self.lora_nums} and num_task_types is {K}: the experts cannot be split into "
+                f"{of_trained} equal groups{rest}; choose a multiple of {of_trained}, give the sizes of the groups "
+                "with expert_groups, or turn the balance term off with blc_weight 0"
             )
         if names is not None and not (_are_names(names) and len(set(names)) == len(names) == K):
             problems.append(f"task_type_names is {names!r}, but has to be {K} different names, one for each task type")
-        if self.lora_top_k is not None and not (
-            type(self.lora_top_k) is int and 2 <= self.lora_top_k <= self.lora_nums
-        ):
+        if self.lora_top_k is not None and not (type(self.lora_top_k) is int and 2 <= self.lora_top_k <= E):
             problems.append(
-                f"lora_top_k is {self.lora_top_k}, but has to be from 2 to lora_nums, {self.lora_nums}, or 0 for all "
+                f"lora_top_k is {self.lora_top_k}, but has to be from 2 to {total}, {E}, or 0 for all "
                 "experts; with 1 its weight would always be 1, and no gradient would reach the router"
             )
         return problems

@@ -3,7 +3,8 @@
 The environment variable LORAMOE_KERNELS chooses `torch` (`peft/functions.py`) or `triton`. Without it, the kernels run
 on GPUs on which they were seen right and faster. What they cannot do is left to torch.
 
-Shape suffixes: E experts, R rank of one expert, S = E*R stacked rank, H rows of A, I input features.
+Shape suffixes: E experts (with the null expert), R rank of one expert, S stacked rank of the trained ones, H rows of A,
+I input features.
 """
 
 import os
@@ -34,7 +35,8 @@ class Shape(NamedTuple):
     """What the kernels know of an adapter when they are compiled."""
 
     in_features: int
-    experts: int
+    experts: int  # with the null expert; 1: no router
+    trained_experts: int
     rank: int
     shares_A: bool
     top_k: int  # 0: all
@@ -42,17 +44,17 @@ class Shape(NamedTuple):
 
     @property
     def rows_of_a(self) -> int:
-        return self.rank * (1 if self.shares_A else self.experts)
+        return self.rank * (1 if self.shares_A else self.trained_experts)
 
     @property
     def stacked_rank(self) -> int:
-        return self.experts * self.rank
+        return self.trained_experts * self.rank
 
     def constants(self) -> dict[str, int]:
         """The compile-time arguments that all kernels take."""
         E, S, H = self.experts, self.stacked_rank, self.rows_of_a
         padded = {f"{name}P": max(16, 1 << (size - 1).bit_length()) for name, size in {"E": E, "S": S, "H": H}.items()}
-        return {"I": self.in_features, "E": E, "R": self.rank, "H": H, **padded}
+        return {"I": self.in_features, "E": E, "R": self.rank, "S": S, "H": H, **padded}
 
 
 def fused_shape(experts: "LoraExperts", x: Tensor) -> Shape | None:
@@ -70,6 +72,7 @@ def fused_shape(experts: "LoraExperts", x: Tensor) -> Shape | None:
     router, probability = experts.router, experts.dropout if experts.training else 0
     shape = Shape(
         x.shape[-1],
+        1 if router is None else router.out_features,
         experts.num_experts,
         experts.rank,
         len(experts.lora_A) < experts.lora_B.shape[1],

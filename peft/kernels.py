@@ -9,9 +9,9 @@
 They compute what `peft/functions.py` does, in the same dtype, with sums in float32. Sums that several programs share
 are written as parts and added in a fixed order, so that a run can be repeated to the bit. `peft/fused.py` calls them.
 
-Shape suffixes: T tokens, E experts, R rank of one expert, S = E*R stacked rank, H rows of A (S, or R if the experts
-share A), I input features. In kernels, EP, HP and SP are E, H and S padded to a power of two, at least the 16 that
-`tl.dot` needs.
+Shape suffixes: T tokens, E experts (with the null expert), R rank of one expert, S stacked rank of the trained ones,
+H rows of A (S, or R if the experts share A), I input features. In kernels, EP, HP and SP are E, H and S padded to a
+power of two, at least the 16 that `tl.dot` needs.
 """
 
 import math
@@ -101,8 +101,8 @@ def _unpacked(bytes, ROWS: tl.constexpr, BYTES: tl.constexpr):
 @triton.jit
 def _write_features(
     logits, hidden, rows, T, scale, gate_p, hidden_p, gated_p,
-    E: tl.constexpr, R: tl.constexpr, H: tl.constexpr, EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr,
-    TOP_K: tl.constexpr,
+    E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
     inside = (rows < T)[:, None]
     rows = rows.to(tl.int64)[:, None]
@@ -114,17 +114,17 @@ def _write_features(
         experts = tl.arange(0, EP)
         gate = _softmax(logits, E, EP, TOP_K)
         tl.store(gate_p + rows * E + experts[None, :], gate, inside & (experts < E)[None, :])
-        if H < E * R:
+        if H < S:
             gated = tl.dot(gated, _matches(features, stacked % R), input_precision="ieee")
         gated *= tl.dot(gate, _matches(experts, stacked // R), input_precision="ieee")
     gated = (scale * gated).to(gated_p.dtype.element_ty)
-    tl.store(gated_p + rows * (E * R) + stacked[None, :], gated, inside & (stacked < E * R)[None, :])
+    tl.store(gated_p + rows * S + stacked[None, :], gated, inside & (stacked < S)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "BYTES", "seed"])
 def _features(
     x_p, W_p, A_p, gate_p, hidden_p, gated_p, bits_p, parts_p, T, BYTES, seed, scale,
-    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, TOP_K: tl.constexpr, DROPPED: tl.constexpr,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def _features(
             x = tl.where(_unpacked(packed, ROWS, COLUMNS // 8), x, 0.0)
         hidden = tl.dot(x, tl.trans(A.to(dtype)), hidden, input_precision="ieee")
     if SPAN >= I:
-        _write_features(logits, hidden, rows, T, scale, gate_p, hidden_p, gated_p, E, R, H, EP, HP, SP, TOP_K)
+        _write_features(logits, hidden, rows, T, scale, gate_p, hidden_p, gated_p, E, R, S, H, EP, HP, SP, TOP_K)
     else:
         part_p = parts_p + (tl.program_id(1) * T + rows).to(tl.int64)[:, None] * (EP + HP)
         if E > 1:
@@ -163,7 +163,7 @@ def _features(
 @triton.jit(do_not_specialize=["T"])
 def _sum_features(
     parts_p, gate_p, hidden_p, gated_p, T, scale,
-    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, TOP_K: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -175,13 +175,13 @@ def _sum_features(
         if E > 1:
             logits += tl.load(part_p + tl.arange(0, EP)[None, :])
         hidden += tl.load(part_p + EP + tl.arange(0, HP)[None, :])
-    _write_features(logits, hidden, rows, T, scale, gate_p, hidden_p, gated_p, E, R, H, EP, HP, SP, TOP_K)
+    _write_features(logits, hidden, rows, T, scale, gate_p, hidden_p, gated_p, E, R, S, H, EP, HP, SP, TOP_K)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _thin_gradients(
     dgated_p, dgate_p, gate_p, hidden_p, dlogits_p, dhidden_p, T, scale,
-    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, FROM_OUTSIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -189,8 +189,8 @@ def _thin_gradients(
     rows = rows.to(tl.int64)[:, None]
     experts, features, stacked = tl.arange(0, EP), tl.arange(0, HP), tl.arange(0, SP)
     of_experts, of_features = inside & (experts < E)[None, :], inside & (features < H)[None, :]
-    of_stacked = inside & (stacked < E * R)[None, :]
-    dgated = scale * tl.load(dgated_p + rows * (E * R) + stacked[None, :], of_stacked, other=0.0).to(tl.float32)
+    of_stacked = inside & (stacked < S)[None, :]
+    dgated = scale * tl.load(dgated_p + rows * S + stacked[None, :], of_stacked, other=0.0).to(tl.float32)
     gate = tl.load(gate_p + rows * E + experts[None, :], of_experts, other=0.0)
     hidden = tl.load(hidden_p + rows * H + (stacked % H)[None, :], of_stacked, other=0.0).to(tl.float32)
     dgate = tl.dot(dgated * hidden, _matches(stacked // R, experts), input_precision="ieee")
@@ -198,7 +198,7 @@ def _thin_gradients(
         dgate += tl.load(dgate_p + rows * E + experts[None, :], of_experts, other=0.0)
     dlogits = gate * (dgate - tl.sum(gate * dgate, 1)[:, None])
     dhidden = dgated * tl.dot(gate, _matches(experts, stacked // R), input_precision="ieee")
-    if H < E * R:
+    if H < S:
         dhidden = tl.dot(dhidden, _matches(stacked % R, features), input_precision="ieee")
     tl.store(dlogits_p + rows * E + experts[None, :], dlogits.to(dlogits_p.dtype.element_ty), of_experts)
     tl.store(dhidden_p + rows * H + features[None, :], dhidden.to(dhidden_p.dtype.element_ty), of_features)
@@ -207,7 +207,7 @@ def _thin_gradients(
 @triton.jit(do_not_specialize=["T"])
 def _add_to_input(
     dx_p, W_p, A_p, dlogits_p, dhidden_p, bits_p, T,
-    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, DROPPED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +238,7 @@ def _add_to_input(
 @triton.jit(do_not_specialize=["T"])
 def _weight_gradients(
     x_p, dlogits_p, dhidden_p, bits_p, parts_p, T,
-    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    I: tl.constexpr, E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     EP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, DROPPED: tl.constexpr,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

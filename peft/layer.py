@@ -26,22 +26,21 @@ class LoraExperts(nn.Module):
     The experts are stacked, A as (E*R, I) and B as (O, E*R), so that the sum over experts becomes part of one
     matrix product: delta(x) = (alpha / r) * B (repeat(w, r) * (A dropout(x))). Two thin products serve all experts,
     and one dropout mask is shared by them. With `lora_shared_A`, A is (R, I) and all experts use the same features.
-    With one expert there is nothing to route: no router exists and this is plain LoRA.
+    With one expert there is nothing to route: no router exists and this is plain LoRA. `lora_null_expert` adds a last
+    weight to w, which nothing multiplies: the router then also serves a single expert.
 
     A and router start kaiming-uniform, B at zero, so a fresh adapter changes nothing.
     """
 
     def __init__(self, in_features: int, out_features: int, config: LoraConfig, device: torch.device | None = None):
         super().__init__()
-        self.num_experts, self.rank = config.lora_nums, config.r
+        self.num_experts, self.rank, weights = config.lora_nums, config.r, config.routed_experts
         self.scaling = config.lora_alpha / config.r
         stacked_rank = self.num_experts * self.rank
         rows_of_A = self.rank if config.lora_shared_A else stacked_rank
         self.lora_A = nn.Parameter(torch.empty(rows_of_A, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out_features, stacked_rank, device=device, dtype=torch.float32))
-        self.router = None
-        if self.num_experts > 1:
-            self.router = Router(in_features, self.num_experts, config.lora_top_k, device=device)
+        self.router = Router(in_features, weights, config.lora_top_k, device) if weights > 1 else None
         self.dropout = config.lora_dropout
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
@@ -60,7 +59,8 @@ class LoraExperts(nn.Module):
             x_BTI, logits_BTE, hidden = input_products(x, router_EI, self.lora_A, mask_BTI, owned)
             return None if self.router is None or logits_BTE is None else self.router.softmax(logits_BTE)
 
-        weights_BTE = routed(x_BTI, None) if self.router is None else self.router(x_BTI, routed)
+        E = self.num_experts  # the weight of a null expert comes after theirs
+        weights_BTE = routed(x_BTI, None) if self.router is None else self.router(x_BTI, routed)[..., :E]
         return gated_sum(base_layer(x_BTI), hidden, weights_BTE, self.lora_B, scale, owned)
 
     def extra_repr(self) -> str:

@@ -27,7 +27,7 @@ def static_lora(experts: LoraExperts, weights_E: Tensor) -> tuple[Tensor, Tensor
     """The LoRA that equals the mixture with fixed weights, of rank E*R and with the experts' own scaling.
 
     Args:
-        weights_E: the weight of each expert.
+        weights_E: the weight of each trained expert.
 
     Returns:
         A of shape (S, I) and B of shape (O, S), float32.
@@ -62,9 +62,9 @@ class Calibration:
         self._hooks.close()
 
     def mean_weights(self, name: str) -> Tensor:
-        """Mean weight (E,) of each expert of a Linear over the tokens."""
+        """Mean weight (E,) of each trained expert of a Linear over the tokens."""
         weights_E, _, _ = self._sums[name]
-        return weights_E / weights_E.sum()
+        return (weights_E / weights_E.sum())[: self._experts[name].num_experts]
 
     def fitted_lora(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
         """The LoRA of a given rank that is closest to the mixture's output, in the mean square over the tokens.
@@ -96,7 +96,7 @@ class Calibration:
             x_NI = inputs[0].flatten(0, -2)[counts_N].to(experts.lora_A.dtype)
             weights_NE = (x_NI.new_ones(len(x_NI), 1) if experts.router is None else experts.router(x_NI)).double()
             hidden_NS = F.linear(x_NI, stacked_a(experts)).double()
-            routed_NS = hidden_NS * weights_NE.repeat_interleave(experts.rank, dim=1)
+            routed_NS = hidden_NS * weights_NE[:, : experts.num_experts].repeat_interleave(experts.rank, dim=1)
             sums = [weights_NE.sum(dim=0), hidden_NS.T @ hidden_NS, routed_NS.T @ hidden_NS]
             before = self._sums.get(name)
             self._sums[name] = sums if before is None else [a + b for a, b in zip(before, sums, strict=True)]

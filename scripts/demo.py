@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_gradio()
     refuse([port_problem(args.port)])
     trained = load_trained(inference)
-    if not isinstance(trained.model, PeftModel) or trained.model.active_peft_config.lora_nums == 1:
+    if not isinstance(trained.model, PeftModel) or trained.model.active_peft_config.routed_experts == 1:
         raise InputError(
             f"{inference.adapter} does not have a router, so there is nothing to look into; "
             f"chat with it by python -m scripts.generate --adapter {inference.adapter} --chat"
@@ -264,20 +264,22 @@ def answer_html(answer: Answer, layer: int, config: LoraConfig) -> str:
     weights_TE = weights_TLE.mean(dim=1) if layer == MEAN else weights_TLE[:, layer]
     groups = shown_groups(config)
     pairs = zip(answer.texts, weights_TE, strict=True)
-    return "".join(token_html(text, weights_E, groups) for text, weights_E in pairs if text)
+    return "".join(token_html(text, weights_E, groups, config.null_expert) for text, weights_E in pairs if text)
 
 
-def token_html(text: str, weights_E: Tensor, groups: list[slice]) -> str:
+def token_html(text: str, weights_E: Tensor, groups: list[slice], null_expert: int | None = None) -> str:
     """A token in the colour of the group that weighs most, the stronger the more it weighs; hovering shows the weights.
 
     Args:
         groups: the experts of each group.
+        null_expert: number of the null expert, if there is one.
     """
     shares = [weights_E[span].sum().item() for span in groups]
-    lines = [f"{span_text(span)}: {share:.1%}" for span, share in zip(groups, shares, strict=True)]
+    lines = [f"{span_text(span, null_expert)}: {share:.1%}" for span, share in zip(groups, shares, strict=True)]
     if len(groups) < len(weights_E):
-        each = enumerate(weights_E.tolist())
-        lines.append("by expert: " + ", ".join(f"{expert}: {weight:.1%}" for expert, weight in each))
+        names = ["null" if expert == null_expert else str(expert) for expert in range(len(weights_E))]
+        each = zip(names, weights_E.tolist(), strict=True)
+        lines.append("by expert: " + ", ".join(f"{name}: {weight:.1%}" for name, weight in each))
     lead = (max(shares) - 1 / len(groups)) / (1 - 1 / len(groups))  # 0 is even, 1 is this group alone
     tint = LEAST_TINT + (MOST_TINT - LEAST_TINT) * lead
     return (
@@ -289,10 +291,10 @@ def token_html(text: str, weights_E: Tensor, groups: list[slice]) -> str:
 def legend_html(config: LoraConfig) -> str:
     """The colour of each expert group, with the name of its task type."""
     spans = shown_groups(config)
-    named = len(config.group_sizes) == config.num_task_types
+    named = len(spans) == config.num_task_types
     names = [f": {name}" for name in task_type_names(config)] if named else [""] * len(spans)
     keys = [
-        f'<span class="key {_group_class(number)}">{escape(span_text(span) + name)}</span>'
+        f'<span class="key {_group_class(number)}">{escape(span_text(span, config.null_expert) + name)}</span>'
         for number, (span, name) in enumerate(zip(spans, names, strict=True))
     ]
     text = "Colour of a token: the experts with most weight, stronger the further they lead; hover for the numbers."
@@ -302,7 +304,7 @@ def legend_html(config: LoraConfig) -> str:
 def shown_groups(config: LoraConfig) -> list[slice]:
     """The experts that share a colour: those of a group, or each alone if there are not several groups."""
     several = len(config.group_sizes) > 1
-    return group_spans(config.group_sizes if several else [1] * config.lora_nums)
+    return group_spans(config.group_sizes if several else [1] * config.routed_experts)
 
 
 def _group_class(number: int) -> str:

@@ -150,9 +150,9 @@ def rows_of_type(trained: TrainedModel, path: str | None, field: str, args: Expo
 def make_loras(trained: TrainedModel, args: ExportArguments, batch_size: int) -> dict[str, LowRank]:
     """The plain LoRA of each adapted Linear, by the Linear's name."""
     experts = {name: layer.experts["default"] for name, layer in adapted(trained.model.get_base_model())}
-    num_experts = trained.model.active_peft_config.lora_nums
-    if args.weights == "uniform" or (num_experts == 1 and args.rank is None):
-        weights_E = torch.full((num_experts,), 1 / num_experts)
+    mixture = trained.model.active_peft_config
+    if args.weights == "uniform" or (mixture.routed_experts == 1 and args.rank is None):
+        weights_E = torch.full((mixture.lora_nums,), 1 / mixture.routed_experts)
         return {name: static_lora(module, weights_E) for name, module in experts.items()}
     _, rows = rows_of_type(trained, args.calibration_data, "dataset_dir", args)
     # An adapted output layer has to see every token; otherwise its logits are not needed.
@@ -165,7 +165,7 @@ def make_loras(trained: TrainedModel, args: ExportArguments, batch_size: int) ->
             )
     if args.weights == "calibrated":
         return {name: static_lora(module, calibration.mean_weights(name)) for name, module in experts.items()}
-    rank = args.rank or num_experts * trained.model.active_peft_config.r
+    rank = args.rank or mixture.lora_nums * mixture.r
     return {name: calibration.fitted_lora(name, rank) for name in experts}
 
 

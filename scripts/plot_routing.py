@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = load_trained(inference)
     if not args.output and not Path(inference.adapter).is_dir():
         raise InputError(f"{inference.adapter} is on the hub: give a folder for the files with --output")
-    if not isinstance(trained.model, PeftModel) or trained.model.active_peft_config.lora_nums == 1:
+    if not isinstance(trained.model, PeftModel) or trained.model.active_peft_config.routed_experts == 1:
         print(f"{inference.adapter} does not have a router, so there is nothing to plot")
         return
     path, rows = load_rows(trained, args.data, "validation_file", args.data_cache_dir)

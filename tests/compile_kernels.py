@@ -17,7 +17,7 @@ from peft.fused import Shape
 
 TYPES = {"T": "i32", "BYTES": "i32", "seed": "i32", "scale": "fp32", "bits_p": "*u8"}
 FLOAT32 = ("W_p", "A_p", "gate_p", "dgate_p", "parts_p")
-SHAPE = Shape(in_features=4096, experts=8, rank=4, shares_A=False, top_k=2, dropped=3277)
+SHAPE = Shape(in_features=4096, experts=8, trained_experts=8, rank=4, shares_A=False, top_k=2, dropped=3277)
 CONSTANTS = SHAPE.constants() | {"TOP_K": SHAPE.top_k, "DROPPED": SHAPE.dropped, "FROM_OUTSIDE": True}
 KERNELS = {
     kernels._features: (kernels.FEATURES, {"SPAN": 1024}),

@@ -42,6 +42,7 @@ def experts_autograd(experts: LoraExperts, x: Tensor, output: Tensor, mask: Tens
     hidden = F.linear(x if mask is None else (x * mask).to(x.dtype), experts.lora_A)
     if experts.router is not None:
         weights = torch.softmax(F.linear(x, experts.router.weight).float(), dim=-1)
+        weights = weights[..., : experts.num_experts]
         hidden = hidden * weights.repeat_interleave(experts.rank, dim=-1).to(hidden.dtype)
     return output + experts.scaling * F.linear(hidden, experts.lora_B).to(output.dtype)
 

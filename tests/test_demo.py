@@ -74,6 +74,9 @@ def test_a_token_has_the_class_of_the_group_that_weighs_most():
     assert 'class="token group-1" style="--tint: 32%"' in html
     assert 'data-weights="experts 0-1: 30.0%\nexperts 2-3: 70.0%\n' in html
     assert "by expert: 0: 10.0%, 1: 20.0%, 2: 40.0%, 3: 30.0%" in html
+    with_null = demo.token_html("cat", weights_E, [slice(0, 3), slice(3, 4)], null_expert=3)
+    assert 'data-weights="experts 0-2: 70.0%\nnull expert: 30.0%\n' in with_null
+    assert "by expert: 0: 10.0%, 1: 20.0%, 2: 40.0%, null: 30.0%" in with_null
     assert 'class="token group-2"' in demo.token_html("cat", weights_E, [slice(0, 1), slice(1, 2), slice(2, 4)])
 
 
@@ -94,6 +97,11 @@ def test_the_selected_linear_gives_the_weights():
             ["expert 0: task type a", "experts 1-2: task type b", "experts 3-5: task type &lt;c&gt;"],
         ),
         ({"lora_nums": 3, "blc_weight": 0}, ["expert 0", "expert 1", "expert 2"]),
+        (
+            {"lora_nums": 3, "lora_null_expert": True},
+            ["experts 0-2: task type 0 (other tasks)", "null expert: task type 1 (world knowledge)"],
+        ),
+        ({"lora_nums": 1, "lora_null_expert": True, "num_task_types": 1}, ["expert 0", "null expert"]),
     ],
 )
 def test_the_legend_names_the_groups(settings, names):

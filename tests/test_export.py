@@ -80,9 +80,13 @@ def constant_router(folder, model_dir, **settings) -> PeftModel:
     return model
 
 
+NULL_EXPERTS = [{}, {"lora_null_expert": True}, {"lora_null_expert": True, "lora_nums": 1}]
+
+
+@pytest.mark.parametrize("settings", NULL_EXPERTS)
 @pytest.mark.parametrize("weights", KINDS)
-def test_with_a_constant_router_the_exported_lora_equals_the_mixture(export, adapter_dir, model_dir, weights):
-    mixture = constant_router(adapter_dir, model_dir)
+def test_with_a_constant_router_the_exported_lora_equals_the_mixture(export, adapter_dir, model_dir, weights, settings):
+    mixture = constant_router(adapter_dir, model_dir, **settings)
     assert (logits(mixture) - logits(LlamaForCausalLM.from_pretrained(model_dir))).abs().max() > 0.1
     folder, shown = export(weights=weights)
     torch.testing.assert_close(logits(with_adapter_file(model_dir, folder)), logits(mixture), rtol=1e-5, atol=1e-5)
@@ -149,8 +153,8 @@ def test_the_printed_costs_are_those_of_each_row_by_itself(export, model_dir, ad
     assert kl > 1e-4
 
 
-def calibrated(rows: torch.Tensor, mask: torch.Tensor) -> tuple[PeftModel, dict, Calibration]:
-    model = filled_model().eval()
+def calibrated(rows: torch.Tensor, mask: torch.Tensor, **settings) -> tuple[PeftModel, dict, Calibration]:
+    model = filled_model(**settings).eval()
     experts = {name: layer.experts["default"] for name, layer in adapted(model.get_base_model())}
     with torch.no_grad(), Calibration(experts) as calibration:
         for part in (slice(0, 1), slice(1, 3)):
@@ -172,14 +176,15 @@ def inputs_of(model, experts, mask) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_calibration_takes_means_over_the_tokens_and_the_fit_is_the_least_squares_one():
+@pytest.mark.parametrize("settings", NULL_EXPERTS[:2])
+def test_calibration_takes_means_over_the_tokens_and_the_fit_is_the_least_squares_one(settings):
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[1, 15:] = 0
-    model, experts, calibration = calibrated(INPUT, mask)
+    model, experts, calibration = calibrated(INPUT, mask, **settings)
     for name, x_NI in inputs_of(model, experts, mask).items():
         module = experts[name]
         with torch.no_grad():
-            weights_NE, hidden_NS = module.router(x_NI), x_NI @ module.lora_A.T
+            weights_NE, hidden_NS = module.router(x_NI)[:, :4], x_NI @ module.lora_A.T
             torch.testing.assert_close(calibration.mean_weights(name).float(), weights_NE.mean(dim=0))
             target_NO = (hidden_NS * weights_NE.repeat_interleave(2, dim=1)) @ module.lora_B.T
 

@@ -118,6 +118,8 @@ MIXTURES = {
     "top-k": ({"lora_top_k": 2}, {}),
     "shared_A": ({"lora_shared_A": True}, {}),
     "one_expert": ({"lora_nums": 1}, {}),
+    "null_expert": ({"lora_null_expert": True}, {}),
+    "one_and_null_expert": ({"lora_nums": 1, "lora_null_expert": True}, {}),
     "some_layers": ({"layers_to_transform": [1]}, {}),
     "all_linear": ({"target_modules": "all-linear"}, {}),
     "all_linear_tied": ({"target_modules": "all-linear"}, TIED),
@@ -219,7 +221,7 @@ def test_nothing_in_the_configuration_looks_like_a_mixture_of_expert_mlps(folder
     assert not [name for name in config if "expert" in name]
     assert config["auto_map"]["AutoModelForDecision"] == "modeling_lora_mixture.LoraMixtureForCausalLM"
     assert len(config["lora_mixture"].pop("targets")) == 6
-    settings = {"num_experts": 4, "rank": 2, "scaling": 2.0, "shared_A": False, "top_k": None}
+    settings = {"null_expert": False, "num_experts": 4, "rank": 2, "scaling": 2.0, "shared_A": False, "top_k": None}
     assert config["lora_mixture"] == settings
 
 
@@ -249,10 +251,9 @@ def test_large_models_are_written_in_shards(model_dir, tmp_path, monkeypatch):
 
 
 def tiny_mixture(targets: list[str]) -> standalone.LoraMixtureForCausalLM:
-    settings = {"num_experts": 4, "rank": 2, "scaling": 2.0, "top_k": None, "shared_A": False, "targets": targets}
-    return standalone.LoraMixtureForCausalLM(
-        standalone.LoraMixtureConfig(**tiny_config().to_dict() | {"lora_mixture": settings})
-    )
+    settings = {"num_experts": 4, "null_expert": False, "rank": 2, "scaling": 2.0, "top_k": None, "shared_A": False}
+    mixture = {"lora_mixture": settings | {"targets": targets}}
+    return standalone.LoraMixtureForCausalLM(standalone.LoraMixtureConfig(**tiny_config().to_dict() | mixture))
 
 
 def test_servers_split_the_parts_of_a_wrapped_linear_as_it_needs():

@@ -19,8 +19,8 @@ def fixed_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
     return (torch.arange(x.numel()) % 4 > 0).view(x.shape).to(torch.uint8), KEPT
 
 
-def make_experts(count: int, dropout: float = 0.0) -> LoraExperts:
-    return make_layer(count, dropout=dropout).experts["default"]
+def make_experts(count: int, dropout: float = 0.0, **settings) -> LoraExperts:
+    return make_layer(count, dropout=dropout, **settings).experts["default"]
 
 
 def saved_bytes(call, *modules: torch.nn.Module) -> int:
@@ -39,6 +39,7 @@ def saved_bytes(call, *modules: torch.nn.Module) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
+COUNTS = [(1, False), (4, False), (4, True)]  # of trained experts, and whether there is a null expert
 # dtypes of experts, of the input, of the base layer's output; autocast; tolerance
 PRECISIONS = {
     "float32": (torch.float32, torch.float32, torch.float32, False, 1e-5),
@@ -50,12 +51,12 @@ PRECISIONS = {
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1 - KEPT])
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(("count", "null_expert"), COUNTS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_outputs_and_gradients_are_those_of_plain_autograd(monkeypatch, precision, count, dropout):
+def test_outputs_and_gradients_are_those_of_plain_autograd(monkeypatch, precision, count, null_expert, dropout):
     monkeypatch.setattr("peft.layer.dropout_mask", fixed_mask)
     expert_dtype, input_dtype, output_dtype, autocast, tolerance = PRECISIONS[precision]
-    experts = make_experts(count, dropout).to(expert_dtype)
+    experts = make_experts(count, dropout, lora_null_expert=null_expert).to(expert_dtype)
     x = torch.randn(*TOKENS, 6, dtype=input_dtype, requires_grad=True)
     base = torch.randn(*TOKENS, 5, dtype=output_dtype, requires_grad=True)
     mask = fixed_mask(x, dropout)[0] / KEPT if dropout else None
@@ -74,11 +75,11 @@ def test_outputs_and_gradients_are_those_of_plain_autograd(monkeypatch, precisio
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1 - KEPT])
-@pytest.mark.parametrize("count", [1, 4])
-def test_gradients_are_those_of_finite_differences(monkeypatch, count, dropout):
+@pytest.mark.parametrize(("count", "null_expert"), COUNTS)
+def test_gradients_are_those_of_finite_differences(monkeypatch, count, null_expert, dropout):
     """Of the output and of the router weights, by which the balance term reaches router and input."""
     monkeypatch.setattr("peft.layer.dropout_mask", fixed_mask)
-    experts = make_experts(count, dropout).double()
+    experts = make_experts(count, dropout, lora_null_expert=null_expert).double()
     routed = []
     if experts.router is not None:
         experts.router.register_forward_hook(lambda module, inputs, output: routed.append(output))

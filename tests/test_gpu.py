@@ -105,7 +105,9 @@ def test_zero2_with_one_process_trains_on_the_gpu(run):
 
 @needs_bf16
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("settings", [{}, {"experts": 6}, {"lora_shared_A": True}, {"rank": 16}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"experts": 6}, {"lora_shared_A": True}, {"lora_null_expert": True}, {"rank": 16}]
+)
 def test_fused_kernels(monkeypatch, settings, dropout):
     tests = pytest.importorskip("test_kernels", reason="needs triton")
     layer = tests.make_layer(1536, dropout=dropout, **settings).cuda()

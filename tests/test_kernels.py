@@ -92,6 +92,8 @@ OPTIONS = [
     *((experts, 4, {"lora_shared_A": True}) for experts in (2, 8)),
     *((experts, 3, {"lora_top_k": 2}) for experts in (3, 8)),
     (8, 2, {"lora_shared_A": True, "lora_top_k": 3}),
+    *((experts, 4, {"lora_null_expert": True}) for experts in (1, 6, 31)),
+    (6, 3, {"lora_null_expert": True, "lora_shared_A": True, "lora_top_k": 3}),
 ]
 
 

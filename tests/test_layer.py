@@ -24,6 +24,9 @@ def make_layer(experts: int = 4, rank: int = 2, dropout: float = 0.0, filled: bo
 KINDS = [
     *((experts, settings) for experts in (1, 2, 3, 8) for settings in ({}, {"lora_shared_A": True})),
     *((experts, {"lora_top_k": 2}) for experts in (2, 3, 8)),
+    *((experts, {"lora_null_expert": True}) for experts in (1, 3)),
+    (1, {"lora_null_expert": True, "lora_shared_A": True}),
+    (8, {"lora_null_expert": True, "lora_top_k": 4}),
 ]
 
 
@@ -58,8 +61,9 @@ def test_values_worked_by_hand():
     assert layer(torch.tensor([[[2.0, 3.0]]])).item() == 56
 
 
-def test_a_fresh_adapter_changes_no_bit():
-    layer = make_layer(filled=False)
+@pytest.mark.parametrize("null_expert", [False, True])
+def test_a_fresh_adapter_changes_no_bit(null_expert):
+    layer = make_layer(filled=False, lora_null_expert=null_expert)
     x = torch.randn(2, 7, 6)
     assert torch.equal(layer(x), layer.base_layer(x))
 
@@ -71,6 +75,34 @@ def test_one_expert_is_plain_lora_without_a_router():
     A, B = layer.experts["default"].lora_A, layer.experts["default"].lora_B
     x = torch.randn(2, 7, 6)
     torch.testing.assert_close(layer(x), layer.base_layer(x) + (x @ A.T @ B.T) * 3 / 3)
+
+
+def test_one_expert_and_a_null_expert_are_a_lora_with_a_learned_gate():
+    layer = make_layer(experts=1, rank=3, lora_null_expert=True)
+    experts = layer.experts["default"]
+    assert set(dict(experts.named_parameters())) == {"lora_A", "lora_B", "router.weight"}
+    x = torch.randn(2, 7, 6)
+    gate = torch.sigmoid(x @ (experts.router.weight[0] - experts.router.weight[1])).unsqueeze(-1)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + gate * (x @ experts.lora_A.T @ experts.lora_B.T))
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("settings", [{}, {"lora_top_k": 2}, {"dropout": 0.5}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_router_that_gives_the_null_expert_everything_leaves_the_base_model(experts, settings, dtype):
+    layer = make_layer(experts, lora_null_expert=True, **settings)
+    layer.base_layer.to(dtype)
+    x = torch.randn(2, 7, 6, dtype=dtype)
+    assert not torch.equal(layer(x), layer.base_layer(x))
+    router = layer.experts["default"].router
+    weights = router(x.float())
+    assert weights.shape == (2, 7, experts + 1)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 7))
+    x[..., 0] = 1
+    with torch.no_grad():
+        router.weight.zero_()[-1, 0] = 200  # exp(-200) is 0 in float32
+        assert torch.equal(layer(x), layer.base_layer(x))
+    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_router_weights_sum_to_one_in_float32():

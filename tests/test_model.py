@@ -378,6 +378,7 @@ def test_an_adapter_that_is_loaded_later_drops_nothing_at_inference(tmp_path, ta
     [
         ({"lora_alpha": 8}, r"lora_alpha is 8, the adapter has 4\. Load it under another name"),
         ({"lora_top_k": 2}, "lora_top_k is 2, the adapter has None"),
+        ({"lora_null_expert": True}, "lora_null_expert is True, the adapter has False"),
     ],
 )
 def test_weights_are_not_replaced_by_those_of_another_configuration(tmp_path, changes, message):
@@ -464,9 +465,10 @@ def test_a_stock_model_is_refused_where_the_balance_term_counts():
     get_peft_model(LlamaForCausalLM(tiny_config()), LoraConfig(lora_nums=1))
 
 
+@pytest.mark.parametrize("null_expert", [False, True])
 @pytest.mark.parametrize("part", ["lm_loss", "balance_loss"])
-def test_checkpointing_changes_no_gradient(part):
-    model, batch = filled_model().train(), make_batch()
+def test_checkpointing_changes_no_gradient(part, null_expert):
+    model, batch = filled_model(lora_null_expert=null_expert).train(), make_batch()
     expected = gradients(model, batch, part)
     model.activation_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(gradients(model, batch, part), expected, rtol=1e-5, atol=1e-7)

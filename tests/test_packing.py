@@ -38,6 +38,7 @@ ADAPTERS = {
     "default": {},
     "three types, top-k": {"num_task_types": 3, "expert_groups": [1, 2, 1], "lora_top_k": 2},
     "shared A": {"lora_shared_A": True},
+    "null expert": {"lora_null_expert": True},
 }
 
 

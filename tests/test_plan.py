@@ -115,6 +115,10 @@ def test_counts_follow_the_settings():
     assert 1.2 * counts.flops < recomputed.flops < 1.6 * counts.flops
     assert count(lora_nums=8).trainable_parameters == 2 * counts.trainable_parameters
     assert count(lora_dropout=0.05).activations > counts.activations
+    column = 2 * (2 * 32 + 48)  # a row of W_g for each Linear of two layers
+    for experts, columns in ((4, 1), (1, 2)):
+        with_null, without = (count(lora_nums=experts, lora_null_expert=null) for null in (True, False))
+        assert with_null.trainable_parameters - without.trainable_parameters == columns * column
 
 
 def test_logits_count_in_full_where_they_are_not_formed_in_chunks(monkeypatch):
@@ -176,6 +180,8 @@ def test_a_plan_is_printed_and_written(config_file, tmp_path, capsys):
     assert result["samples_per_step"] == 16
     assert result["seconds_per_step"] == result["flops_per_gpu_and_step"] / (312e12 * 0.4)
     assert result["hours_per_million_samples"] == pytest.approx(1e6 / 16 * result["seconds_per_step"] / 3600)
+    main(["--model", config_file, "--length", "16", "--lora_null_expert"])
+    assert "(6 experts of rank 4 and a null expert on " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import filled_model
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import Runner
@@ -17,6 +19,7 @@ from transformers import TrainingArguments
 from data import InputError, encode_prompt
 from inference import trained
 from inference.routing import Routing, coefficient_of_variation, relative_entropy, routing_lines, routing_summary
+from inference.routing_plot import _label_experts as label_experts
 from inference.routing_plot import plot_routing as draw
 from inference.rows import batches, load_rows
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -86,6 +89,43 @@ def test_groups_of_different_sizes_are_summed_each(arguments):
     head, line = routing_lines(routing, config)
     assert head.split() == ["expert", "0", "experts", "1-2", "expert", "3"]
     assert line.split() == ["task", "type", "b", "10.0%", "50.0%", "40.0%"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected", "collapsed"),
+    [(None, ["experts 0-2", "null expert"], False), ([1, 3], ["expert 0", "experts 1-2, null"], True)],
+)
+def test_the_null_expert_is_named_and_counts_but_alone_cannot_collapse(arguments, groups, expected, collapsed):
+    config = LoraConfig(lora_nums=3, lora_null_expert=True, expert_groups=groups)
+    shares = [0.1, 0.2, 0.3, 0.4]
+    routing = Routing(["up"], np.array([[shares]]), np.array([1]), np.array([""]))
+    head, line = routing_lines(routing, config)
+    assert re.split("  +", head.strip()) == expected
+    own = sum(shares[-config.group_sizes[1] :])
+    assert line.split()[-2:] == [f"{1 - own:.1%}", f"{own:.1%}"]
+    found = routing_summary(routing, config)
+    assert (found["num_experts"], found["null_expert"], found["expert_groups"]) == (4, 3, config.group_sizes)
+    watch = RoutingWatch(config.num_task_types, config.group_sizes, config.null_expert)
+    for _ in range(COLLAPSE_STEPS):
+        watch.watch(torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]), torch.tensor([1]), torch.ones(1))
+        watch.on_step_end(None, None, None)
+    values = watch.scalars(arguments)
+    assert (values["group_share_type_1"], values["routing_cv"]) == (0, 2)
+    message = watch.collapse(arguments, COLLAPSE_STEPS)
+    assert (message is not None) == collapsed
+    assert not collapsed or f"collapsed: {expected[1]}, the group of task type 1, have had" in message
+    for _ in range(COLLAPSE_STEPS):
+        watch.watch(torch.tensor([[[0.0, 0.0, 0.0, 1.0]]]), torch.tensor([0]), torch.ones(1))
+        watch.on_step_end(None, None, None)
+    message = watch.collapse(arguments, COLLAPSE_STEPS)  # once in a run
+    assert collapsed or f"collapsed: {expected[0]}, the group of task type 0, have had" in message
+
+
+@pytest.mark.parametrize(("experts", "labels"), [(6, [*"012345", "null"]), (20, [*map(str, range(0, 20, 2)), "null"])])
+def test_the_null_expert_is_named_in_the_picture(experts, labels):
+    axes = Figure().subplots()
+    label_experts(axes, {"num_experts": experts + 1, "null_expert": experts})
+    assert [label.get_text() for label in axes.get_xticklabels()] == labels
 
 
 def test_a_collapse_is_warned_of_once_after_as_many_steps_in_a_row(arguments):
@@ -160,10 +200,18 @@ def test_a_run_leaves_a_picture_with_its_training(run):
         assert picture.width > 900
 
 
-def summary(modules: list[str], num_experts: int, types: list[int], tasks: list[str], num_task_types: int = 2) -> dict:
+def summary(
+    modules: list[str],
+    num_experts: int,
+    types: list[int],
+    tasks: list[str],
+    num_task_types: int = 2,
+    null_expert: bool = False,
+) -> dict:
     generator = torch.Generator().manual_seed(0)
     shares = torch.softmax(torch.randn(len(types), len(modules), num_experts, generator=generator), dim=-1)
-    config = LoraConfig(lora_nums=num_experts, num_task_types=num_task_types, blc_weight=0)
+    trained = num_experts - null_expert
+    config = LoraConfig(lora_nums=trained, lora_null_expert=null_expert, num_task_types=num_task_types, blc_weight=0)
     return routing_summary(Routing(modules, shares.numpy(), np.array(types), np.array(tasks)), config)
 
 
@@ -181,6 +229,7 @@ def test_evenness_by_linear():
 LAYERS = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(40) for name in ("gate", "up", "down")]
 PICTURES = {
     "a model of usual size": (LAYERS, 8, [0, 1] * 5, [f"kind {index}" for index in range(10)]),
+    "a null expert": (LAYERS, 7, [0, 1] * 5, [f"kind {index}" for index in range(10)], 2, True),
     "one Linear outside the layers": (["lm_head"], 2, [0], [""]),
     "many experts, many tasks": (LAYERS[:6], 64, [-1, 0, 1, 2, 3] * 8, [f"kind {index}" for index in range(40)], 4),
 }

@@ -30,6 +30,7 @@ ADAPTERS = {
     "dense": {},
     "top_2": {"lora_top_k": 2},
     "shared_a": {"lora_shared_A": True},
+    "null_expert": {"lora_null_expert": True},
     "some_layers": {"layers_to_transform": [1]},
 }
 INCOMPLETE = "\ufffd"

@@ -43,7 +43,8 @@ CARD_SETTINGS = (
 CARD_PATHS = ("dataset_dir", "validation_file")
 CARD_ADAPTER_SETTINGS = (
     "lora_nums", "lora_rank", "lora_alpha", "lora_dropout", "trainable", "blc_alpha", "blc_weight", "num_task_types",
-    "task_type_names", "expert_groups", "lora_top_k", "lora_shared_A", "layers_to_transform", "modules_to_save",
+    "task_type_names", "expert_groups", "lora_null_expert", "lora_top_k", "lora_shared_A", "layers_to_transform",
+    "modules_to_save",
 )  # fmt: skip
 CARD_METRICS = (
     "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",
@@ -102,7 +103,8 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
     Args:
         data: the sets of rows by their purpose, `training` and `evaluation`.
     """
-    kind = "full" if config["tuning"] == "full" else "lora" if config["lora_nums"] == 1 else "loramoe"
+    routed = config["lora_nums"] > 1 or config["lora_null_expert"]
+    kind = "full" if config["tuning"] == "full" else "loramoe" if routed else "lora"
     title, description = CARD_KINDS[kind]
     base = config["model_name_or_path"]
     settings = [*CARD_SETTINGS, *(CARD_ADAPTER_SETTINGS if kind != "full" else ())]

@@ -22,6 +22,8 @@ class RoutingWatch(TrainerCallback):
     Args:
         num_task_types: number of task types K.
         group_sizes: experts in the group of each; unless there are K groups, none is watched.
+        null_expert: number of the null expert, if there is one. It learns nothing, so alone it cannot die out: far from
+            its task type, a strong constraint asks for less weight than a warning is due for.
     """
 
     # From the first micro-batch on, which tells shapes and device.
@@ -31,9 +33,10 @@ class RoutingWatch(TrainerCallback):
     _step_E: Tensor
     _steps_below_K: Tensor
 
-    def __init__(self, num_task_types: int, group_sizes: list[int]):
-        self.num_task_types = num_task_types
+    def __init__(self, num_task_types: int, group_sizes: list[int], null_expert: int | None = None):
+        self.num_task_types, self.null_expert = num_task_types, null_expert
         self._groups = group_spans(group_sizes) if len(group_sizes) == num_task_types else []
+        self._learning = [group for group in self._groups if group.start != null_expert]
         self._started = False
         self._warned = False
 
@@ -54,17 +57,18 @@ class RoutingWatch(TrainerCallback):
         self._counts_K = shares_LBE.new_zeros(self.num_task_types + 1)
         self._entropy = shares_LBE.new_zeros(())
         self._step_E = shares_LBE.new_zeros(num_experts)
-        self._steps_below_K = shares_LBE.new_zeros(len(self._groups))
+        self._steps_below_K = shares_LBE.new_zeros(len(self._learning))
         self._started = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Count, for each group, the consecutive steps with hardly any weight on it, on this process's rows."""
         if not self._started or not self._groups:
             return
-        weights_K = torch.stack([self._step_E[group].sum() for group in self._groups])
-        steps_below_K = torch.where(weights_K / weights_K.sum() < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
+        weights_K = torch.stack([self._step_E[group].sum() for group in self._learning])
+        total = self._step_E.sum()
+        steps_below_K = torch.where(weights_K / total < COLLAPSE_SHARE, self._steps_below_K + 1, 0)
         # A step of nothing but padding examples does not count.
-        self._steps_below_K = torch.where(weights_K.sum() > 0, steps_below_K, self._steps_below_K)
+        self._steps_below_K = torch.where(total > 0, steps_below_K, self._steps_below_K)
         self._step_E.zero_()
 
     def scalars(self, args: TrainingArguments) -> dict[str, float]:
@@ -99,8 +103,8 @@ class RoutingWatch(TrainerCallback):
             return None
         self._warned = True
         return (
-            f"warning: the routing has collapsed: {span_text(self._groups[group])}, the group of task type "
-            f"{group}, have had less than {COLLAPSE_SHARE:.0%} of the weight in each of the last "
+            f"warning: the routing has collapsed: {span_text(self._learning[group], self.null_expert)}, the group of "
+            f"task type {group}, have had less than {COLLAPSE_SHARE:.0%} of the weight in each of the last "
             f"{int(steps_K[group])} steps (now step {step}). They hardly learn any more: give the balance term more "
             "weight (--blc_weight), or lower --learning_rate"
         )

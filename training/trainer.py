@@ -59,7 +59,7 @@ class LoRAMoETrainer(Trainer):
         self.add_callback(self.stop_signals)
         adapted = isinstance(self.model, PeftModel)
         config = self.model.active_peft_config if adapted else LoraConfig(lora_nums=1)
-        self.routing_watch = RoutingWatch(config.num_task_types, config.group_sizes)
+        self.routing_watch = RoutingWatch(config.num_task_types, config.group_sizes, config.null_expert)
         self.add_callback(self.routing_watch)
         self.throughput = Throughput(self.model, self.args.device)
         if steps := parse_steps(self.args.profile_steps or ""):

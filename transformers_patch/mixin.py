@@ -156,7 +156,7 @@ class LoRAMoEMixin:
         assert output.lm_loss is not None
         output.balance_loss = output.lm_loss.new_zeros(())
         config = self._balance_config
-        if config is None or config.lora_nums == 1 or not (self.training or config.balances):
+        if config is None or config.routed_experts == 1 or not (self.training or config.balances):
             return
         if not isinstance(mask_BT, Tensor) or mask_BT.ndim != 2:
             if self.training and config.balances:

@@ -179,6 +179,7 @@ def adapter_config(flags: argparse.Namespace) -> LoraConfig:
         task_type=TaskType.CAUSAL_LM,
         r=flags.lora_rank,
         lora_nums=flags.lora_nums,
+        lora_null_expert=flags.lora_null_expert,
         lora_dropout=flags.lora_dropout,
         blc_weight=0,  # beta; architectures other than Llama use classes of transformers, without the term
         target_modules=listed(flags.trainable),
@@ -192,12 +193,13 @@ def report(result: dict, flags: argparse.Namespace) -> str:
     notes += [f"{flags.offload} offloaded"] if flags.offload != "none" else []
     notes += [f"{flags.load_in_kbits}-bit base model"] if flags.load_in_kbits < 16 else []
     notes += ["checkpointing"] if flags.gradient_checkpointing else []
+    null = " and a null expert" if flags.lora_null_expert else ""
     width = max(map(len, result["memory_per_gpu"]))
     peak_bytes, capacity = result["peak_per_gpu"], result["capacity"]
     verdict = "fits" if peak_bytes <= USABLE * capacity else f"does not fit, since {1 - USABLE:.0%} stay free"
     lines = [
         f"{flags.model}: {result['frozen_parameters']:,} parameters frozen, {result['trainable_parameters']:,} trained "
-        f"({flags.lora_nums} experts of rank {flags.lora_rank} on {flags.trainable})",
+        f"({flags.lora_nums} experts of rank {flags.lora_rank}{null} on {flags.trainable})",
         f"{flags.gpus} x {flags.gpu}, {flags.batch} x {flags.length} tokens per GPU, {flags.dtype}, {', '.join(notes)}",
         "",
         "memory per GPU, GiB",
@@ -268,6 +270,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help=f"config.json, its folder, or one of {', '.join(ARCHITECTURES)}")
     add("--lora_nums", type=int, default=6, help="experts per adapted Linear")
+    add("--lora_null_expert", action="store_true", help="one more router output, whose expert is zero")
     add("--lora_rank", type=int, default=4, help="rank of each expert")
     add("--lora_dropout", type=float, default=0.05, help="dropout of the experts' input; its mask takes memory")
     add("--trainable", default="auto", help="names of the adapted Linears; auto is the architecture's default")

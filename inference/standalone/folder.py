@@ -28,8 +28,8 @@ pipeline_tag: text-generation
 ---
 # {base} with a mixture of LoRA experts
 
-The weights of {base} and, around {count} of its Linears, {experts} of rank {rank}, weighed for each token by a router
-(Dou et al., *LoRAMoE*, arXiv 2312.09979). The adapter was {adapter}.
+The weights of {base} and, around {count} of its Linears, {experts} of rank {rank}{null}, weighed for each token by a
+router (Dou et al., *LoRAMoE*, arXiv 2312.09979). The adapter was {adapter}.
 
 The model's code is [modeling_lora_mixture.py](modeling_lora_mixture.py). It needs torch and transformers (5.16 to 5.23)
 only, and runs if you allow it to:
@@ -90,6 +90,7 @@ def write_config(base: PreTrainedModel, trained: TrainedFolder, folder: Path) ->
         "dtype": str(base.dtype).removeprefix("torch."),
         "model_type": f"lora_mixture_{base.config.model_type}",
         "lora_mixture": {
+            "null_expert": adapter.lora_null_expert,
             "num_experts": adapter.lora_nums,
             "rank": adapter.r,
             "scaling": adapter.lora_alpha / adapter.r,
@@ -117,6 +118,7 @@ def write_card(trained: TrainedFolder, folder: Path) -> None:
         count=len(target_names(load_adapter_weights(trained.folder))),
         experts="one expert" if adapter.lora_nums == 1 else f"{adapter.lora_nums} experts",
         rank=adapter.r,
+        null=" and a null expert" if adapter.lora_null_expert else "",
         adapter=trained.folder.name,
     )
     (folder / "README.md").write_text(card)

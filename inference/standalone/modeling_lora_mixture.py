@@ -37,7 +37,7 @@ class LoraMixtureConfig(BaseConfig):
     """The base model's configuration with `lora_mixture`, a dictionary:
 
     targets: names of the wrapped Linears in the model with its output layer
-    num_experts, rank, scaling, top_k, shared_A: see `MixtureLinear`
+    num_experts, null_expert, rank, scaling, top_k, shared_A: see `MixtureLinear`
     """
 
     model_type = "lora_mixture_" + BaseConfig.model_type
@@ -53,7 +53,8 @@ class MixtureLinear(nn.Module):
 
     Args:
         base_layer: the Linear of the base model, or the transposed one of GPT-2 (`Conv1D`).
-        num_experts: with one there is no router.
+        num_experts: with one, and no null expert, there is no router.
+        null_expert: the router has one more output, the last, whose expert is zero.
         rank: of one expert.
         scaling: factor on the sum over the experts.
         top_k: the softmax runs over this many largest logits of a token; None for all.
@@ -61,9 +62,17 @@ class MixtureLinear(nn.Module):
     """
 
     def __init__(
-        self, base_layer: nn.Module, num_experts: int, rank: int, scaling: float, top_k: int | None, shared_A: bool
+        self,
+        base_layer: nn.Module,
+        num_experts: int,
+        null_expert: bool,
+        rank: int,
+        scaling: float,
+        top_k: int | None,
+        shared_A: bool,
     ):
         super().__init__()
+        self.num_experts, routed = num_experts, num_experts + null_expert
         self.rank, self.scaling, self.top_k = rank, scaling, top_k
         width_in, width_out = base_layer.weight.shape
         if isinstance(base_layer, nn.Linear):
@@ -71,14 +80,14 @@ class MixtureLinear(nn.Module):
         kind = {"bias": False, "device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
         self.base_layer = base_layer
         self.lora_A = nn.Linear(width_in, rank if shared_A else num_experts * rank, **kind)
-        self.router = nn.Linear(width_in, num_experts, **kind) if num_experts > 1 else None
+        self.router = nn.Linear(width_in, routed, **kind) if routed > 1 else None
         self.lora_B = nn.Linear(num_experts * rank, width_out, **kind)
 
     def forward(self, x: Tensor) -> Tensor:
         view = x.view_as(x)
         hidden = self.lora_A(view)
         if self.router is not None:
-            weights = self.weigh(self.router(view))
+            weights = self.weigh(self.router(view))[..., : self.num_experts]
             gated = hidden.unflatten(-1, (-1, self.rank)) * weights.unsqueeze(-1)
             hidden = gated.flatten(-2).to(hidden.dtype)
         return self.base_layer(x) + self.scaling * self.lora_B(hidden)

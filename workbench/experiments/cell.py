@@ -237,7 +237,7 @@ def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
 def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:
     """Mean expert weights by task, group weights by task type, and the distance of the types; None without a router."""
     model = trained.model
-    if not isinstance(model, PeftModel) or model.active_peft_config.lora_nums == 1:
+    if not isinstance(model, PeftModel) or model.active_peft_config.routed_experts == 1:
         return None
     facts = rows.facts.select(range(min(ROUTED_FACTS, len(rows.facts))))
     found = route(trained, concatenate_datasets([rows.tasks, facts]), batch_size)

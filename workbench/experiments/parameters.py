@@ -71,7 +71,7 @@ def _adapter_changes(tuned: PeftModel) -> list[tuple[float, float]]:
     norms = []
     for layer in tuned.base_model.layers():
         experts = layer.experts["default"]
-        A, B = static_lora(experts, torch.full((experts.num_experts,), 1 / experts.num_experts))
+        A, B = static_lora(experts, torch.full((experts.num_experts,), 1 / tuned.active_peft_config.routed_experts))
         norms.append((experts.scaling * _norm(B @ A), _norm(layer.base_layer.weight)))
     return norms
 

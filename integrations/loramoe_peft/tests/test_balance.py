@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict] = {
     "dense": {},
     "top_k": {"lora_top_k": 2},
     "shared_A": {"lora_shared_A": True},
+    "null_expert": {"lora_null_expert": True},
     "groups": {"expert_groups": [1, 3]},
     "reference": {"blc_reference": True},
     "some_layers": {"layers_to_transform": [1]},
