@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_tf32_available
 
 from data import ORDERS, TEMPLATES, InputError
+from data.probe import AUTO, NONE
 from loading.command_line import FlagParser, a_seed, at_least, flag, listed, obstacle, one_of, range_problems, refuse
 from loading.optimization import optimizer_problems, schedule_problems
 from peft import LoraConfig, TaskType
@@ -234,6 +235,26 @@ class DataArguments:
     train_on: Literal["all", "last"] = flag("all", "train on all answers of a conversation, or only on the last")
     data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
     preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
+
+
+@dataclass
+class ProbeArguments:
+    """The knowledge probe: facts that the base model is asked, and then the trained one."""
+
+    knowledge_probe: str = flag(
+        AUTO, "facts: auto (of data/world_facts), none, or a file or folder of rows, which may have aliases"
+    )
+    probe_facts: int = flag(200, "number of facts; of more, a fixed random sample is taken")
+
+    @property
+    def is_asked(self) -> bool:
+        return self.knowledge_probe != NONE
+
+    def problems(self) -> list[str]:
+        problems = range_problems(self, [at_least(1, "probe_facts")])
+        if self.knowledge_probe not in (AUTO, NONE) and not Path(self.knowledge_probe).exists():
+            problems.append(f"--knowledge_probe {self.knowledge_probe}: no such file or folder; allowed are auto, none")
+        return problems
 
 
 @dataclass
