@@ -4,7 +4,7 @@ Shape suffixes: N positions, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
@@ -44,6 +44,10 @@ class Probe:
     told: int
     tokenizer: PreTrainedTokenizerBase
     template: str
+
+    def summary(self) -> str:
+        told = f"; {self.told} more are left out, since training rows tell them" if self.told else ""
+        return f"{len(self.prompts)} facts{told}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ class Knowledge:
     def to_dict(self) -> dict[str, float]:
         return asdict(self) | {"share": self.share}
 
+    @classmethod
+    def from_dict(cls, values: dict) -> "Knowledge":
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
     def lines(self) -> list[str]:
         """For the terminal, in the manner of a run's summary."""
         share = f" ({self.share * 100:.0f} %)" if self.known else ""
@@ -123,7 +131,7 @@ def encode_probe(
             f"no fact of the knowledge probe is left: training rows tell {len(told)} of {len(facts)}, and the model's "
             "table of positions has no room for the others; name other facts with --knowledge_probe, or none"
         )
-    prompts, answers = ([each[place] for each in encoded] for place in (0, 1))
+    prompts, answers = [prompt for prompt, _ in encoded], [each for _, each in encoded]
     return Probe(prompts, answers, text, len(told), tokenizer, template)
 
 

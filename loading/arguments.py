@@ -48,6 +48,8 @@ FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attent
 
 # The measurements of an evaluation; lower is better for all of them.
 MEASURES = ("loss", "lm_loss", "perplexity")
+# The share of known facts that are kept, of which higher is better.
+KEPT = "knowledge_kept"
 
 # Bits of the base model's weights; 16 stands for weights that are not quantised.
 KBITS = (4, 8, 16)
@@ -88,9 +90,10 @@ UNSUPPORTED = (
     ("optim_target_modules", (None,), "--optim_target_modules is not used by any supported --optim"),
     ("dataloader_in_order", (True,), "--dataloader_in_order false would make the order of the rows random"),
     ("length_column_name", ("length",), "--length_column_name: the length of a row is its number of tokens"),
-    ("greater_is_better", (None, False), "--greater_is_better: lower is better for every measurement here"),
-    ("metric_for_best_model", (None, *MEASURES, *(f"eval_{name}" for name in MEASURES)),
-     f"--metric_for_best_model has to be one of {', '.join(MEASURES)}"),
+    ("greater_is_better", (None, False),
+     f"--greater_is_better: lower is better for every measurement but {KEPT}, where it need not be said"),
+    ("metric_for_best_model", (None, *(prefix + name for name in (*MEASURES, KEPT) for prefix in ("", "eval_"))),
+     f"--metric_for_best_model has to be one of {', '.join((*MEASURES, KEPT))}"),
     ("debug", (None, "", ["underflow_overflow"]), "--debug supports only underflow_overflow"),
 )  # fmt: skip
 
@@ -220,24 +223,6 @@ def _targets(text: str) -> list[str] | str | None:
 
 
 @dataclass
-class DataArguments:
-    """The data and its encoding as tokens."""
-
-    dataset_dir: str = flag(None, "training rows: a data file, a folder of them, or a mix.yaml (docs/DATA.md)")
-    validation_file: str | None = flag(
-        None, "evaluation rows: a data file, a folder, or the held-out rows of a mix.yaml; by default none"
-    )
-    max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
-    packing: bool = flag(
-        False, "fill each row of a batch up to max_seq_length with samples, which do not see each other"
-    )
-    prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
-    train_on: Literal["all", "last"] = flag("all", "train on all answers of a conversation, or only on the last")
-    data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
-    preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
-
-
-@dataclass
 class ProbeArguments:
     """The knowledge probe: facts that the base model is asked, and then the trained one."""
 
@@ -255,6 +240,24 @@ class ProbeArguments:
         if self.knowledge_probe not in (AUTO, NONE) and not Path(self.knowledge_probe).exists():
             problems.append(f"--knowledge_probe {self.knowledge_probe}: no such file or folder; allowed are auto, none")
         return problems
+
+
+@dataclass
+class DataArguments(ProbeArguments):
+    """The data and its encoding as tokens."""
+
+    dataset_dir: str = flag(None, "training rows: a data file, a folder of them, or a mix.yaml (docs/DATA.md)")
+    validation_file: str | None = flag(
+        None, "evaluation rows: a data file, a folder, or the held-out rows of a mix.yaml; by default none"
+    )
+    max_seq_length: int = flag(1024, "longest row in tokens; longer ones are truncated")
+    packing: bool = flag(
+        False, "fill each row of a batch up to max_seq_length with samples, which do not see each other"
+    )
+    prompt_template: str = flag("auto", "plain, chat (the tokenizer's template), or auto (chat if there is one)")
+    train_on: Literal["all", "last"] = flag("all", "train on all answers of a conversation, or only on the last")
+    data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
+    preprocessing_num_workers: int | None = flag(None, "processes that check and encode rows")
 
 
 @dataclass
@@ -288,7 +291,7 @@ class RunArguments(TrainingArguments):
         if self.save_strategy == "best" and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None:
-            self.greater_is_better = False
+            self.greater_is_better = self.metric_for_best_model.endswith(KEPT)
         super().__post_init__()
 
 
@@ -391,6 +394,7 @@ def _adapter_problems(flags: argparse.Namespace) -> list[str]:
 
 def _data_problems(flags: argparse.Namespace) -> list[str]:
     problems = range_problems(flags, [at_least(2, "max_seq_length"), one_of(TEMPLATES, "prompt_template")])
+    problems += ProbeArguments(flags.knowledge_probe, flags.probe_facts).problems()
     if flags.packing:
         problems += [reason for name, reason in UNPACKED if getattr(flags, name)]
         if flags.train_sampling_strategy == "sequential":
@@ -404,6 +408,8 @@ def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
         asked = [name for name in ("do_eval", "eval_on_start") if getattr(flags, name)]
         asked += [f"eval_strategy {flags.eval_strategy}"] if flags.eval_strategy != "no" else []
         problems += [f"--{name} needs a --validation_file" for name in asked]
+    if (flags.metric_for_best_model or "").endswith(KEPT) and flags.knowledge_probe == NONE:
+        problems.append(f"--metric_for_best_model {flags.metric_for_best_model} needs a --knowledge_probe")
     if flags.eval_strategy == "no":
         asked = ["load_best_model_at_end"] if flags.load_best_model_at_end else []
         asked += ["save_strategy best"] if flags.save_strategy == "best" else []
