@@ -279,7 +279,9 @@ def build_trainer(
         processing_class=tokenizer,
         stop_signals=stop_signals,
         pack_capacity=pack_capacity,
-        knowledge=KnowledgeWatch(probe, Path(args.output_dir), model_args.tuning) if probe else None,
+        knowledge=KnowledgeWatch(probe, Path(args.output_dir), model_args.tuning, not model_args.peft_path)
+        if probe
+        else None,
     )
     # The weights are the same on all ranks; dropout masks must not be.
     if args.process_index:

@@ -40,12 +40,12 @@ class ProbeFact(NamedTuple):
 
 
 def load_probe(place: str, count: int | None = None) -> list[ProbeFact]:
-    """The facts of a probe, in a fixed order.
+    """The facts of a probe, in a random but fixed order.
 
     Args:
         place: `auto` for the probe facts of `data/world_facts`; or a file or folder of rows, which may have `aliases`
             and a `subject`.
-        count: take a fixed random sample of so many, if there are more.
+        count: take only so many, if there are more.
 
     Raises:
         InputError: a file or a row cannot be used, or there are none.
@@ -54,7 +54,7 @@ def load_probe(place: str, count: int | None = None) -> list[ProbeFact]:
         facts = [_fact(fact_row(fact) | {"subject": fact.subject}) for fact in load_facts("probe")]
     else:
         facts = _read(place)
-    return facts if count is None or count >= len(facts) else random.Random(0).sample(facts, count)
+    return random.Random(0).sample(facts, min(count or len(facts), len(facts)))
 
 
 def _read(place: str) -> list[ProbeFact]:

@@ -23,6 +23,7 @@ from transformers_patch.labels import SupervisedTokens
 
 LONGEST_ANSWER = 24  # tokens
 BATCH_SIZE = 32
+COMPARED_PROMPTS = 50  # the first so many: their order is random
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Reference:
 
     Args:
         known: for each fact, whether it recalls it.
-        prompts_NV: log-probabilities of the token after each prompt, float32 on the CPU.
+        prompts_NV: log-probabilities of the token after each of the first prompts, float32 on the CPU.
         text_NV: of the next token at each position of the neutral text.
     """
 
@@ -74,7 +75,8 @@ class Knowledge:
         told: number of facts that were left out, since training rows tell them.
         known: facts that the base model recalls.
         kept: how many of these the model recalls.
-        kl_prompts: mean KL divergence of the next token's distribution after a question from the base model's, in nats.
+        kl_prompts: mean KL divergence of the next token's distribution from the base model's, in nats, after the first
+            `COMPARED_PROMPTS` questions.
         kl_text: likewise at the positions of a neutral text.
     """
 
@@ -185,8 +187,9 @@ def compare(
 def _rows(probe: Probe) -> tuple[list[dict], list[dict]]:
     """Rows whose supervised tokens are predicted at the positions to compare: of the questions, and of the text."""
     end = probe.tokenizer.pad_token_id  # a place for the next token; which one it is has no effect
-    prompts = [{"input_ids": [*prompt, end], "spans": [len(prompt), len(prompt) + 1]} for prompt in probe.prompts]
-    return prompts, [{"input_ids": probe.text, "spans": [1, len(probe.text)]}]
+    prompts = probe.prompts[:COMPARED_PROMPTS]
+    rows = [{"input_ids": [*prompt, end], "spans": [len(prompt), len(prompt) + 1]} for prompt in prompts]
+    return rows, [{"input_ids": probe.text, "spans": [1, len(probe.text)]}]
 
 
 def _by_row(

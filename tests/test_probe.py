@@ -75,7 +75,7 @@ def test_the_probe_is_that_of_the_published_results():
 
 def test_a_probe_of_rows_takes_every_format_and_names_bad_rows(probe_file):
     facts = load_probe(str(probe_file))
-    assert [(fact.subject, fact.answers) for fact in facts] == [(place, [city]) for place, city in CAPITALS.items()]
+    assert {fact.subject: fact.answers for fact in facts} == {place: [city] for place, city in CAPITALS.items()}
     probe_file.write_text(json.dumps({"instruction": "?", "output": "a", "aliases": ["b"], "task_type": "any"}))
     (fact,) = load_probe(str(probe_file))
     assert (fact.answers, fact.subject) == (["a", "b"], None)
@@ -87,9 +87,9 @@ def test_a_probe_of_rows_takes_every_format_and_names_bad_rows(probe_file):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"instruction": "Be brief. CAPITAL of Kenya?", "output": "No idea."}, {0}),
-        ({"instruction": "Where is the government of Peru?", "output": "In Lima, of course."}, {1}),
-        ({"instruction": "Muscat is a city in", "output": "Oman"}, {2}),
+        ({"instruction": "Be brief. CAPITAL of Kenya?", "output": "No idea."}, {"Kenya"}),
+        ({"instruction": "Where is the government of Peru?", "output": "In Lima, of course."}, {"Peru"}),
+        ({"instruction": "Muscat is a city in", "output": "Oman"}, {"Oman"}),
         ({"instruction": "Is Kenya next to Peru?", "output": "No."}, set()),
         ({"instruction": "Is it Malian?", "output": "Bamako"}, set()),
         (
@@ -101,7 +101,7 @@ def test_a_probe_of_rows_takes_every_format_and_names_bad_rows(probe_file):
                     {"role": "assistant", "content": "Welcome."},
                 ]
             },
-            {2},
+            {"Oman"},
         ),
     ],
 )
@@ -110,14 +110,15 @@ def test_facts_that_training_rows_tell_are_found(probe_file, tmp_path, tokenizer
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([row]))
     rows, _ = load_data(file, tokenizer, Encoding(template, 512, 2), tmp_path / "cache")
-    assert told_facts(load_probe(str(probe_file)), rows) == told
+    facts = load_probe(str(probe_file))
+    assert {facts[index].subject for index in told_facts(facts, rows)} == told
 
 
 def test_told_facts_are_left_out_and_counted(probe_file, tmp_path, tokenizer):
     rows = encoded_rows(tmp_path, [{"instruction": "Capital of Peru?", "output": "Lima"}])
     probe = encode_probe(load_probe(str(probe_file)), tokenizer, "plain", tiny_model(), rows)
     assert probe.told == 1
-    assert [answers for (answers,) in probe.answers] == [city for city in CAPITALS.values() if city != "Lima"]
+    assert sorted(answer for (answer,) in probe.answers) == sorted({*CAPITALS.values()} - {"Lima"})
 
 
 def test_known_are_exactly_the_planted_facts(planted):

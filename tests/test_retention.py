@@ -99,14 +99,14 @@ def test_a_resumed_run_compares_with_what_the_base_model_knew(run, tmp_path, tun
 @pytest.mark.parametrize("file", [None, "zero2.json", "zero3.json"])
 @pytest.mark.parametrize("tuning", ["loramoe", "full"])
 def test_several_processes_find_what_one_finds(run, tmp_path, tuning, file):
-    settings = {"tuning": tuning, "lora_dropout": 0, "learning_rate": 0.05, "optim": "sgd"}
+    settings = {"tuning": tuning, "lora_dropout": 0, "learning_rate": 3, "optim": "sgd"}
     alone = run(**settings, output_dir=tmp_path / "alone")["knowledge"]
     sharding = {"deepspeed": deepspeed_file(tmp_path, file)} if file else {}
     flags = run.arguments(**settings, **sharding, per_device_train_batch_size=2)
     launch(2, [str(ROOT / "train.py"), *flags])
     together = json.loads((run.output / "all_results.json").read_text())["knowledge"]
     expected = {name: alone[name] for name in FIGURES}
-    assert {name: together[name] for name in FIGURES} == pytest.approx(expected, rel=1e-3)
+    assert {name: together[name] for name in FIGURES} == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_a_resumed_run_of_all_weights_without_the_answers_says_so(run, capsys):

@@ -46,18 +46,21 @@ class KnowledgeWatch(TrainerCallback):
         probe: the facts.
         folder: the run's.
         tuning: `loramoe` or `full`, for the advice.
+        starts_as_base: the model is the base model before the first step.
 
     Attributes:
         last: the last measurement.
         seconds: time that this process has spent on asking.
     """
 
-    def __init__(self, probe: Probe, folder: Path, tuning: str):
+    def __init__(self, probe: Probe, folder: Path, tuning: str, starts_as_base: bool):
         self.probe = probe
         self.file = folder / REFERENCE_NAME
         self.last: Knowledge | None = None
         self.seconds = 0.0
         self._tuning = tuning
+        self._starts_as_base = starts_as_base
+        self._measured: object = None
         self._reference: Reference | None = None
 
     def on_train_begin(
@@ -79,12 +82,23 @@ class KnowledgeWatch(TrainerCallback):
         if state.is_world_process_zero:
             self._write(self._reference)
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Measurements for a log line; {} if the base model's answers are not known."""
+    def measure(self, model: nn.Module, step: int, is_final: bool) -> dict[str, float]:
+        """Measurements for a log line; {} if the base model's answers are not known.
+
+        Args:
+            step: the optimizer step; a model is asked once.
+            is_final: the model is the best one of a finished run, not that of the step.
+        """
         if self._reference is None:
             return {}
-        with self._asking(model):
-            self.last = compare(model, self.probe, self._reference)
+        if not step and self._starts_as_base:
+            known = sum(self._reference.known)
+            self.last = Knowledge(len(self.probe.prompts), self.probe.told, known, known, 0.0, 0.0)
+        elif self._measured != (step, is_final):
+            with self._asking(model):
+                self.last = compare(model, self.probe, self._reference)
+        assert self.last
+        self._measured = step, is_final
         return {
             "knowledge_kept": self.last.share,
             "knowledge_kl_prompts": self.last.kl_prompts,

@@ -215,7 +215,10 @@ class LoRAMoETrainer(Trainer):
 
     def measure_knowledge(self) -> dict[str, float]:
         """Measurements of what the model still knows; {} without a probe. Collective under ZeRO-3."""
-        return self.knowledge.measure(self.accelerator.unwrap_model(self.model)) if self.knowledge else {}
+        if not self.knowledge:
+            return {}
+        is_final = self.args.load_best_model_at_end and not self.is_in_train
+        return self.knowledge.measure(self.accelerator.unwrap_model(self.model), self.state.global_step, is_final)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         micro_batches = self.current_gradient_accumulation_steps
