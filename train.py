@@ -29,6 +29,7 @@ from data import (
 from data.atomic import atomic_files, write_json
 from data.probe import AUTO, NONE, load_probe
 from inference.knowledge import Probe, encode_probe
+from inference.knowledge_plot import plot_retention, retention_curve
 from inference.routing import routing_lines, routing_summary, training_curves
 from inference.routing_plot import write_routing
 from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
@@ -314,6 +315,8 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
             summary = routing_summary(trainer.routing, adapter)
             summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
             write_routing(temporary, summary)
+        if curve := retention_curve(trainer.state.log_history):
+            plot_retention(temporary / "retention.png", curve)
         data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
         write_model_card(temporary, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)

@@ -46,10 +46,12 @@ FLAG_OF_FIELD = {
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 
-# The measurements of an evaluation; lower is better for all of them.
+# The measurements of an evaluation; lower is better for all of these.
 MEASURES = ("loss", "lm_loss", "perplexity")
-# The share of known facts that are kept, of which higher is better.
+# The share of known facts that are kept, of which higher is better; and the loss of a model that keeps enough of them.
 KEPT = "knowledge_kept"
+LOSS_IF_KEPT = "loss_if_kept"
+BEST_BY = (*MEASURES, KEPT, LOSS_IF_KEPT)
 
 # Bits of the base model's weights; 16 stands for weights that are not quantised.
 KBITS = (4, 8, 16)
@@ -92,8 +94,8 @@ UNSUPPORTED = (
     ("length_column_name", ("length",), "--length_column_name: the length of a row is its number of tokens"),
     ("greater_is_better", (None, False),
      f"--greater_is_better: lower is better for every measurement but {KEPT}, where it need not be said"),
-    ("metric_for_best_model", (None, *(prefix + name for name in (*MEASURES, KEPT) for prefix in ("", "eval_"))),
-     f"--metric_for_best_model has to be one of {', '.join((*MEASURES, KEPT))}"),
+    ("metric_for_best_model", (None, *BEST_BY, *(f"eval_{name}" for name in BEST_BY)),
+     f"--metric_for_best_model has to be one of {', '.join(BEST_BY)}"),
     ("debug", (None, "", ["underflow_overflow"]), "--debug supports only underflow_overflow"),
 )  # fmt: skip
 
@@ -114,6 +116,7 @@ RANGES = (
     ("-1 or at least 1", lambda value: value == -1 or value >= 1, ("max_steps",)),
     a_seed("seed", "data_seed"),
     ("in [0, 1)", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, ("least_kept",)),
     ("above 0", lambda value: math.isfinite(value) and value > 0, ("num_train_epochs", "adam_epsilon")),
     ("a number of at least 0", lambda value: math.isfinite(value) and value >= 0, (
         "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha", "logging_steps",
@@ -231,10 +234,6 @@ class ProbeArguments:
     )
     probe_facts: int = flag(200, "number of facts; of more, a fixed random sample is taken")
 
-    @property
-    def is_asked(self) -> bool:
-        return self.knowledge_probe != NONE
-
     def problems(self) -> list[str]:
         problems = range_problems(self, [at_least(1, "probe_facts")])
         if self.knowledge_probe not in (AUTO, NONE) and not Path(self.knowledge_probe).exists():
@@ -284,6 +283,9 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = flag(False, "drop data columns that the model does not use")
     num_processes: int | None = flag(None, "processes of the run on all nodes; by default the launcher's")
     profile_steps: str | None = flag(None, "optimizer steps, from 1, to record with the torch profiler: 5 or 5-7")
+    least_kept: float = flag(
+        0.9, "share of the known facts that a model has to keep to be the best by --metric_for_best_model loss_if_kept"
+    )
     restart: bool = flag(False, "rename an existing output folder and start over")
     prepare_only: bool = flag(False, "check everything, encode the data and stop before any weights are loaded")
 
@@ -408,7 +410,7 @@ def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
         asked = [name for name in ("do_eval", "eval_on_start") if getattr(flags, name)]
         asked += [f"eval_strategy {flags.eval_strategy}"] if flags.eval_strategy != "no" else []
         problems += [f"--{name} needs a --validation_file" for name in asked]
-    if (flags.metric_for_best_model or "").endswith(KEPT) and flags.knowledge_probe == NONE:
+    if (flags.metric_for_best_model or "").endswith((KEPT, LOSS_IF_KEPT)) and flags.knowledge_probe == NONE:
         problems.append(f"--metric_for_best_model {flags.metric_for_best_model} needs a --knowledge_probe")
     if flags.eval_strategy == "no":
         asked = ["load_best_model_at_end"] if flags.load_best_model_at_end else []

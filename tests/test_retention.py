@@ -10,6 +10,7 @@ from test_train import Runner, interrupt_after, same_adapter
 import train
 from data import InputError, encode_prompt
 from inference.generation import DecodingArguments, generate_answers
+from inference.knowledge_plot import retention_curve
 from inference.trained import InferenceArguments, load_trained
 from scripts import evaluate
 from training.knowledge import REFERENCE_NAME
@@ -59,6 +60,11 @@ def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, tmp_p
     last = f"world knowledge       4 of 5 facts known before, {found['kept']} of them ({25 * found['kept']} %) after"
     assert last in out
     assert f"| knowledge_kept | {found['kept']} |" in (run.output / "README.md").read_text()
+    assert "retention.png" in (run.output / "README.md").read_text()
+    curve = retention_curve(log)
+    assert [step for step, *_ in curve] == [0, 2, 4, 6]
+    assert curve[0][2:] == (1, 0)
+    assert curve[-1][2] == found["share"]
     assert not (run.output / REFERENCE_NAME).exists()
 
     train.main(run.arguments(learning_rate=0.1))
@@ -96,8 +102,7 @@ def test_a_resumed_run_compares_with_what_the_base_model_knew(run, tmp_path, tun
     assert {name: resumed[name] for name in FIGURES} == {name: whole[name] for name in FIGURES}
 
 
-@pytest.mark.parametrize("file", [None, "zero2.json", "zero3.json"])
-@pytest.mark.parametrize("tuning", ["loramoe", "full"])
+@pytest.mark.parametrize(("tuning", "file"), [("loramoe", None), ("loramoe", "zero3.json"), ("full", "zero3.json")])
 def test_several_processes_find_what_one_finds(run, tmp_path, tuning, file):
     settings = {"tuning": tuning, "lora_dropout": 0, "learning_rate": 3, "optim": "sgd"}
     alone = run(**settings, output_dir=tmp_path / "alone")["knowledge"]
@@ -134,6 +139,22 @@ def test_the_best_model_can_be_the_one_that_knows_most(run):
     state = json.loads((run.output / "trainer_state.json").read_text())
     assert state["best_metric"] == max(shares(log)[1:-1])
     assert shares(log)[-1] == state["best_metric"]
+
+
+@pytest.mark.parametrize("least_kept", [0, 1])
+def test_the_best_model_can_be_the_best_of_those_that_know_enough(run, least_kept):
+    best = {"metric_for_best_model": "loss_if_kept", "load_best_model_at_end": "true", "save_steps": 2}
+    run(learning_rate=0.1, least_kept=least_kept, **best)
+    state = json.loads((run.output / "trainer_state.json").read_text())
+    chosen = int(state["best_model_checkpoint"].rpartition("-")[2])
+    curve = retention_curve(run.log()[:-1])[1:]
+    assert (
+        chosen
+        in {
+            0: [min((loss, step) for step, loss, *_ in curve)[1]],
+            1: [step for step, _, kept, _ in curve if kept == max(each[2] for each in curve)],
+        }[least_kept]
+    )
 
 
 def test_bad_probes_are_refused(run, tmp_path, no_weights):

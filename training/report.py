@@ -142,6 +142,8 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
     ]
     if (folder / "routing.png").is_file():
         text += ["", "## Routing of the evaluation rows", "![Mean weight of each expert](routing.png)"]
+    if (folder / "retention.png").is_file():
+        text += ["", "## Knowledge", "![Known facts that are kept, against the held-out loss](retention.png)"]
     text += ["", "## Citation", "```bibtex", CITATION, "```"]
     (folder / "README.md").write_text("\n".join(text) + "\n")
 

@@ -34,7 +34,7 @@ OF_EVALUATION = (
 DIVISION = ("num_processes", "per_device_train_batch_size")
 
 # In the configuration for the reader: files, whose contents are compared, and what is only measured.
-DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path", "knowledge_probe", "probe_facts"}
+DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path", "knowledge_probe", "probe_facts", "least_kept"}
 SECONDS_TO_WAIT = 10
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpo
 from data import EpochDataLoader, GlobalBatchSampler, PackedRows, row_lengths
 from data.atomic import atomic_files
 from inference.routing import Routing
-from loading.arguments import parse_steps
+from loading.arguments import LOSS_IF_KEPT, parse_steps
 from loading.run_files import STATE_NAME
 from peft import LoraConfig, PeftModel
 from training.checkpoint import TEMPORARY_NAME, put_in_place, writing
@@ -32,6 +32,8 @@ from training.stopping import DUE, SKIPPED_STEPS, StoppedError, StopSignals
 from training.throughput import Throughput
 from transformers_patch.labels import SupervisedTokens
 from transformers_patch.recorder import RoutingRecorder
+
+PENALTY = 1e6  # above any loss
 
 
 class LoRAMoETrainer(Trainer):
@@ -365,4 +367,8 @@ class LoRAMoETrainer(Trainer):
         nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
         lm_loss = nll / tokens
         metrics = {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}
-        return metrics | self.measure_knowledge()
+        if knowledge := self.measure_knowledge():
+            # A model that keeps too little is worse than any that keeps enough, and the better the more it keeps.
+            missing = self.args.least_kept - knowledge["knowledge_kept"]
+            metrics[LOSS_IF_KEPT] = lm_loss if missing <= 0 else PENALTY * (1 + missing)
+        return metrics | knowledge
