@@ -113,7 +113,7 @@ class KnowledgeWatch(TrainerCallback):
 
     def warning(self, step: int) -> str | None:
         """A warning if a third of the known facts is lost."""
-        if self.last is None or self.last.share >= LEAST_SHARE:
+        if self.last is None or self.last.share > LEAST_SHARE:
             return None
         return (
             f"warning: of {self.last.known} facts that the base model knows, {self.last.kept} are left at step {step}. "

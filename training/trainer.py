@@ -266,7 +266,7 @@ class LoRAMoETrainer(Trainer):
         super().log(logs, start_time)
 
     def _has_warned_of_loss(self) -> bool:
-        return any(entry.get("eval_knowledge_kept", 1) < LEAST_SHARE for entry in self.state.log_history)
+        return any(entry.get("eval_knowledge_kept", 1) <= LEAST_SHARE for entry in self.state.log_history)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Per sample: summed negative log-likelihood, number of supervised tokens, and routing shares.
