@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # A relative path is resolved against the caller's folder ($OLDPWD), or against this repository if only that has it.
 if [[ $OLDPWD != "$PWD" ]]; then
-    for name in pretrained_model tokenizer_path peft_path dataset_dir validation_file deepspeed_config_file output_dir; do
+    for name in pretrained_model tokenizer_path peft_path dataset_dir validation_file knowledge_probe \
+        deepspeed_config_file output_dir; do
         value=${!name:-}
         if [[ -n $value && $value != /* ]] && [[ -e $OLDPWD/$value || ($name == output_dir && ! -e $value) ]]; then
             printf -v "$name" %s "$OLDPWD/$value"
@@ -28,6 +29,7 @@ validation_file=${validation_file-auto}             # held-out rows; empty: none
 max_seq_length=${max_seq_length:-1024}              # tokens; longer rows are cut at the end
 packing=${packing:-false}                           # fill rows with several samples, which do not see each other
 prompt_template=${prompt_template:-auto}            # plain, chat, or auto (chat where the tokenizer has a template)
+knowledge_probe=${knowledge_probe:-auto}            # facts to ask: auto (data/world_facts), none, or a file of rows
 
 # ---- method (the paper's settings) -----------------------------------------------------------------------------------
 tuning=${tuning:-loramoe}                           # loramoe, or full (all weights: the paper's main baseline)
@@ -90,6 +92,7 @@ arguments=(
     --max_seq_length "$max_seq_length"
     --packing "$packing"
     --prompt_template "$prompt_template"
+    --knowledge_probe "$knowledge_probe"
     --tuning "$tuning"
     --lora_nums "$lora_nums"
     --lora_rank "$lora_rank"

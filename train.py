@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from data import (
@@ -21,10 +22,14 @@ from data import (
     load_part,
     marked_row,
     pack,
+    resolve_template,
     row_lengths,
     task_types,
 )
 from data.atomic import atomic_files, write_json
+from data.probe import AUTO, NONE, load_probe
+from inference.knowledge import Probe, encode_probe
+from inference.knowledge_plot import plot_retention, retention_curve
 from inference.routing import routing_lines, routing_summary, training_curves
 from inference.routing_plot import write_routing
 from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
@@ -43,6 +48,7 @@ from loading.run_files import RESULTS_NAME, STATE_NAME
 from peft.saving import WEIGHTS_NAME
 from training.checkpoint import find_checkpoint, writers, writing
 from training.ending import run_process
+from training.knowledge import KnowledgeWatch
 from training.publish import open_repository, publish
 from training.report import generate_samples, summary_lines, write_model_card
 from training.run_folder import RunFolder, run_config
@@ -71,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         train_data, eval_data, data_sha256 = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args, data_sha256)
+        probe = make_probe(tokenizer, skeleton, train_data, data_args, args)
     say(args, *adapter_warnings(model_args))
     folder = RunFolder(args.output_dir)
     repository = open_repository(args)
@@ -85,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             try:
                 with StopSignals().handled() as stop_signals:
-                    run(model_args, args, folder, config, tokenizer, train_data, eval_data, stop_signals)
+                    run(model_args, args, folder, config, tokenizer, train_data, eval_data, stop_signals, probe)
             except StoppedError as stop:
                 say(args, str(stop))
         if repository and folder.results:
@@ -101,6 +108,7 @@ def run(
     train_data: Dataset,
     eval_data: Dataset | None,
     stop_signals: StopSignals,
+    probe: Probe | None,
 ) -> None:
     """Train from the last checkpoint, if there is one, to the results.
 
@@ -112,7 +120,9 @@ def run(
     if skipped and not checkpoint:
         say(args, "no checkpoint is left to resume from, so the run starts from the beginning")
     capacity = config["max_seq_length"] if config["packing"] else None
-    trainer = build_trainer(model_args, args, tokenizer, train_data, eval_data, checkpoint, stop_signals, capacity)
+    trainer = build_trainer(
+        model_args, args, tokenizer, train_data, eval_data, checkpoint, stop_signals, capacity, probe
+    )
     stop_signals.raise_if_terminated(args.device)
     padding = trainer.padding_share()
     line = f"{padding:.1%} of the tokens in the batches of the first epoch are padding"
@@ -131,6 +141,10 @@ def run(
     with writing(folder.path, RESULTS_NAME):
         if eval_data is not None:
             results |= evaluate(trainer, config["prompt_template"])
+        else:
+            trainer.measure_knowledge()
+        if trainer.knowledge:
+            results["knowledge"] = trainer.knowledge.results()
         finish(trainer, folder, config, results)
 
 
@@ -173,6 +187,34 @@ def load_rows(
     return train_data, eval_data, data_sha256
 
 
+def make_probe(
+    tokenizer: PreTrainedTokenizerBase,
+    skeleton: nn.Module,
+    train_data: Dataset,
+    data_args: DataArguments,
+    args: RunArguments,
+) -> Probe | None:
+    """The knowledge probe, if one is wanted and the model has room for its facts.
+
+    Raises:
+        InputError: the file that was named cannot be used.
+    """
+    if data_args.knowledge_probe == NONE:
+        return None
+    facts = load_probe(data_args.knowledge_probe, data_args.probe_facts)
+    try:
+        probe = encode_probe(
+            facts, tokenizer, resolve_template(data_args.prompt_template, tokenizer), skeleton, train_data
+        )
+    except InputError as error:
+        if data_args.knowledge_probe != AUTO:
+            raise
+        say(args, f"warning: knowledge is not measured: {error}")
+        return None
+    say(args, f"knowledge probe  {data_args.knowledge_probe}: {probe.summary()}")
+    return probe
+
+
 def check_drop_last(rows: Dataset, pack_capacity: int | None, args: RunArguments) -> None:
     """Raises InputError if there are too few rows, or packs of them, for a single micro-batch over all processes."""
     count, unit = len(rows), "rows"
@@ -213,6 +255,7 @@ def build_trainer(
     checkpoint: Path | None,
     stop_signals: StopSignals,
     pack_capacity: int | None = None,
+    probe: Probe | None = None,
 ) -> LoRAMoETrainer:
     """Base model, adapter and Trainer; with a checkpoint, made ready to resume from it."""
     set_seed(args.seed)
@@ -237,6 +280,9 @@ def build_trainer(
         processing_class=tokenizer,
         stop_signals=stop_signals,
         pack_capacity=pack_capacity,
+        knowledge=KnowledgeWatch(probe, Path(args.output_dir), model_args.tuning, not model_args.peft_path)
+        if probe
+        else None,
     )
     # The weights are the same on all ranks; dropout masks must not be.
     if args.process_index:
@@ -269,9 +315,13 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
             summary = routing_summary(trainer.routing, adapter)
             summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
             write_routing(temporary, summary)
+        if curve := retention_curve(trainer.state.log_history):
+            plot_retention(temporary / "retention.png", curve)
         data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
         write_model_card(temporary, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)
+    if trainer.knowledge:
+        trainer.knowledge.file.unlink(missing_ok=True)
     trainer.keep_best_checkpoint()
     say(trainer.args, *summary_lines(folder.path, results))
 

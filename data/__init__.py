@@ -4,8 +4,9 @@
 `chat_template.py` renders a conversation, `segments.py` and `prompt.py` turn it into tokens, `dataset.py` encodes and
 caches whole files with the processes of `workers.py`. `sources.py` puts together those that a mix (`mix.py`) names,
 also from the hub (`hub.py`). `sampler.py` orders rows, `packing.py` puts several into one, `collate.py` makes batches.
-`recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them. `answers.py` is the file of generated
-answers, `atomic.py` how files and folders are written, `errors.py` what the user can fix.
+`recipes.py` maps public data sets to rows, `tasks.py` and `facts.py` make them; `probe.py` has the facts that a model
+is asked. `answers.py` is the file of generated answers, `atomic.py` how files and folders are written, `errors.py` what
+the user can fix.
 """
 
 from data.answers import AnswerFile

@@ -34,6 +34,7 @@ TEXT_OR_NULL = ("a string or null", {str, type(None)})
 RUN_FIELDS: dict[str, tuple[str, set]] = {
     "blc_weight": ("a number", {int, float}),
     "max_seq_length": ("a whole number", {int}),
+    "model_name_or_path": ("a string", {str}),
     "num_task_types": ("a whole number", {int}),
     "prompt_template": ("a string", {str}),
     "task_type_names": TEXT_OR_NULL,

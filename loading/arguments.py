@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_tf32_available
 
 from data import ORDERS, TEMPLATES, InputError
+from data.probe import AUTO, NONE
 from loading.command_line import FlagParser, a_seed, at_least, flag, listed, obstacle, one_of, range_problems, refuse
 from loading.optimization import optimizer_problems, schedule_problems
 from peft import LoraConfig, TaskType
@@ -46,8 +47,12 @@ FLAG_OF_FIELD = {
 ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 
-# The measurements of an evaluation; lower is better for all of them.
+# The measurements of an evaluation; lower is better for all of these.
 MEASURES = ("loss", "lm_loss", "perplexity")
+# The share of known facts that are kept, of which higher is better; and the loss of a model that keeps enough of them.
+KEPT = "knowledge_kept"
+LOSS_IF_KEPT = "loss_if_kept"
+BEST_BY = (*MEASURES, KEPT, LOSS_IF_KEPT)
 
 # Bits of the base model's weights; 16 stands for weights that are not quantised.
 KBITS = (4, 8, 16)
@@ -88,9 +93,10 @@ UNSUPPORTED = (
     ("optim_target_modules", (None,), "--optim_target_modules is not used by any supported --optim"),
     ("dataloader_in_order", (True,), "--dataloader_in_order false would make the order of the rows random"),
     ("length_column_name", ("length",), "--length_column_name: the length of a row is its number of tokens"),
-    ("greater_is_better", (None, False), "--greater_is_better: lower is better for every measurement here"),
-    ("metric_for_best_model", (None, *MEASURES, *(f"eval_{name}" for name in MEASURES)),
-     f"--metric_for_best_model has to be one of {', '.join(MEASURES)}"),
+    ("greater_is_better", (None, False),
+     f"--greater_is_better: lower is better for every measurement but {KEPT}, where it need not be said"),
+    ("metric_for_best_model", (None, *BEST_BY, *(f"eval_{name}" for name in BEST_BY)),
+     f"--metric_for_best_model has to be one of {', '.join(BEST_BY)}"),
     ("debug", (None, "", ["underflow_overflow"]), "--debug supports only underflow_overflow"),
 )  # fmt: skip
 
@@ -111,6 +117,7 @@ RANGES = (
     ("-1 or at least 1", lambda value: value == -1 or value >= 1, ("max_steps",)),
     a_seed("seed", "data_seed"),
     ("in [0, 1)", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, ("least_kept",)),
     ("above 0", lambda value: math.isfinite(value) and value > 0, ("num_train_epochs", "adam_epsilon")),
     ("a number of at least 0", lambda value: math.isfinite(value) and value >= 0, (
         "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha", "logging_steps",
@@ -227,7 +234,23 @@ def _targets(text: str) -> list[str] | str | None:
 
 
 @dataclass
-class DataArguments:
+class ProbeArguments:
+    """The knowledge probe: facts that the base model is asked, and then the trained one."""
+
+    knowledge_probe: str = flag(
+        AUTO, "facts: auto (of data/world_facts), none, or a file or folder of rows, which may have aliases"
+    )
+    probe_facts: int = flag(200, "number of facts; of more, a fixed random sample is taken")
+
+    def problems(self) -> list[str]:
+        problems = range_problems(self, [at_least(1, "probe_facts")])
+        if self.knowledge_probe not in (AUTO, NONE) and not Path(self.knowledge_probe).exists():
+            problems.append(f"--knowledge_probe {self.knowledge_probe}: no such file or folder; allowed are auto, none")
+        return problems
+
+
+@dataclass
+class DataArguments(ProbeArguments):
     """The data and its encoding as tokens."""
 
     dataset_dir: str = flag(None, "training rows: a data file, a folder of them, or a mix.yaml (docs/DATA.md)")
@@ -268,6 +291,9 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = flag(False, "drop data columns that the model does not use")
     num_processes: int | None = flag(None, "processes of the run on all nodes; by default the launcher's")
     profile_steps: str | None = flag(None, "optimizer steps, from 1, to record with the torch profiler: 5 or 5-7")
+    least_kept: float = flag(
+        0.9, "share of the known facts that a model has to keep to be the best by --metric_for_best_model loss_if_kept"
+    )
     restart: bool = flag(False, "rename an existing output folder and start over")
     prepare_only: bool = flag(False, "check everything, encode the data and stop before any weights are loaded")
 
@@ -275,7 +301,7 @@ class RunArguments(TrainingArguments):
         if self.save_strategy == "best" and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None:
-            self.greater_is_better = False
+            self.greater_is_better = self.metric_for_best_model.endswith(KEPT)
         super().__post_init__()
 
 
@@ -378,6 +404,7 @@ def _adapter_problems(flags: argparse.Namespace) -> list[str]:
 
 def _data_problems(flags: argparse.Namespace) -> list[str]:
     problems = range_problems(flags, [at_least(2, "max_seq_length"), one_of(TEMPLATES, "prompt_template")])
+    problems += ProbeArguments(flags.knowledge_probe, flags.probe_facts).problems()
     if flags.packing:
         problems += [reason for name, reason in UNPACKED if getattr(flags, name)]
         if flags.train_sampling_strategy == "sequential":
@@ -391,6 +418,8 @@ def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
         asked = [name for name in ("do_eval", "eval_on_start") if getattr(flags, name)]
         asked += [f"eval_strategy {flags.eval_strategy}"] if flags.eval_strategy != "no" else []
         problems += [f"--{name} needs a --validation_file" for name in asked]
+    if (flags.metric_for_best_model or "").endswith((KEPT, LOSS_IF_KEPT)) and flags.knowledge_probe == NONE:
+        problems.append(f"--metric_for_best_model {flags.metric_for_best_model} needs a --knowledge_probe")
     if flags.eval_strategy == "no":
         asked = ["load_best_model_at_end"] if flags.load_best_model_at_end else []
         asked += ["save_strategy best"] if flags.save_strategy == "best" else []

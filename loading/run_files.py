@@ -9,7 +9,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 # Files that are uploaded to the hub: not optimizer states, logs or run_config.json, which may contain local paths.
 PUBLISHED = (
-    "README.md", "routing.json", "routing.png",
+    "README.md", "routing.json", "routing.png", "retention.png",
     "adapter_config.json", "adapter_model.safetensors",
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",

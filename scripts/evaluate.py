@@ -6,20 +6,25 @@ and describes the file that is written.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from datasets import Dataset
+from tqdm import tqdm
 
 from data import TEMPLATES, DataStatistics, InputError, load_part
 from data.atomic import write_json
 from data.errors import writing
+from data.probe import load_probe
 from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from inference.generation import DecodingArguments
+from inference.knowledge import compare, encode_probe, refer
 from inference.metrics import PACKAGE_OF
+from inference.rows import load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained
-from loading.arguments import DataArguments
+from loading.arguments import DataArguments, ProbeArguments
 from loading.base_model import check_lengths
 from loading.command_line import (
     a_seed,
@@ -32,6 +37,7 @@ from loading.command_line import (
     refuse,
     run_verb,
 )
+from peft import PeftModel
 
 COMMAND = "python -m scripts.evaluate"
 
@@ -69,6 +75,7 @@ class EvaluateArguments:
         default_factory=list, metadata={"help": "tasks of lm-evaluation-harness; tiny_data works offline"}
     )
     num_fewshot: int | None = flag(None, "examples in the prompts of the harness's tasks; by default as the task says")
+    knowledge: bool = flag(False, "measure the facts that the model knows, of those that its base model knows")
     limit: int | None = flag(None, "use only this many rows of each file and task")
     seed: int = flag(0, "seed of the bootstrap and of the harness")
     data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
@@ -92,7 +99,7 @@ class EvaluateArguments:
         ]
 
 
-KINDS = (InferenceArguments, EvaluateArguments)
+KINDS = (InferenceArguments, EvaluateArguments, ProbeArguments)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         InputError: flags, adapter, rows or harness tasks cannot be used.
     """
-    inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
+    inference, args, probe_args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     manager = _find_harness_tasks(args.lm_eval)
     trained = load_trained(inference)
     template = trained.template(args.template)
@@ -130,13 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.lm_eval:
         report["lm_eval"] = evaluate_tasks(trained, models, manager, template, args, inference.batch_size)
         print(*harness_lines(report["lm_eval"]), sep="\n")
+    if args.knowledge:
+        report["knowledge"] = evaluate_knowledge(trained, inference, template, args, probe_args)
     if args.output:
         write_report(Path(args.output), report)
 
 
 def used_packages(args: EvaluateArguments) -> list[str]:
     """The packages that compute the results."""
-    measures_rows = args.data or not args.lm_eval
+    measures_rows = args.data or not (args.lm_eval or args.knowledge)
     of_metrics = {PACKAGE_OF[name] for name in args.metrics if name in PACKAGE_OF} if measures_rows else set()
     return ["torch", "transformers", *sorted(of_metrics), *(["lm-eval"] if args.lm_eval else [])]
 
@@ -147,10 +156,10 @@ def data_paths(trained: TrainedModel, args: EvaluateArguments) -> list[str]:
     Raises:
         InputError: neither the flags nor the run name any.
     """
-    if args.data or args.lm_eval:
+    if args.data or args.lm_eval or args.knowledge:
         return args.data
     if not (own := trained.run_config.get("validation_file")):
-        raise InputError("there is nothing to measure on: name files with --data, or tasks with --lm_eval")
+        raise InputError("there is nothing to measure on: name files with --data, tasks with --lm_eval, or --knowledge")
     return [own]
 
 
@@ -214,6 +223,35 @@ def evaluate_tasks(
         with voice():
             results[name] = run_tasks(lm, args.lm_eval, manager, args.num_fewshot, args.limit, args.seed)
     return results
+
+
+def evaluate_knowledge(
+    trained: TrainedModel, inference: InferenceArguments, template: str, args: EvaluateArguments, asked: ProbeArguments
+) -> dict:
+    """The knowledge of the model next to that of its base model, without the facts that its training rows tell.
+
+    Raises:
+        InputError: the facts or the training rows cannot be used, or the base model is not known.
+    """
+    rows, place = None, trained.run_config.get("dataset_dir")
+    if place and Path(place).exists():
+        rows = load_rows(trained, None, "dataset_dir", args.data_cache_dir)[1]
+    else:
+        print("the training rows are not known here, so facts that they tell are not left out")
+    facts = load_probe(asked.knowledge_probe, asked.probe_facts)
+    probe = encode_probe(facts, trained.tokenizer, template, trained.model, rows)
+    bar = partial(tqdm, desc="knowledge", unit="batch")
+    if isinstance(trained.model, PeftModel):
+        with trained.as_base():
+            reference = refer(trained.model, probe, progress=bar)
+    else:
+        base = inference.base_model or trained.run_config.get("model_name_or_path")
+        if not base:
+            raise InputError(f"--knowledge compares {inference.adapter} with its base model: name it with --base_model")
+        reference = refer(load_trained(replace(inference, adapter=base)).model, probe, progress=bar)
+    found = compare(trained.model, probe, reference, progress=bar)
+    print(*found.lines(), sep="\n")
+    return {"probe": asked.knowledge_probe, **found.to_dict()}
 
 
 def table_lines(results: dict[str, dict]) -> list[str]:

@@ -25,7 +25,7 @@ from inference.evaluation import METRICS, label_tasks
 from inference.generation import DecodingArguments, generate_answers
 from inference.metrics import TEXT_METRICS
 from inference.scoring import most_likely_options, score_answers
-from inference.trained import TrainedModel
+from inference.trained import InferenceArguments, TrainedModel, load_trained
 from peft import LoraConfig, get_peft_model
 from scripts import evaluate
 from transformers_patch import LlamaLoRAMoEForCausalLM
@@ -413,3 +413,42 @@ def test_the_opencompass_wrapper_of_the_page(adapter_dir, monkeypatch):
     assert ppl == pytest.approx(wrapped.model(input_ids=ids, labels=ids).lm_loss.item(), rel=1e-4)
     assert wrapped.get_ppl(["the cat sat on the mat"], mask_length=[5])[0] != pytest.approx(ppl)
     assert wrapped.get_token_len("the cat") == len(wrapped.tokenizer("the cat")["input_ids"])
+
+
+def test_knowledge_is_compared_with_the_base_model(run, adapter_dir, model_dir, tmp_path):
+    """The base model knows a fact if it is its own greedy answer."""
+    trained = load_trained(InferenceArguments(str(model_dir)))
+    prompt = encode_prompt(trained.tokenizer, "plain", "Where?", "")
+    settings = DecodingArguments(max_new_tokens=24).settings(1, trained.end_tokens("plain"))
+    (ids,) = generate_answers(trained.model, [prompt], settings)
+    answer = trained.tokenizer.decode(ids, skip_special_tokens=True)
+    rows = [{"prompt": "Where?", "completion": answer}, {"prompt": "Who?", "completion": "Nobody"}]
+    rows.append({"prompt": "When?", "completion": "Then"})
+    probe = tmp_path / "probe.json"
+    probe.write_text(json.dumps(rows))
+    flags = ("--knowledge", "--knowledge_probe", probe)
+    out, report = run(*flags)
+    found = report["knowledge"]
+    assert (found["facts"], found["told"], found["known"]) == (3, 0, 1)
+    assert found["kl_prompts"] > 0 < found["kl_text"]
+    assert "the training rows are not known here" in out
+    assert "world knowledge       1 of 3 facts known before, " in out
+    assert report["data"] == []
+
+    (tmp_path / "training.json").write_text(json.dumps([{"prompt": "When?", "completion": "Now"}]))
+    config = json.loads((adapter_dir / "run_config.json").read_text())
+    changed = config | {"dataset_dir": str(tmp_path / "training.json")}
+    (adapter_dir / "run_config.json").write_text(json.dumps(changed))
+    out, report = run(*flags)
+    assert (report["knowledge"]["facts"], report["knowledge"]["told"]) == (2, 1)
+    assert "1 that training rows tell are left out" in out
+
+
+def test_knowledge_of_a_complete_model_needs_its_base_model(run, model_dir, tmp_path):
+    probe = tmp_path / "probe.json"
+    probe.write_text(json.dumps([{"prompt": "Where?", "completion": "here"}]))
+    flags = ("--knowledge", "--knowledge_probe", probe, "--template", "plain")
+    with pytest.raises(InputError, match="with its base model: name it with --base_model"):
+        run(*flags, adapter=model_dir)
+    _, report = run(*flags, "--base_model", model_dir, adapter=model_dir)
+    assert report["knowledge"]["kl_prompts"] == report["knowledge"]["kl_text"] == 0

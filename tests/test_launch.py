@@ -33,6 +33,7 @@ TRAIN_VARIABLES = {
     "max_seq_length": ("--max_seq_length", "101"),
     "packing": ("--packing", "yes"),
     "prompt_template": ("--prompt_template", "plain"),
+    "knowledge_probe": ("--knowledge_probe", "data/my facts"),
     "tuning": ("--tuning", "full"),
     "lora_nums": ("--lora_nums", "102"),
     "lora_rank": ("--lora_rank", "103"),
@@ -192,6 +193,7 @@ def shell_variables(run: Runner) -> dict:
         "dataset_dir": run.flags["dataset_dir"],
         "validation_file": run.flags["validation_file"],
         "output_dir": run.folder / "outputs",
+        "knowledge_probe": "none",
     }
 
 

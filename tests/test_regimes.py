@@ -92,6 +92,7 @@ class Case:
             "train_sampling_strategy": "sequential",
             "save_strategy": "no",
             "report_to": "none",
+            "knowledge_probe": "none",
             "use_cpu": "true",
         }
 

@@ -42,6 +42,7 @@ class Runner:
             "output_dir": self.output,
             "data_cache_dir": folder / "cache",
             "use_cpu": "true",
+            "knowledge_probe": "none",
             "lora_nums": 4,
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,

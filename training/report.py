@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import answer_start, count_supervised, resolve_template, row_lengths, turns_before_answer
 from inference.generation import DecodingArguments, drop_proposed_settings, end_tokens, generate_answers
+from inference.knowledge import Knowledge
 from training.markdown import table
 
 CITATION = """@inproceedings{dou2024loramoe,
@@ -48,6 +49,8 @@ CARD_ADAPTER_SETTINGS = (
 )  # fmt: skip
 CARD_METRICS = (
     "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",
+    "knowledge_facts", "knowledge_known", "knowledge_kept", "knowledge_share", "knowledge_kl_prompts",
+    "knowledge_kl_text",
 )  # fmt: skip
 
 
@@ -86,6 +89,8 @@ def summary_lines(folder: Path, results: dict) -> list[str]:
             f"held-out perplexity   {results['eval_perplexity_before']:.2f} before, "
             f"{results['eval_perplexity_after']:.2f} after training",
         ]
+    if knowledge := results.get("knowledge"):
+        lines += [*Knowledge.from_dict(knowledge).lines(), f"time for asking        {knowledge['seconds']:.0f} s"]
     if results.get("routing_table"):
         lines += ["mean routing share of each expert group on the held-out examples:", *results["routing_table"]]
     for number, (prompt, expected, generated) in enumerate(results.get("samples", []), start=1):
@@ -107,6 +112,7 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
     kind = "full" if config["tuning"] == "full" else "loramoe" if routed else "lora"
     title, description = CARD_KINDS[kind]
     base = config["model_name_or_path"]
+    measured = results | {f"knowledge_{name}": value for name, value in results.get("knowledge", {}).items()}
     settings = [*CARD_SETTINGS, *(CARD_ADAPTER_SETTINGS if kind != "full" else ())]
     text = [
         "---",
@@ -134,10 +140,12 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
         _data_table(data),
         "",
         "## Measured",
-        table(["metric", "value"], ((name, _shown(results[name])) for name in CARD_METRICS if name in results)),
+        table(["metric", "value"], ((name, _shown(measured[name])) for name in CARD_METRICS if name in measured)),
     ]
     if (folder / "routing.png").is_file():
         text += ["", "## Routing of the evaluation rows", "![Mean weight of each expert](routing.png)"]
+    if (folder / "retention.png").is_file():
+        text += ["", "## Knowledge", "![Known facts that are kept, against the held-out loss](retention.png)"]
     text += ["", "## Citation", "```bibtex", CITATION, "```"]
     (folder / "README.md").write_text("\n".join(text) + "\n")
 

@@ -33,8 +33,8 @@ OF_EVALUATION = (
 # How the rows of a micro-batch are divided among the processes.
 DIVISION = ("num_processes", "per_device_train_batch_size")
 
-# In the configuration for the reader; what is compared is the hash of the content, which is there as well.
-DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path"}
+# In the configuration for the reader: files, whose contents are compared, and what is only measured.
+DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path", "knowledge_probe", "probe_facts", "least_kept"}
 SECONDS_TO_WAIT = 10
 
 

@@ -20,10 +20,11 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpo
 from data import EpochDataLoader, GlobalBatchSampler, PackedRows, row_lengths
 from data.atomic import atomic_files
 from inference.routing import Routing
-from loading.arguments import parse_steps
+from loading.arguments import LOSS_IF_KEPT, parse_steps
 from loading.run_files import STATE_NAME
 from peft import LoraConfig, PeftModel
 from training.checkpoint import TEMPORARY_NAME, put_in_place, writing
+from training.knowledge import LEAST_SHARE, KnowledgeWatch
 from training.profiling import StepProfiler
 from training.random_state import kept_random_state
 from training.routing_watch import RoutingWatch
@@ -31,6 +32,8 @@ from training.stopping import DUE, SKIPPED_STEPS, StoppedError, StopSignals
 from training.throughput import Throughput
 from transformers_patch.labels import SupervisedTokens
 from transformers_patch.recorder import RoutingRecorder
+
+PENALTY = 1e6  # above any loss
 
 
 class LoRAMoETrainer(Trainer):
@@ -48,11 +51,20 @@ class LoRAMoETrainer(Trainer):
       model is a mixture of experts whose own router loss is added, with routers `routing_entropy`, `routing_cv` and
       `group_share_type_K`, and `tokens_per_second`; on GPUs `peak_memory_gib` and `mfu`. There is one
       warning if a group of experts dies out.
+    - With `knowledge`, each evaluation also asks what the model still knows, and there is one warning if a third of it
+      is lost.
     - Evaluation weighs every supervised token equally, whatever the batches and processes, and never contains the
       balance term. `routing` then holds the shares of the last evaluation; None if nothing is routed.
     """
 
-    def __init__(self, *args, stop_signals: StopSignals, pack_capacity: int | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        stop_signals: StopSignals,
+        pack_capacity: int | None = None,
+        knowledge: KnowledgeWatch | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, compute_metrics=self._metrics, **kwargs)
         self.packs = PackedRows(self.train_dataset, pack_capacity, self._data_seed) if pack_capacity else None
         self.stop_signals = stop_signals
@@ -61,6 +73,9 @@ class LoRAMoETrainer(Trainer):
         config = self.model.active_peft_config if adapted else LoraConfig(lora_nums=1)
         self.routing_watch = RoutingWatch(config.num_task_types, config.group_sizes, config.null_expert)
         self.add_callback(self.routing_watch)
+        self.knowledge = knowledge
+        if knowledge:
+            self.add_callback(knowledge)
         self.throughput = Throughput(self.model, self.args.device)
         if steps := parse_steps(self.args.profile_steps or ""):
             self.add_callback(StepProfiler(*steps, self.args.output_dir))
@@ -200,6 +215,13 @@ class LoRAMoETrainer(Trainer):
         with self.throughput.paused(), kept_random_state(self.args.device):
             return super().evaluate(*args, **kwargs)
 
+    def measure_knowledge(self) -> dict[str, float]:
+        """Measurements of what the model still knows; {} without a probe. Collective under ZeRO-3."""
+        if not self.knowledge:
+            return {}
+        is_final = self.args.load_best_model_at_end and not self.is_in_train
+        return self.knowledge.measure(self.accelerator.unwrap_model(self.model), self.state.global_step, is_final)
+
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         micro_batches = self.current_gradient_accumulation_steps
         balance_scale = 1 / (micro_batches * self.accelerator.num_processes)
@@ -237,7 +259,14 @@ class LoRAMoETrainer(Trainer):
             warning = self.routing_watch.collapse(self.args, self.state.global_step)
             if warning and self.is_world_process_zero():
                 print(warning, flush=True)
+        if self.knowledge and "eval_knowledge_kept" in logs and not self._has_warned_of_loss():
+            warning = self.knowledge.warning(self.state.global_step)
+            if warning and self.is_world_process_zero():
+                print(warning, flush=True)
         super().log(logs, start_time)
+
+    def _has_warned_of_loss(self) -> bool:
+        return any(entry.get("eval_knowledge_kept", 1) <= LEAST_SHARE for entry in self.state.log_history)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Per sample: summed negative log-likelihood, number of supervised tokens, and routing shares.
@@ -337,4 +366,9 @@ class LoRAMoETrainer(Trainer):
             self.routing = Routing(self._routed_modules, shares[0], task_types_B, names[tasks_B])
         nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
         lm_loss = nll / tokens
-        return {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}
+        metrics = {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}
+        if knowledge := self.measure_knowledge():
+            # A model that keeps too little is worse than any that keeps enough, and the better the more it keeps.
+            missing = self.args.least_kept - knowledge["knowledge_kept"]
+            metrics[LOSS_IF_KEPT] = lm_loss if missing <= 0 else PENALTY * (1 + missing)
+        return metrics | knowledge

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from data import InputError
 from inference.evaluation import Plan, run_model
 from inference.generation import DecodingArguments
+from inference.knowledge import LONGEST_ANSWER, recalls
 from inference.metrics import normalized
 from inference.routing import Routing, group_shares
 from inference.rows import load_rows
@@ -35,7 +36,6 @@ from workbench.experiments.parameters import equal_flags, num_trainable, paramet
 from workbench.experiments.plan import EQUAL, Cell, Experiment
 from workbench.experiments.records import BASE, MIXTURE
 
-LONGEST_ANSWER = 24  # tokens
 ROUTED_FACTS = 300
 # Fields of a cell without a trained model.
 UNTRAINED: dict = {"trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
@@ -210,12 +210,6 @@ def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> tuple[list
     tasks = {task: _mean([score.matches for score in each]) for task, each in by_task.items()}
     losses = [sum(score.nll for score in each) / sum(score.tokens for score in each) for each in by_task.values()]
     return recalled, {"tasks": tasks, "task_score": _mean(tasks.values()), "task_loss": _mean(losses)}
-
-
-def recalls(answer: str, expected: list[str]) -> bool:
-    """True if the first line of an answer, perhaps a sentence, contains an expected answer as separate words."""
-    first_line = normalized(answer.strip().partition("\n")[0])
-    return any(f" {normalized(each)} " in f" {first_line} " for each in expected)
 
 
 def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:

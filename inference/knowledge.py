@@ -1,0 +1,220 @@
+"""What a model knows: the facts of a probe that it recalls, and how far its predictions are from its base model's.
+
+Shape suffixes: N positions, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from data import Collator, InputError, encode_question
+from data.probe import NEUTRAL_TEXT, ProbeFact
+from inference.contamination import told_facts
+from inference.generation import DecodingArguments, end_tokens, generate_answers, in_batches
+from inference.metrics import normalized
+from transformers_patch.auto import most_positions
+from transformers_patch.labels import SupervisedTokens
+
+LONGEST_ANSWER = 24  # tokens
+BATCH_SIZE = 32
+COMPARED_PROMPTS = 50  # the first so many: their order is random
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The encoded facts of a probe, and what it takes to ask them.
+
+    Args:
+        prompts: token ids of each question.
+        answers: the answers that count for each.
+        text: token ids of a neutral text.
+        told: number of facts that are left out, since training rows tell them.
+        tokenizer: of the model.
+        template: prompt template, `plain` or `chat`.
+    """
+
+    prompts: list[list[int]]
+    answers: list[list[str]]
+    text: list[int]
+    told: int
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+
+    def summary(self) -> str:
+        told = f"; {self.told} more are left out, since training rows tell them" if self.told else ""
+        return f"{len(self.prompts)} facts{told}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The base model's answers to a probe.
+
+    Args:
+        known: for each fact, whether it recalls it.
+        prompts_NV: log-probabilities of the token after each of the first prompts, float32 on the CPU.
+        text_NV: of the next token at each position of the neutral text.
+    """
+
+    known: list[bool]
+    prompts_NV: Tensor
+    text_NV: Tensor
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """The knowledge of a model, next to that of its base model.
+
+    Args:
+        facts: number of facts asked.
+        told: number of facts that were left out, since training rows tell them.
+        known: facts that the base model recalls.
+        kept: how many of these the model recalls.
+        kl_prompts: mean KL divergence of the next token's distribution from the base model's, in nats, after the first
+            `COMPARED_PROMPTS` questions.
+        kl_text: likewise at the positions of a neutral text.
+    """
+
+    facts: int
+    told: int
+    known: int
+    kept: int
+    kl_prompts: float
+    kl_text: float
+
+    @property
+    def share(self) -> float:
+        """Share of the known facts that are kept; 1 if none was known: a model cannot forget what it never knew."""
+        return self.kept / self.known if self.known else 1.0
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self) | {"share": self.share}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Knowledge":
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    def lines(self) -> list[str]:
+        """For the terminal, in the manner of a run's summary."""
+        share = f" ({self.share * 100:.0f} %)" if self.known else ""
+        told = f"; {self.told} that training rows tell are left out" if self.told else ""
+        return [
+            f"world knowledge       {self.known} of {self.facts} facts known before, {self.kept} of them{share} after"
+            f"{told}",
+            f"KL from base model    {self.kl_prompts:.4f} after the questions, {self.kl_text:.4f} in neutral text",
+        ]
+
+
+def encode_probe(
+    facts: list[ProbeFact], tokenizer: PreTrainedTokenizerBase, template: str, model: nn.Module, rows: Dataset | None
+) -> Probe:
+    """Encode the facts, except those that training rows tell, and those without room for an answer.
+
+    Args:
+        template: prompt template, `plain` or `chat`.
+        rows: the encoded training rows; None if they are not known.
+
+    Raises:
+        InputError: no fact is left.
+    """
+    told = told_facts(facts, rows) if rows is not None else set()
+    room = (most_positions(model) or float("inf")) - LONGEST_ANSWER
+    kept = [fact for index, fact in enumerate(facts) if index not in told]
+    encoded = [(encode_question(tokenizer, template, fact.question), fact.answers) for fact in kept]
+    encoded = [(prompt, answers) for prompt, answers in encoded if len(prompt) <= room]
+    text = tokenizer(NEUTRAL_TEXT, add_special_tokens=False)["input_ids"][: most_positions(model)]
+    if not encoded:
+        raise InputError(
+            f"no fact of the knowledge probe is left: training rows tell {len(told)} of {len(facts)}, and the model's "
+            "table of positions has no room for the others; name other facts with --knowledge_probe, or none"
+        )
+    prompts, answers = [prompt for prompt, _ in encoded], [each for _, each in encoded]
+    return Probe(prompts, answers, text, len(told), tokenizer, template)
+
+
+def recalled(
+    model: nn.Module, probe: Probe, members: list[int], batch_size: int = BATCH_SIZE, progress: Callable = iter
+) -> list[bool]:
+    """For some facts, whether `recalls` finds an accepted answer in the model's greedy one.
+
+    Under ZeRO-3 this is a collective: every rank calls it with the same facts.
+    """
+    decoding = DecodingArguments(max_new_tokens=LONGEST_ANSWER)
+    tokenizer = probe.tokenizer
+    settings = decoding.settings(tokenizer.pad_token_id, end_tokens(model, tokenizer, probe.template))
+    prompts = [probe.prompts[index] for index in members]
+    answer = partial(generate_answers, model, settings=settings)
+    tokens = in_batches(answer, prompts, list(map(len, prompts)), batch_size, progress)
+    texts = [tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
+    return [recalls(text, probe.answers[index]) for text, index in zip(texts, members, strict=True)]
+
+
+def recalls(answer: str, expected: list[str]) -> bool:
+    """True if the first line of an answer, perhaps a sentence, contains an expected answer as separate words."""
+    first_line = normalized(answer.strip().partition("\n")[0])
+    return any(f" {normalized(each)} " in f" {first_line} " for each in expected)
+
+
+def refer(model: nn.Module, probe: Probe, batch_size: int = BATCH_SIZE, progress: Callable = iter) -> Reference:
+    """The answers of the base model, which `model` is now; a collective, as `recalled` is."""
+    prompts_NV, text_NV = (
+        torch.cat(_by_row(model, probe, rows, _kept_on_cpu, batch_size, progress)) for rows in _rows(probe)
+    )
+    known = recalled(model, probe, list(range(len(probe.prompts))), batch_size, progress)
+    return Reference(known, prompts_NV, text_NV)
+
+
+def compare(
+    model: nn.Module, probe: Probe, reference: Reference, batch_size: int = BATCH_SIZE, progress: Callable = iter
+) -> Knowledge:
+    """Measure a model against its base model; a collective, as `recalled` is."""
+    members = [index for index, known in enumerate(reference.known) if known]
+    kept = sum(recalled(model, probe, members, batch_size, progress))
+    divergences = []
+    for rows, base_NV in zip(_rows(probe), (reference.prompts_NV, reference.text_NV), strict=True):
+        base = base_NV.split([end - start for start, end in (row["spans"] for row in rows)])
+        rows = [{**row, "base": each} for row, each in zip(rows, base, strict=True)]
+        found = _by_row(model, probe, rows, _divergence, batch_size, progress)
+        divergences.append(sum(found) / len(base_NV))
+    return Knowledge(len(probe.prompts), probe.told, len(members), kept, *divergences)
+
+
+def _rows(probe: Probe) -> tuple[list[dict], list[dict]]:
+    """Rows whose supervised tokens are predicted at the positions to compare: of the questions, and of the text."""
+    end = probe.tokenizer.pad_token_id  # a place for the next token; which one it is has no effect
+    prompts = probe.prompts[:COMPARED_PROMPTS]
+    rows = [{"input_ids": [*prompt, end], "spans": [len(prompt), len(prompt) + 1]} for prompt in prompts]
+    return rows, [{"input_ids": probe.text, "spans": [1, len(probe.text)]}]
+
+
+def _by_row(
+    model: nn.Module, probe: Probe, rows: list[dict], finish: Callable, batch_size: int, progress: Callable
+) -> list:
+    """For each row, `finish` of the row and of the log-probabilities (N, V) at its positions."""
+    collate = Collator(probe.tokenizer.pad_token_id)
+
+    def of_batch(members: list[dict]) -> list:
+        batch = collate([{"task_type": -1, "source": "", **row} for row in members])
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        positions = SupervisedTokens(batch["labels"], batch["supervised_indices"])
+        with torch.no_grad(), positions.only(model, may_wait=False):
+            logits_1NV = model(**inputs).logits
+        counts = [row["spans"][1] - row["spans"][0] for row in members]
+        parts = logits_1NV[0].split(counts)
+        return [finish(row, F.log_softmax(part.float(), dim=-1)) for row, part in zip(members, parts, strict=True)]
+
+    return in_batches(of_batch, rows, [len(row["input_ids"]) for row in rows], batch_size, progress)
+
+
+def _kept_on_cpu(row: dict, log_probs_NV: Tensor) -> Tensor:
+    return log_probs_NV.cpu()
+
+
+def _divergence(row: dict, log_probs_NV: Tensor) -> float:
+    """KL(base || model), summed over the positions: 0 exactly if both are the same."""
+    return F.kl_div(log_probs_NV, row["base"].to(log_probs_NV), reduction="sum", log_target=True).item()

@@ -1,0 +1,175 @@
+"""A run watches which of the facts that the base model knows are kept."""
+
+import json
+
+import pytest
+from conftest import ROOT, deepspeed_file, example_rows
+from test_launch import launch
+from test_train import Runner, interrupt_after, same_adapter
+
+import train
+from data import InputError, encode_prompt
+from inference.generation import DecodingArguments, generate_answers
+from inference.knowledge_plot import retention_curve
+from inference.trained import InferenceArguments, load_trained
+from scripts import evaluate
+from training.knowledge import REFERENCE_NAME
+
+QUESTIONS = [f"What is {name}?" for name in ("gold", "iron", "salt", "rain", "hail")]
+FIGURES = ("facts", "told", "known", "kept", "share", "kl_prompts", "kl_text")
+
+
+@pytest.fixture
+def run(tmp_path, model_dir, monkeypatch) -> Runner:
+    """A run with a probe of facts that the base model knows, since they are its own answers, and one that it does not.
+
+    A training row tells one of them.
+    """
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    runner = Runner(tmp_path, model_dir)
+    trained = load_trained(InferenceArguments(str(model_dir)))
+    prompts = [encode_prompt(trained.tokenizer, "chat", question, "") for question in QUESTIONS]
+    settings = DecodingArguments(max_new_tokens=24).settings(1, trained.end_tokens("chat"))
+    answers = [
+        trained.tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in generate_answers(trained.model, prompts, settings)
+    ]
+    rows = [{"prompt": question, "completion": answer} for question, answer in zip(QUESTIONS, answers, strict=True)]
+    rows.append({"prompt": "Who knows?", "completion": "nobody"})
+    (tmp_path / "probe.json").write_text(json.dumps(rows))
+    told = {"instruction": QUESTIONS[0], "output": "a metal", "task_type": 0}
+    (tmp_path / "train.json").write_text(json.dumps([*example_rows(11), told]))
+    runner.flags |= {"knowledge_probe": tmp_path / "probe.json", "eval_strategy": "steps", "eval_steps": 2}
+    return runner
+
+
+def shares(log: list[dict]) -> list[float]:
+    return [entry["eval_knowledge_kept"] for entry in log if "eval_knowledge_kept" in entry]
+
+
+def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, tmp_path, capsys):
+    found = run(learning_rate=0.1)["knowledge"]
+    assert (found["facts"], found["told"], found["known"]) == (5, 1, 4)
+    assert found["kept"] < 4
+    assert found["kl_prompts"] > 0 < found["kl_text"]
+    log = run.log()
+    assert shares(log)[0] == 1
+    assert next(entry["eval_knowledge_kl_text"] for entry in log if "eval_knowledge_kl_text" in entry) == 0
+    out = capsys.readouterr().out
+    assert "5 facts; 1 more are left out, since training rows tell them" in out
+    last = f"world knowledge       4 of 5 facts known before, {found['kept']} of them ({25 * found['kept']} %) after"
+    assert last in out
+    assert f"| knowledge_kept | {found['kept']} |" in (run.output / "README.md").read_text()
+    assert "retention.png" in (run.output / "README.md").read_text()
+    curve = retention_curve(log)
+    assert [step for step, *_ in curve] == [0, 2, 4, 6]
+    assert curve[0][2:] == (1, 0)
+    assert curve[-1][2] == found["share"]
+    assert not (run.output / REFERENCE_NAME).exists()
+
+    train.main(run.arguments(learning_rate=0.1))
+    assert last in capsys.readouterr().out
+
+    output = tmp_path / "evaluation.json"
+    flags = ("--adapter", run.output, "--knowledge", "--knowledge_probe", run.flags["knowledge_probe"])
+    evaluate.main([*map(str, flags), "--output", str(output), "--data_cache_dir", str(tmp_path / "cache")])
+    again = json.loads(output.read_text())["knowledge"]
+    assert {name: again[name] for name in FIGURES} == pytest.approx({name: found[name] for name in FIGURES}, rel=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["loramoe", "full"])
+def test_training_goes_on_as_if_nothing_had_been_asked(run, tmp_path, tuning):
+    run(tuning=tuning, lora_dropout=0.1)
+    run(tuning=tuning, lora_dropout=0.1, knowledge_probe="none", output_dir=tmp_path / "unasked")
+    logs = [
+        json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        for folder in (run.output, tmp_path / "unasked")
+    ]
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert losses[0] == losses[1]
+    if tuning == "loramoe":
+        assert same_adapter(run.output, tmp_path / "unasked")
+    assert "knowledge" not in json.loads((tmp_path / "unasked" / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("tuning", ["loramoe", "full"])
+def test_a_resumed_run_compares_with_what_the_base_model_knew(run, tmp_path, tuning):
+    settings = {"tuning": tuning, "learning_rate": 0.05}
+    whole = run(**settings, output_dir=tmp_path / "whole")["knowledge"]
+    interrupt_after(3, run, **settings)
+    assert (run.output / REFERENCE_NAME).is_file()
+    resumed = run(**settings)["knowledge"]
+    assert {name: resumed[name] for name in FIGURES} == {name: whole[name] for name in FIGURES}
+
+
+@pytest.mark.parametrize(("tuning", "file"), [("loramoe", None), ("loramoe", "zero3.json"), ("full", "zero3.json")])
+def test_several_processes_find_what_one_finds(run, tmp_path, tuning, file):
+    settings = {"tuning": tuning, "lora_dropout": 0, "learning_rate": 3, "optim": "sgd"}
+    alone = run(**settings, output_dir=tmp_path / "alone")["knowledge"]
+    sharding = {"deepspeed": deepspeed_file(tmp_path, file)} if file else {}
+    flags = run.arguments(**settings, **sharding, per_device_train_batch_size=2)
+    launch(2, [str(ROOT / "train.py"), *flags])
+    together = json.loads((run.output / "all_results.json").read_text())["knowledge"]
+    expected = {name: alone[name] for name in FIGURES}
+    assert {name: together[name] for name in FIGURES} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_a_resumed_run_of_all_weights_without_the_answers_says_so(run, capsys):
+    interrupt_after(3, run, tuning="full")
+    (run.output / REFERENCE_NAME).unlink()
+    assert run(tuning="full")["knowledge"] == {}
+    assert "knowledge is not measured" in capsys.readouterr().out
+
+
+def test_a_lost_third_is_said_once(run, capsys):
+    run(learning_rate=0.1)
+    out = capsys.readouterr().out
+    assert out.count("warning: of 4 facts that the base model knows, ") == 1
+    assert "task type 1, questions about other facts" in out
+
+
+def test_a_run_without_evaluation_rows_measures_at_its_end(run):
+    found = run(validation_file=None, eval_strategy=None, eval_steps=None)["knowledge"]
+    assert found["known"] == 4
+
+
+def test_the_best_model_can_be_the_one_that_knows_most(run):
+    run(learning_rate=0.1, metric_for_best_model="knowledge_kept", load_best_model_at_end="true", save_steps=2)
+    log = run.log()
+    state = json.loads((run.output / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(shares(log)[1:-1])
+    assert shares(log)[-1] == state["best_metric"]
+
+
+@pytest.mark.parametrize("least_kept", [0, 1])
+def test_the_best_model_can_be_the_best_of_those_that_know_enough(run, least_kept):
+    best = {"metric_for_best_model": "loss_if_kept", "load_best_model_at_end": "true", "save_steps": 2}
+    run(learning_rate=0.1, least_kept=least_kept, **best)
+    state = json.loads((run.output / "trainer_state.json").read_text())
+    chosen = int(state["best_model_checkpoint"].rpartition("-")[2])
+    curve = retention_curve(run.log()[:-1])[1:]
+    assert (
+        chosen
+        in {
+            0: [min((loss, step) for step, loss, *_ in curve)[1]],
+            1: [step for step, _, kept, _ in curve if kept == max(each[2] for each in curve)],
+        }[least_kept]
+    )
+
+
+def test_bad_probes_are_refused(run, tmp_path, no_weights):
+    with pytest.raises(InputError, match=r"--knowledge_probe .*nowhere.json: no such file or folder"):
+        train.main(run.arguments(knowledge_probe=tmp_path / "nowhere.json"))
+    with pytest.raises(InputError, match="--probe_facts is 0, but has to be at least 1"):
+        train.main(run.arguments(probe_facts=0))
+    with pytest.raises(InputError, match="--metric_for_best_model knowledge_kept needs a --knowledge_probe"):
+        train.main(run.arguments(metric_for_best_model="knowledge_kept", knowledge_probe="none"))
+    (tmp_path / "probe.json").write_text(json.dumps([{"prompt": "?", "completion": "a"}, {"prompt": "b"}]))
+    with pytest.raises(InputError, match=r"probe.json: row 2: "):
+        train.main(run.arguments())
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if a model is built."""
+    monkeypatch.setattr(train, "build_model", lambda *arguments: pytest.fail("weights were read"))

@@ -1,0 +1,169 @@
+"""The watch over knowledge while training: which of the facts that the base model knows are still there."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from data.atomic import atomic_file
+from inference.generation import drop_proposed_settings
+from inference.knowledge import Knowledge, Probe, Reference, compare, refer
+from peft import PeftModel
+from training.random_state import kept_random_state
+from transformers_patch.auto import base_of
+
+REFERENCE_NAME = "knowledge.safetensors"
+LEAST_SHARE = 2 / 3
+REMEDIES = {
+    "loramoe": (
+        "examples of task type 1, questions about other facts, as a fifth of the training rows; a third of the "
+        "--learning_rate; a sixth of --lora_alpha; a smaller --lora_rank"
+    ),
+    "full": (
+        "examples of task type 1, questions about other facts, as a fifth of the training rows; a third of the "
+        "--learning_rate; --tuning loramoe"
+    ),
+}
+
+
+class KnowledgeWatch(TrainerCallback):
+    """Asks the base model the facts of a probe, and later, as often as wanted, the model in training.
+
+    What the base model answers is kept in the run's folder until the run is finished: a run that resumes compares with
+    the same answers, also if all weights are trained and the base model is gone.
+
+    Every process asks everything, so that all of them come to the same result without an exchange.
+
+    Args:
+        probe: the facts.
+        folder: the run's.
+        tuning: `loramoe` or `full`, for the advice.
+        starts_as_base: the model is the base model before the first step.
+
+    Attributes:
+        last: the last measurement.
+        seconds: time that this process has spent on asking.
+    """
+
+    def __init__(self, probe: Probe, folder: Path, tuning: str, starts_as_base: bool):
+        self.probe = probe
+        self.file = folder / REFERENCE_NAME
+        self.last: Knowledge | None = None
+        self.seconds = 0.0
+        self._tuning = tuning
+        self._starts_as_base = starts_as_base
+        self._measured: object = None
+        self._reference: Reference | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ):
+        """Ask the base model, or read what it has answered in a run that resumes."""
+        self._reference = self._read()
+        if self._reference is not None:
+            return
+        if state.global_step and not isinstance(model, PeftModel):
+            if state.is_world_process_zero:
+                print(
+                    f"warning: {self.file} does not hold the base model's answers to this knowledge probe, and its "
+                    "weights have changed since: knowledge is not measured"
+                )
+            return
+        with kept_random_state(args.device), self._asking(model), _as_base(model):
+            self._reference = refer(model, self.probe)
+        if state.is_world_process_zero:
+            self._write(self._reference)
+
+    def measure(self, model: nn.Module, step: int, is_final: bool) -> dict[str, float]:
+        """Measurements for a log line; {} if the base model's answers are not known.
+
+        Args:
+            step: the optimizer step; a model is asked once.
+            is_final: the model is the best one of a finished run, not that of the step.
+        """
+        if self._reference is None:
+            return {}
+        if not step and self._starts_as_base:
+            known = sum(self._reference.known)
+            self.last = Knowledge(len(self.probe.prompts), self.probe.told, known, known, 0.0, 0.0)
+        elif self._measured != (step, is_final):
+            with self._asking(model):
+                self.last = compare(model, self.probe, self._reference)
+        assert self.last
+        self._measured = step, is_final
+        return {
+            "knowledge_kept": self.last.share,
+            "knowledge_kl_prompts": self.last.kl_prompts,
+            "knowledge_kl_text": self.last.kl_text,
+        }
+
+    def results(self) -> dict[str, float]:
+        """The last measurement and its cost, for the results of a run."""
+        if self.last is None:
+            return {}
+        return {**self.last.to_dict(), "seconds": round(self.seconds, 1)}
+
+    def warning(self, step: int) -> str | None:
+        """A warning if a third of the known facts is lost."""
+        if self.last is None or self.last.share > LEAST_SHARE:
+            return None
+        return (
+            f"warning: of {self.last.known} facts that the base model knows, {self.last.kept} are left at step {step}. "
+            "What helped in our measurements (docs/RESULTS.md), the most effective first: " + REMEDIES[self._tuning]
+        )
+
+    @contextmanager
+    def _asking(self, model: nn.Module) -> Iterator[None]:
+        """A context in which a model in training can be asked; then it is as before."""
+        start, was_training, base = time.monotonic(), model.training, base_of(model)
+        proposed = base.generation_config
+        drop_proposed_settings(model, self.probe.tokenizer.pad_token_id)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+            base.generation_config = proposed
+            self.seconds += time.monotonic() - start
+
+    @property
+    def _fingerprint(self) -> str:
+        content = json.dumps([self.probe.prompts, self.probe.answers, self.probe.text])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _read(self) -> Reference | None:
+        """The answers in the file; None if it is not there or belongs to another probe."""
+        if not self.file.is_file():
+            return None
+        with safe_open(self.file, "pt") as stored:
+            if (stored.metadata() or {}).get("probe") != self._fingerprint:
+                return None
+            known, prompts_NV, text_NV = (stored.get_tensor(name) for name in ("known", "prompts", "text"))
+        return Reference(known.tolist(), prompts_NV, text_NV)
+
+    def _write(self, reference: Reference) -> None:
+        tensors = {
+            "known": torch.tensor(reference.known),
+            "prompts": reference.prompts_NV,
+            "text": reference.text_NV,
+        }
+        with atomic_file(self.file) as temporary:
+            save_file(tensors, temporary, metadata={"probe": self._fingerprint})
+
+
+@contextmanager
+def _as_base(model: nn.Module) -> Iterator[None]:
+    """The base model of an adapted model; a complete one is its own before the first step."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    with model.disable_adapter():
+        yield
