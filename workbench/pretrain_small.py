@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         "dataset_dir": texts,
         "output_dir": args.output,
         "tuning": "full",
+        "knowledge_probe": "none",
         "prompt_template": "plain",
         "learning_rate": 2e-3,
         "per_device_train_batch_size": 64,
