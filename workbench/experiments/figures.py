@@ -20,13 +20,18 @@ STYLES: dict[str, dict] = {
     "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": GREEN, "marker": "D", "linestyle": "--"},
     "loramoe": {"label": "LoRAMoE", "color": BLUE, "marker": "o", "linestyle": "-"},
     "null_expert_beta0": {
-        "label": "null expert without the constraint", "color": "#c49c00", "marker": "P", "linestyle": "--",
+        "label": "LoRAMoE with a null expert, without the constraint", "color": "#c49c00", "marker": "P", "linestyle": "--",
     },
-    "null_expert": {"label": "null expert", "color": "#9467bd", "marker": "X", "linestyle": "-"},
+    "null_expert": {"label": "LoRAMoE with a null expert", "color": "#c49c00", "marker": "P", "linestyle": "-"},
+    "lora_null_beta0": {
+        "label": "LoRA with a null expert, without the constraint", "color": "#9467bd", "marker": "X",
+        "linestyle": "--",
+    },
+    "lora_null": {"label": "LoRA with a null expert", "color": "#9467bd", "marker": "X", "linestyle": "-"},
 }  # fmt: skip
 FIGURES = {
     "frontier": ("full", "lora", "rslora", "lora_kl", "loramoe_beta0", "loramoe"),
-    "null_expert": ("lora", "loramoe_beta0", "loramoe", "null_expert_beta0", "null_expert"),
+    "null_expert": ("lora", "loramoe", "null_expert_beta0", "null_expert", "lora_null_beta0", "lora_null"),
 }
 
 

@@ -84,8 +84,9 @@ class Arm:
     Args:
         flags: of `train.py`; `lora_rank: equal` is the rank whose LoRA has as many trainable parameters as the arm
             `loramoe`, as nearly as possible.
-        learning_rates, knowledge_shares: instead of the experiment's.
+        learning_rates: instead of the experiment's.
         scalings: likewise; [] where there is no adapter to scale.
+        knowledge_shares: those of the experiment's that this arm is trained on; None is all.
     """
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
@@ -126,7 +127,8 @@ class Experiment:
         work: folder that is not committed: a file of each cell, rows and weights.
         train: flags of `train.py` for every arm.
         arms: the methods by name.
-        learning_rates, scalings, knowledge_shares: of every arm that does not name its own.
+        learning_rates, scalings: of every arm that does not name its own.
+        knowledge_shares: in running order.
         size: instruction rows of a training.
         seeds: the first is run at every setting, the others at `contenders` alone.
         margin: how much knowledge may lie between a contender and the frontier of its arm.
@@ -173,13 +175,13 @@ class Experiment:
         ]
 
     def _grid(self, seeds: Iterable[int]) -> Iterator[Cell]:
-        for seed in seeds:
-            for name, arm in self.arms.items():
-                shares = self.knowledge_shares if arm.knowledge_shares is None else arm.knowledge_shares
-                rates = self.learning_rates if arm.learning_rates is None else arm.learning_rates
-                scalings: list = (self.scalings if arm.scalings is None else arm.scalings) or [None]
-                for share, rate, scaling in product(shares, rates, scalings):
-                    yield Cell(name, share, rate, scaling, seed, self.size, self.flags(name))
+        for seed, share, (name, arm) in product(seeds, self.knowledge_shares, self.arms.items()):
+            if arm.knowledge_shares is not None and share not in arm.knowledge_shares:
+                continue
+            rates = self.learning_rates if arm.learning_rates is None else arm.learning_rates
+            scalings: list = (self.scalings if arm.scalings is None else arm.scalings) or [None]
+            for rate, scaling in product(rates, scalings):
+                yield Cell(name, share, rate, scaling, seed, self.size, self.flags(name))
 
     def _variants(self) -> Iterator[Cell]:
         if not (changed := self.variants):
@@ -284,6 +286,9 @@ def _problems(experiment: Experiment) -> Iterator[str]:
     every_flag = [experiment.train, *(arm.flags for arm in experiment.arms.values())]
     if MIXTURE not in experiment.arms and any(flags.get("lora_rank") == EQUAL for flags in every_flag):
         yield f"lora_rank is {EQUAL}, but there is no arm {MIXTURE} to be equal to"
+    for name, arm in experiment.arms.items():
+        if foreign := set(arm.knowledge_shares or ()) - set(experiment.knowledge_shares):
+            yield f"arms.{name}.knowledge_shares has {sorted(foreign)}, which the experiment's do not have"
     if variants := experiment.variants:
         every_flag += variants.changes.values()
         if variants.of not in experiment.arms:

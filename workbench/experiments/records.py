@@ -21,6 +21,7 @@ BASE = "base"
 MIXTURE = "loramoe"
 ARMS = (
     BASE, "full", "lora", "rslora", "lora_kl", "loramoe_beta0", MIXTURE, "null_expert_beta0", "null_expert",
+    "lora_null_beta0", "lora_null",
 )  # fmt: skip
 TABLE = "cells.csv"
 IDENTITY = ("cell", "arm", "knowledge_share", "size", "learning_rate", "scaling", "seed")

@@ -12,7 +12,13 @@ from workbench.experiments.records import BASE, read_records, write_table
 from workbench.experiments.results import Method, guessed_share, main_metric, methods
 
 LEVELS = (0.99, 0.95, 0.9, 0.8, 0.7)
-COMPARED = ("lora", "loramoe_beta0", "loramoe", "null_expert_beta0")  # arms that the others are compared with
+COMPARED = (
+    "lora",
+    "loramoe_beta0",
+    "loramoe",
+    "null_expert_beta0",
+    "lora_null_beta0",
+)  # arms that the others are compared with
 NOTHING = "-"
 
 CONVENTIONS = """\
