@@ -20,7 +20,8 @@ STYLES: dict[str, dict] = {
     "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": GREEN, "marker": "D", "linestyle": "--"},
     "loramoe": {"label": "LoRAMoE", "color": BLUE, "marker": "o", "linestyle": "-"},
     "null_expert_beta0": {
-        "label": "LoRAMoE with a null expert, without the constraint", "color": "#c49c00", "marker": "P", "linestyle": "--",
+        "label": "LoRAMoE with a null expert, without the constraint", "color": "#c49c00", "marker": "P",
+        "linestyle": "--",
     },
     "null_expert": {"label": "LoRAMoE with a null expert", "color": "#c49c00", "marker": "P", "linestyle": "-"},
     "lora_null_beta0": {
