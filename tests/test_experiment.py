@@ -93,7 +93,8 @@ def test_every_setting_comes_before_any_is_repeated(config):
     assert [cell.seed for cell in grid] == [0] * 7 + [1] * 7
     assert len({cell.setting for cell in grid}) == 7
     assert [cell.name for cell in grid[:3]] == ["full-0.2-0.001-0", "lora-0.2-0.001-2-0", "lora-0.2-0.001-8-0"]
-    assert [cell.name for cell in cells if cell.is_variant] == ["experts_2-0.2-0.002-8-0"]
+    variants = {cell.name: (cell.size, cell.flags["lora_nums"]) for cell in cells if cell.is_variant}
+    assert variants == {"experts_2-0.2-0.002-8-0": (96, 2), "gentle-0.2-0.001-8-0": (48, 4)}
 
 
 def test_the_scaling_is_that_of_the_arms_own_rank(config, tmp_path, monkeypatch):
@@ -132,6 +133,10 @@ def test_only_contenders_are_repeated(config):
         (("logging_steps: 1", "prompt_template: plain"), "prompt_template cannot be set: it follows from the model's"),
         (("lora_rank: 4\n", "lora_alpha: 4\n"), "lora_alpha cannot be set: it follows from scalings"),
         (("{lora_nums: 2}", "{learning_rate: 1}"), "learning_rate cannot be set: it follows from learning_rates"),
+        (
+            ("flags: {lora_nums: 2}", "learning_rate: fast"),
+            "learning_rate is 'fast': Value error, it has to be a number",
+        ),
         (("scalings: [2, 8]", "scalings: ['2e-3']"), "scalings.0 is '2e-3': Value error, it has to be a number"),
         (("scalings: [2, 8]", "scalings: [true]"), "scalings.0 is True: Value error, it has to be a number"),
         (("scalings: [2, 8]", "scalings: [2, 2]"), "two cells would be named lora-0.2-0.001-2-0; two cells would"),

@@ -20,6 +20,7 @@ from workbench.experiments.frontier import is_contender
 from workbench.experiments.records import ARMS, BASE, MIXTURE, find_record, problem
 
 EQUAL = "equal"  # as lora_rank: the rank with as many trainable parameters as the arm MIXTURE
+PLACE = ("knowledge_share", "learning_rate", "scaling")  # of a cell
 OWN_FLAGS = {
     "learning_rate": "learning_rates",
     "lora_alpha": "scalings",
@@ -98,13 +99,26 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What a variant has instead of the values of its arm; fields as in `Cell`."""
+
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
+    flags: dict = field(default_factory=dict)
+    knowledge_share: Number | None = None
+    learning_rate: Number | None = None
+    scaling: Number | None = None
+    size: StrictInt | None = None
+
+
+@dataclass(frozen=True)
 class Variants:
     """Changes of one arm at one setting.
 
     Args:
         of: the arm that is changed.
         knowledge_share, learning_rate, scaling, seeds: as in `Cell`.
-        changes: flags of `train.py`, and optionally `size`, by name of the change.
+        changes: by name.
     """
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
@@ -114,7 +128,7 @@ class Variants:
     learning_rate: Number
     scaling: Number
     seeds: list[StrictInt]
-    changes: dict[str, dict]
+    changes: dict[str, Change]
 
 
 @dataclass(frozen=True)
@@ -186,12 +200,11 @@ class Experiment:
     def _variants(self) -> Iterator[Cell]:
         if not (changed := self.variants):
             return
-        for seed in changed.seeds:
-            for name, change in changed.changes.items():
-                flags = self.flags(changed.of) | change
-                size = flags.pop("size", self.size)
-                place = changed.knowledge_share, changed.learning_rate, changed.scaling
-                yield Cell(name, *place, seed, size, flags, is_variant=True)
+        place = {name: getattr(changed, name) for name in PLACE} | {"size": self.size}
+        for seed, (name, change) in product(changed.seeds, changed.changes.items()):
+            moved = {field: value for field in place if (value := getattr(change, field)) is not None}
+            flags = self.flags(changed.of) | change.flags
+            yield Cell(name, seed=seed, flags=flags, is_variant=True, **(place | moved))
 
     def flags(self, arm: str) -> dict:
         """Flags of `train.py` for an arm."""
@@ -290,7 +303,7 @@ def _problems(experiment: Experiment) -> Iterator[str]:
         if foreign := set(arm.knowledge_shares or ()) - set(experiment.knowledge_shares):
             yield f"arms.{name}.knowledge_shares has {sorted(foreign)}, which the experiment's do not have"
     if variants := experiment.variants:
-        every_flag += variants.changes.values()
+        every_flag += [change.flags for change in variants.changes.values()]
         if variants.of not in experiment.arms:
             yield f"variants are of {variants.of}, which is not an arm"
             return
