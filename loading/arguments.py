@@ -39,6 +39,7 @@ FLAG_OF_FIELD = {
     "lora_top_k": "--lora_top_k",
     "lora_shared_A": "--lora_shared_A",
     "lora_null_expert": "--lora_null_expert",
+    "lora_rslora": "--lora_rslora",
     "target_modules": "--trainable",
     "layers_to_transform": "--layers_to_transform",
     "modules_to_save": "--modules_to_save",
@@ -144,6 +145,9 @@ class ModelArguments:
         "one more router output, whose expert is zero: the weight it gets leaves the base model unchanged; it is the "
         "last expert, by default alone in the group of the last task type, world knowledge",
     )
+    lora_rslora: bool | None = flag(
+        None, "scale the experts' output by lora_alpha / sqrt(lora_rank), as rank-stabilized LoRA does"
+    )
     lora_dropout: float = flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
     trainable: str = flag(
         "auto",
@@ -196,6 +200,7 @@ class ModelArguments:
             lora_top_k=self.lora_top_k,
             lora_shared_A=bool(self.lora_shared_A),
             lora_null_expert=bool(self.lora_null_expert),
+            lora_rslora=bool(self.lora_rslora),
             target_modules=_targets(self.trainable),
             layers_to_transform=_numbers("layers_to_transform", self.layers_to_transform),
             modules_to_save=listed(self.modules_to_save),
