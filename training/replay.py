@@ -7,6 +7,7 @@ Shape suffixes: B rows, T tokens, N compared positions, V vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from data import IGNORED_LABEL
 from peft import PeftModel
@@ -25,11 +26,13 @@ def divergence(model: PeftModel, batch: dict) -> Tensor:
 
     The rows of type 1 are run twice more: as for the loss, with dropout, and by the base model, without gradient.
     """
-    replayed_B = batch["task_types"] == REPLAYED
-    if not replayed_B.any():
+    replayed_B, rows, longest = batch["task_types"] == REPLAYED, slice(1), 1
+    if replayed_B.any():
+        rows, longest = replayed_B, int(batch["attention_mask"][replayed_B].sum(dim=1).max())
+    elif not is_deepspeed_zero3_enabled():
         return torch.zeros((), device=replayed_B.device)
-    longest = int(batch["attention_mask"][replayed_B].sum(dim=1).max())
-    ids_BT, mask_BT = (batch[name][replayed_B, :longest] for name in ("input_ids", "attention_mask"))
+    # Under ZeRO-3 every rank has to run the model if one does: without rows of type 1, on a token with no next one.
+    ids_BT, mask_BT = (batch[name][rows, :longest] for name in ("input_ids", "attention_mask"))
     positions = SupervisedTokens(ids_BT.masked_fill(mask_BT == 0, IGNORED_LABEL))
 
     def log_probs() -> Tensor:

@@ -50,8 +50,8 @@ class LoRAMoETrainer(Trainer):
       last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
     - With `pack_capacity`, batches are made of packs (`data/packing.py`) of at most so many tokens, in place of rows,
       and evaluation packs the rows of each batch. The `data_collator` is then a `PackingCollator`.
-    - Each log line holds `lm_loss` and `balance_loss` (unweighted) next to `loss`, `kl_loss` (unweighted) with
-      `kl_weight`, `aux_loss` (unweighted) if the base model is a mixture of experts whose own router loss is added, with
+    - Each log line holds `lm_loss` and `balance_loss` (unweighted) next to `loss`, `kl_loss` (unweighted) if it has
+      weight, `aux_loss` (unweighted) if the base model is a mixture of experts whose own router loss is added, with
       routers `routing_entropy`, `routing_cv` and `group_share_type_K`, and `tokens_per_second`; on GPUs
       `peak_memory_gib` and `mfu`. There is one warning if a group of experts dies out.
     - With `knowledge`, each evaluation also asks what the model still knows, and there is one warning if a third of it
