@@ -11,7 +11,7 @@ from workbench.experiments.plan import Experiment
 from workbench.experiments.records import BASE, read_records, write_table
 from workbench.experiments.results import Method, guessed_share, main_metric, methods
 
-LEVELS = (0.99, 0.95, 0.9, 0.8, 0.7)
+LEVELS = (0.95, 0.9, 0.85, 0.8, 0.7)
 COMPARED = (
     "lora",
     "loramoe_beta0",
