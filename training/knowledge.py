@@ -26,7 +26,7 @@ from transformers_patch.auto import base_of
 
 REFERENCE_NAME = "knowledge.safetensors"
 LEAST_SHARE = 2 / 3
-# Asking may take a twentieth of a run's time. A short run may spend on it what an hour's run may.
+# Asking may take a twentieth of a run's time, and in a short run as long as in one of an hour.
 TIME_SHARE = 0.05
 LEAST_SECONDS = TIME_SHARE * 3600
 REMEDIES = {
@@ -47,8 +47,9 @@ class KnowledgeWatch(TrainerCallback):
     What the base model answers is kept in the run's folder until the run is finished: a run that resumes compares with
     the same answers, also if all weights are trained and the base model is gone.
 
-    An evaluation asks nothing if asking would take more than `TIME_SHARE` of the time since training began or resumed,
-    and more than `LEAST_SECONDS`.
+    Asking takes `TIME_SHARE` of the time from the beginning of training, or its resumption, to the end, or
+    `LEAST_SECONDS` if that is more. If this is too little for all evaluations, some ask nothing; the others are spread
+    evenly.
 
     Args:
         probe: the facts.
@@ -69,8 +70,9 @@ class KnowledgeWatch(TrainerCallback):
         self._tuning = tuning
         self._starts_as_base = starts_as_base
         self._start = time.monotonic()
+        self._first_step = self._last_step = 0
         self._is_main = True
-        self._latest_seconds = 0.0
+        self._base_seconds = self._latest_seconds = 0.0
         self._has_skipped = False
         self._measured: object = None
         self._reference: Reference | None = None
@@ -84,6 +86,7 @@ class KnowledgeWatch(TrainerCallback):
             InputError: that is lost, all weights are trained, and the best checkpoint is chosen by knowledge.
         """
         self._start = time.monotonic()
+        self._first_step, self._last_step = state.global_step, state.max_steps
         self._is_main = state.is_world_process_zero
         problem = None
         try:
@@ -107,6 +110,7 @@ class KnowledgeWatch(TrainerCallback):
             return
         with kept_random_state(args.device), self._asking(model), _as_base(model):
             self._reference = refer(model, self.probe)
+        self._base_seconds = self.seconds
         if self._is_main:
             self._write(self._reference)
 
@@ -124,7 +128,7 @@ class KnowledgeWatch(TrainerCallback):
             known = sum(self._reference.known)
             self.last = Knowledge(len(self.probe.prompts), self.probe.told, known, known, 0.0, 0.0)
         elif self._measured != (step, is_final):
-            if not is_needed and self._lacks_time(model.device):
+            if not is_needed and self._lacks_time(step, model.device):
                 return {}
             with self._asking(model):
                 self.last = compare(model, self.probe, self._reference)
@@ -152,15 +156,19 @@ class KnowledgeWatch(TrainerCallback):
             "What helped in our measurements (docs/RESULTS.md), the most effective first: " + REMEDIES[self._tuning]
         )
 
-    def _lacks_time(self, device: torch.device) -> bool:
+    def _lacks_time(self, step: int, device: torch.device) -> bool:
         """Tell, alike on all ranks, if asking now and again at the end takes too long. The first time, print it."""
-        allowed = max(LEAST_SECONDS, TIME_SHARE * (time.monotonic() - self._start))
-        is_too_long = self.seconds + 2 * self._latest_seconds > allowed
+        progress = (step - self._first_step) / max(self._last_step - self._first_step, 1)
+        if not progress:
+            return False
+        allowed = max(LEAST_SECONDS, TIME_SHARE * (time.monotonic() - self._start) / progress)
+        allowed_by_now = self._base_seconds + progress * (allowed - self._base_seconds)
+        is_too_long = self.seconds + 2 * self._latest_seconds > allowed_by_now
         lacks_time = bool(sum_over_ranks(torch.tensor(float(is_too_long), device=device)))
         if lacks_time and not self._has_skipped and self._is_main:
             print(
-                f"knowledge is not measured at some evaluations from here on: asking has taken {self.seconds:.0f} s, "
-                f"and would take more than {TIME_SHARE * 100:.0f} % of the run's time (fewer --probe_facts take less)"
+                f"knowledge is not measured at some evaluations: asking takes {self._latest_seconds:.0f} s, and at all "
+                f"of them more than {TIME_SHARE * 100:.0f} % of the run's time (fewer --probe_facts take less)"
             )
         self._has_skipped |= lacks_time
         return lacks_time
