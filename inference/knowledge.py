@@ -50,7 +50,7 @@ class Probe:
     template: str
 
     def summary(self) -> str:
-        told = f"; {self.told} more are left out, since training rows tell them" if self.told else ""
+        told = f", without {self.told} that training rows tell" if self.told else ""
         return f"{len(self.prompts)} facts{told}"
 
 
@@ -105,7 +105,7 @@ class Knowledge:
     def lines(self) -> list[str]:
         """For the terminal, in the manner of a run's summary."""
         share = f" ({self.share * 100:.0f} %)" if self.known else ""
-        told = f"; {self.told} that training rows tell are left out" if self.told else ""
+        told = f", without {self.told} that training rows tell" if self.told else ""
         return [
             f"world knowledge       {self.known} of {self.facts} facts known before, {self.kept} of them{share} after"
             f"{told}",

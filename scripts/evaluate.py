@@ -267,12 +267,13 @@ def find_probe(
 def evaluate_knowledge(trained: TrainedModel, inference: InferenceArguments, probe: Probe) -> dict:
     """The knowledge of the model next to that of its base model."""
     bar = partial(tqdm, desc="knowledge", unit="batch")
+    batch_size = 4 * inference.batch_size  # questions and answers are short
     if base := _base_of_complete(trained, inference):
-        reference = refer(load_trained(replace(inference, adapter=base)).model, probe, inference.batch_size, bar)
+        reference = refer(load_trained(replace(inference, adapter=base)).model, probe, batch_size, bar)
     else:
         with trained.as_base():
-            reference = refer(trained.model, probe, inference.batch_size, bar)
-    found = compare(trained.model, probe, reference, inference.batch_size, bar)
+            reference = refer(trained.model, probe, batch_size, bar)
+    found = compare(trained.model, probe, reference, batch_size, bar)
     print(*found.lines(), sep="\n")
     return found.to_dict()
 

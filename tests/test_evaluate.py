@@ -441,7 +441,7 @@ def test_knowledge_is_compared_with_the_base_model(run, adapter_dir, model_dir, 
     (adapter_dir / "run_config.json").write_text(json.dumps(changed))
     out, report = run(*flags)
     assert (report["knowledge"]["facts"], report["knowledge"]["told"]) == (2, 1)
-    assert "1 that training rows tell are left out" in out
+    assert ", without 1 that training rows tell" in out
     assert "training.json has changed since the run" in out
 
     (adapter_dir / "run_config.json").write_text(json.dumps(config | {"knowledge_probe": str(probe), "probe_facts": 2}))

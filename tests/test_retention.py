@@ -75,7 +75,7 @@ def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, capsy
     assert shares(log)[0] == 1
     assert next(entry["eval_knowledge_kl_text"] for entry in log if "eval_knowledge_kl_text" in entry) == 0
     out = capsys.readouterr().out
-    assert "5 facts; 1 more are left out, since training rows tell them" in out
+    assert "5 facts, without 1 that training rows tell" in out
     last = f"world knowledge       4 of 5 facts known before, {found['kept']} of them ({25 * found['kept']} %) after"
     assert last in out
     assert f"| knowledge_kept | {found['kept']} |" in (run.output / "README.md").read_text()

@@ -111,6 +111,7 @@ class KnowledgeWatch(TrainerCallback):
         with kept_random_state(args.device), self._asking(model), _as_base(model):
             self._reference = refer(model, self.probe)
         self._base_seconds = self.seconds
+        self._latest_seconds *= sum(self._reference.known) / len(self._reference.known)  # only these are asked later
         if self._is_main:
             self._write(self._reference)
 
@@ -159,7 +160,7 @@ class KnowledgeWatch(TrainerCallback):
     def _lacks_time(self, step: int, device: torch.device) -> bool:
         """Tell, alike on all ranks, if asking now and again at the end takes too long. The first time, print it."""
         progress = (step - self._first_step) / max(self._last_step - self._first_step, 1)
-        if not progress:
+        if progress in (0, 1):
             return False
         allowed = max(LEAST_SECONDS, TIME_SHARE * (time.monotonic() - self._start) / progress)
         allowed_by_now = self._base_seconds + progress * (allowed - self._base_seconds)

@@ -371,7 +371,8 @@ class LoRAMoETrainer(Trainer):
         nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
         lm_loss = nll / tokens
         metrics = {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}
-        if knowledge := self.measure_knowledge():
+        knowledge = self.measure_knowledge()
+        if knowledge and (self.args.metric_for_best_model or "").endswith(LOSS_IF_KEPT):
             # A model that keeps too little is worse than any that keeps enough, and the better the more it keeps.
             missing = self.args.least_kept - knowledge["knowledge_kept"]
             metrics[LOSS_IF_KEPT] = lm_loss if missing <= 0 else PENALTY * (1 + missing)
