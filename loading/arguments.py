@@ -423,13 +423,13 @@ def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
         asked = [name for name in ("do_eval", "eval_on_start") if getattr(flags, name)]
         asked += [f"eval_strategy {flags.eval_strategy}"] if flags.eval_strategy != "no" else []
         problems += [f"--{name} needs a --validation_file" for name in asked]
-    if is_knowledge(flags.metric_for_best_model) and flags.knowledge_probe == NONE:
-        problems.append(f"--metric_for_best_model {flags.metric_for_best_model} needs a --knowledge_probe")
+    by_knowledge = [f"metric_for_best_model {flags.metric_for_best_model}"] * is_knowledge(flags.metric_for_best_model)
+    if flags.knowledge_probe == NONE:
+        problems += [f"--{name} needs a --knowledge_probe" for name in by_knowledge]
     if flags.eval_strategy == "no":
         asked = ["load_best_model_at_end"] if flags.load_best_model_at_end else []
         asked += ["save_strategy best"] if flags.save_strategy == "best" else []
-        asked += [f"metric_for_best_model {flags.metric_for_best_model}"] if flags.metric_for_best_model else []
-        problems += [f"--{name} needs an --eval_strategy" for name in asked]
+        problems += [f"--{name} needs an --eval_strategy" for name in (*asked, *by_knowledge)]
     return problems
 
 

@@ -91,6 +91,12 @@ def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, capsy
     assert evaluated(run) == pytest.approx({name: found[name] for name in FIGURES}, rel=1e-5)
 
 
+def test_a_complete_model_is_compared_with_the_one_that_it_was(run):
+    found = run(tuning="full", learning_rate=0.1)["knowledge"]
+    assert found["kl_text"] > 0
+    assert evaluated(run) == pytest.approx({name: found[name] for name in FIGURES}, rel=1e-5)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_model_is_asked_as_it_is(run, quantisable_dir, bits):
     write_probe(run.folder / "probe.json", InferenceArguments(str(quantisable_dir), load_in_kbits=bits))
