@@ -50,6 +50,7 @@ from training.checkpoint import find_checkpoint, writers, writing
 from training.ending import run_process
 from training.knowledge import KnowledgeWatch
 from training.publish import open_repository, publish
+from training.replay import REPLAYED
 from training.report import generate_samples, summary_lines, write_model_card
 from training.run_folder import RunFolder, run_config
 from training.stopping import StoppedError, StopSignals
@@ -155,7 +156,8 @@ def load_rows(
     warns of rows that are in both.
 
     Raises:
-        InputError: a file or a row cannot be used, or there are too few rows for a single micro-batch that is kept.
+        InputError: a file or a row cannot be used, there are too few rows for a single micro-batch that is kept, or
+            none of the type that `--kl_weight` needs.
     """
     names = tuple(listed(model_args.task_type_names) or ())
     encoding = Encoding(
@@ -167,6 +169,8 @@ def load_rows(
         return load_part(path, part, tokenizer, encoding, cache_dir, num_proc)
 
     train_data, train_counts = load(data_args.dataset_dir, "training")
+    if args.kl_weight and REPLAYED not in task_types(train_data):
+        raise InputError(f"--kl_weight needs rows of task type {REPLAYED}, but {data_args.dataset_dir} has none")
     if args.dataloader_drop_last:
         check_drop_last(train_data, encoding.max_seq_length if data_args.packing else None, args)
     messages = [f"training rows    {data_args.dataset_dir}: {train_counts.summary(encoding.max_seq_length)}"]

@@ -39,6 +39,7 @@ FLAG_OF_FIELD = {
     "lora_top_k": "--lora_top_k",
     "lora_shared_A": "--lora_shared_A",
     "lora_null_expert": "--lora_null_expert",
+    "lora_rslora": "--lora_rslora",
     "target_modules": "--trainable",
     "layers_to_transform": "--layers_to_transform",
     "modules_to_save": "--modules_to_save",
@@ -102,6 +103,7 @@ UNSUPPORTED = (
 
 # Flags that --packing contradicts, with the reason.
 UNPACKED = (
+    ("kl_weight", "--packing mixes the rows that --kl_weight compares with others"),
     ("blc_reference", "--packing leaves out the padding that --blc_reference counts"),
     ("output_router_logits", "--packing: the router loss of --output_router_logits would count padding"),
     ("neftune_noise_alpha", "--packing: the noise of --neftune_noise_alpha depends on the length of a row"),
@@ -121,7 +123,7 @@ RANGES = (
     ("above 0", lambda value: math.isfinite(value) and value > 0, ("num_train_epochs", "adam_epsilon")),
     ("a number of at least 0", lambda value: math.isfinite(value) and value >= 0, (
         "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "neftune_noise_alpha", "logging_steps",
-        "eval_steps", "eval_delay", "save_steps",
+        "eval_steps", "eval_delay", "save_steps", "kl_weight",
     )),
 )  # fmt: skip
 
@@ -143,6 +145,9 @@ class ModelArguments:
         None,
         "one more router output, whose expert is zero: the weight it gets leaves the base model unchanged; it is the "
         "last expert, by default alone in the group of the last task type, world knowledge",
+    )
+    lora_rslora: bool | None = flag(
+        None, "scale the experts' output by lora_alpha / sqrt(lora_rank), as rank-stabilized LoRA does"
     )
     lora_dropout: float = flag(0.05, "probability of dropping an input element of the experts, in [0, 1)")
     trainable: str = flag(
@@ -196,6 +201,7 @@ class ModelArguments:
             lora_top_k=self.lora_top_k,
             lora_shared_A=bool(self.lora_shared_A),
             lora_null_expert=bool(self.lora_null_expert),
+            lora_rslora=bool(self.lora_rslora),
             target_modules=_targets(self.trainable),
             layers_to_transform=_numbers("layers_to_transform", self.layers_to_transform),
             modules_to_save=listed(self.modules_to_save),
@@ -291,6 +297,10 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = flag(False, "drop data columns that the model does not use")
     num_processes: int | None = flag(None, "processes of the run on all nodes; by default the launcher's")
     profile_steps: str | None = flag(None, "optimizer steps, from 1, to record with the torch profiler: 5 or 5-7")
+    kl_weight: float = flag(
+        0.0,
+        "weight in the loss of the KL divergence from the base model, the mean over all tokens of rows of task type 1",
+    )
     least_kept: float = flag(
         0.9, "share of the known facts that a model has to keep to be the best by --metric_for_best_model loss_if_kept"
     )
@@ -394,6 +404,8 @@ def _adapter_problems(flags: argparse.Namespace) -> list[str]:
     if flags.tuning == "full":
         if flags.peft_path:
             problems.append("--tuning full does not train an adapter, so it cannot continue from --peft_path")
+        if flags.kl_weight:
+            problems.append("--tuning full changes the base model, with which --kl_weight compares")
         if flags.load_in_kbits in (4, 8):
             problems.append(f"--tuning full cannot train weights that --load_in_kbits {flags.load_in_kbits} quantises")
         return problems

@@ -20,7 +20,7 @@ PUBLISHED = (
 RENAMED = {"task_types": "task_type_names"}
 
 # Flags that earlier versions did not have, and what they did.
-ADDED = {"packing": False, "train_on": "all"}
+ADDED = {"kl_weight": 0.0, "packing": False, "train_on": "all"}
 
 
 def with_current_names(config: dict) -> dict:

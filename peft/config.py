@@ -12,14 +12,14 @@ CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 # Fields that adapters saved by earlier versions do not have; their defaults are what those versions did.
 ADDED_LATER = {
-    "blc_reference", "expert_groups", "layers_to_transform", "lora_null_expert", "lora_shared_A", "lora_top_k",
-    "modules_to_save", "task_type_names",
+    "blc_reference", "expert_groups", "layers_to_transform", "lora_null_expert", "lora_rslora", "lora_shared_A",
+    "lora_top_k", "modules_to_save", "task_type_names",
 }  # fmt: skip
 
 # See `LoraConfig.fixed_differences`.
 FIXED_FIELDS = (
-    "r", "lora_alpha", "lora_nums", "lora_null_expert", "lora_top_k", "lora_shared_A", "num_task_types",
-    "task_type_names", "expert_groups", "target_modules", "layers_to_transform", "modules_to_save",
+    "r", "lora_alpha", "lora_rslora", "lora_nums", "lora_null_expert", "lora_top_k", "lora_shared_A",
+    "num_task_types", "task_type_names", "expert_groups", "target_modules", "layers_to_transform", "modules_to_save",
 )  # fmt: skip
 
 
@@ -111,6 +111,7 @@ class LoraConfig(PeftConfig):
     Args:
         r: rank of each expert.
         lora_alpha: the experts' output is scaled by lora_alpha / r.
+        lora_rslora: scale it by lora_alpha / sqrt(r) instead (rank-stabilized LoRA, arXiv 2312.03732).
         lora_nums: number of trained experts per adapted Linear; 1 is plain LoRA, without router and balance term,
             unless there is a null expert.
         lora_null_expert: the router has one more output, the last one, whose expert is zero: its weight is taken from
@@ -154,6 +155,7 @@ class LoraConfig(PeftConfig):
     lora_top_k: int | None = None
     lora_shared_A: bool = False
     lora_null_expert: bool = False
+    lora_rslora: bool = False
     target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | None = None
     modules_to_save: list[str] | str | None = None
@@ -175,6 +177,11 @@ class LoraConfig(PeftConfig):
         self.lora_top_k = self.lora_top_k or None
         if problems := self.problems():
             raise ValueError("\n".join(problems))
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the experts' output."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.lora_rslora else self.r)
 
     @property
     def routed_experts(self) -> int:
@@ -222,7 +229,7 @@ class LoraConfig(PeftConfig):
             problems.append(f"blc_weight is {self.blc_weight}, but has to be a number of at least 0")
         problems += [
             f"{name} is {value!r}, but has to be true or false"
-            for name in ("blc_reference", "lora_null_expert", "lora_shared_A", "inference_mode")
+            for name in ("blc_reference", "lora_null_expert", "lora_rslora", "lora_shared_A", "inference_mode")
             if type(value := getattr(self, name)) is not bool
         ]
         problems += self._module_problems()

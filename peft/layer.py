@@ -27,7 +27,7 @@ class LoraExperts(nn.Module):
     matrix product: delta(x) = (alpha / r) * B (repeat(w, r) * (A dropout(x))). Two thin products serve all experts,
     and one dropout mask is shared by them. With `lora_shared_A`, A is (R, I) and all experts use the same features.
     With one expert there is nothing to route: no router exists and this is plain LoRA. `lora_null_expert` adds a last
-    weight to w, which nothing multiplies: the router then also serves a single expert.
+    weight to w, which nothing multiplies: the router then also serves a single expert. `lora_rslora`: alpha / sqrt(r).
 
     A and router start kaiming-uniform, B at zero, so a fresh adapter changes nothing.
     """
@@ -35,7 +35,7 @@ class LoraExperts(nn.Module):
     def __init__(self, in_features: int, out_features: int, config: LoraConfig, device: torch.device | None = None):
         super().__init__()
         self.num_experts, self.rank, weights = config.lora_nums, config.r, config.routed_experts
-        self.scaling = config.lora_alpha / config.r
+        self.scaling = config.scaling
         stacked_rank = self.num_experts * self.rank
         rows_of_A = self.rank if config.lora_shared_A else stacked_rank
         self.lora_A = nn.Parameter(torch.empty(rows_of_A, in_features, device=device, dtype=torch.float32))

@@ -180,7 +180,7 @@ def add_static_adapter(model: PeftModel, loras: dict[str, LowRank]) -> LoraConfi
         base_model_name_or_path=mixture.base_model_name_or_path,
         inference_mode=True,
         r=rank,
-        lora_alpha=mixture.lora_alpha / mixture.r * rank,
+        lora_alpha=mixture.scaling * rank,
         lora_nums=1,
         lora_dropout=0.0,
         blc_weight=0.0,

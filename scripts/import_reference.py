@@ -139,6 +139,7 @@ def read_config(path: Path, num_task_types: int, base_model: str | None) -> Lora
             base_model_name_or_path=base_model or values.get("base_model_name_or_path"),
             num_task_types=num_task_types,
             target_modules=values["target_modules"],
+            lora_rslora=bool(values.get("use_rslora")),
             **{name: values[name] for name in NUMBERS},
         )
     except ValueError as error:
@@ -155,7 +156,7 @@ def config_problems(values: dict) -> list[str]:
     targets = values.get("target_modules")
     if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         problems.append(f"target_modules is {_shown(values, 'target_modules')}, but has to be a list of names")
-    neutral = {"peft_type": (None, "LORA"), "task_type": (None, "CAUSAL_LM")}
+    neutral = {"peft_type": (None, "LORA"), "task_type": (None, "CAUSAL_LM"), "use_rslora": (True, *NEUTRAL)}
     for name in values.keys() - NUMBERS.keys() - HARMLESS - {"target_modules"}:
         if values[name] not in neutral.get(name, NEUTRAL):
             problems.append(f"{name} is {_shown(values, name)}, which adapters of this code do not have")

@@ -80,10 +80,10 @@ def constant_router(folder, model_dir, **settings) -> PeftModel:
     return model
 
 
-NULL_EXPERTS = [{}, {"lora_null_expert": True}, {"lora_null_expert": True, "lora_nums": 1}]
+MIXTURES = [{}, {"lora_null_expert": True}, {"lora_null_expert": True, "lora_nums": 1}, {"lora_rslora": True}]
 
 
-@pytest.mark.parametrize("settings", NULL_EXPERTS)
+@pytest.mark.parametrize("settings", MIXTURES)
 @pytest.mark.parametrize("weights", KINDS)
 def test_with_a_constant_router_the_exported_lora_equals_the_mixture(export, adapter_dir, model_dir, weights, settings):
     mixture = constant_router(adapter_dir, model_dir, **settings)
@@ -176,7 +176,7 @@ def inputs_of(model, experts, mask) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("settings", NULL_EXPERTS[:2])
+@pytest.mark.parametrize("settings", MIXTURES[:2])
 def test_calibration_takes_means_over_the_tokens_and_the_fit_is_the_least_squares_one(settings):
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[1, 15:] = 0

@@ -119,6 +119,7 @@ MIXTURES = {
     "shared_A": ({"lora_shared_A": True}, {}),
     "one_expert": ({"lora_nums": 1}, {}),
     "null_expert": ({"lora_null_expert": True}, {}),
+    "rslora": ({"lora_rslora": True, "r": 4}, {}),
     "one_and_null_expert": ({"lora_nums": 1, "lora_null_expert": True}, {}),
     "some_layers": ({"layers_to_transform": [1]}, {}),
     "all_linear": ({"target_modules": "all-linear"}, {}),

@@ -71,6 +71,10 @@ class Checkpoint:
         (self.folder / "adapter_config.json").write_text(json.dumps(self.fields))
         torch.save(self.tensors, self.folder / "adapter_model.bin")
 
+    @property
+    def scaling(self) -> float:
+        return self.fields["lora_alpha"] / self.fields["r"] ** (0.5 if self.fields.get("use_rslora") else 1)
+
     def looped_logits(self, batch: dict) -> torch.Tensor:
         """Output of the checkpoint: a stock Llama whose Linears add their experts one by one."""
         hooks = [self.base.get_submodule(name).register_forward_hook(self.adding(name)) for name in self.modules]
@@ -87,7 +91,7 @@ class Checkpoint:
             shares = torch.softmax(inputs[0] @ weight("lora_route").T, dim=-1)
             for n in range(self.experts):
                 expert = inputs[0] @ weight(f"lora_A{n}").T @ weight(f"lora_B{n}").T
-                output = output + shares[..., n : n + 1] * expert * self.fields["lora_alpha"] / self.fields["r"]
+                output = output + shares[..., n : n + 1] * expert * self.scaling
             return output
 
         return hook
@@ -118,6 +122,7 @@ class Checkpoint:
         {},
         {"experts": 3, "rank": 4},
         {"experts": 1},
+        {"use_rslora": True},
         {"dtype": torch.bfloat16},
         {"dtype": torch.float16},
         {"experts": 2, "blc_alpha": 0.1, "blc_weight": 0.2},
@@ -303,7 +308,7 @@ def test_fields_that_cannot_be_imported_are_named_together(tmp_path):
         modules_to_save=["lm_head"],
         enable_lora=[True, False],
         task_type="SEQ_CLS",
-        use_rslora=True,
+        use_rslora="yes",
         peft_type="LORAMOE",
     )
     checkpoint.fields |= {"r": "4", "target_modules": None}
@@ -319,7 +324,7 @@ def test_fields_that_cannot_be_imported_are_named_together(tmp_path):
         'r is "4", but has to be a whole number',
         "target_modules is null, but has to be a list of names",
         'task_type is "SEQ_CLS", which',
-        "use_rslora is true, which",
+        'use_rslora is "yes", which',
     ]
     checkpoint.refused(r"cannot be imported:\n  " + r".*\n  ".join(map(re.escape, lines)))
 

@@ -68,6 +68,14 @@ def test_a_fresh_adapter_changes_no_bit(null_expert):
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@pytest.mark.parametrize(("settings", "scaling"), [({}, 0.75), ({"lora_rslora": True}, 1.5)])
+def test_the_experts_output_is_scaled_by_alpha_over_the_rank_or_its_root(settings, scaling):
+    layer, x = make_layer(rank=4, **settings), torch.randn(2, 7, 6)
+    delta = layer(x) - layer.base_layer(x)
+    layer.experts["default"].scaling = 1.0
+    torch.testing.assert_close(delta, scaling * (layer(x) - layer.base_layer(x)), rtol=1e-5, atol=1e-5)
+
+
 def test_one_expert_is_plain_lora_without_a_router():
     layer = make_layer(experts=1, rank=3)
     assert layer.experts["default"].router is None

@@ -379,6 +379,7 @@ def test_an_adapter_that_is_loaded_later_drops_nothing_at_inference(tmp_path, ta
         ({"lora_alpha": 8}, r"lora_alpha is 8, the adapter has 4\. Load it under another name"),
         ({"lora_top_k": 2}, "lora_top_k is 2, the adapter has None"),
         ({"lora_null_expert": True}, "lora_null_expert is True, the adapter has False"),
+        ({"lora_rslora": True}, "lora_rslora is True, the adapter has False"),
     ],
 )
 def test_weights_are_not_replaced_by_those_of_another_configuration(tmp_path, changes, message):

@@ -28,6 +28,7 @@ ADAPTERS: dict[str, tuple[str, dict]] = {
     "top_k": ("llama", {"lora_top_k": 2}),
     "shared_A": ("llama", {"lora_shared_A": True}),
     "null_expert": ("llama", {"lora_null_expert": True}),
+    "rslora": ("llama", {"lora_rslora": True}),
     "one_expert": ("llama", {"lora_nums": 1, "blc_weight": 0}),
     "some_layers": ("llama", {"layers_to_transform": [1], "target_modules": "all-linear"}),
     "pattern": ("llama", {"target_modules": r"model\.layers\.\d+\.self_attn\.[qv]_proj"}),

@@ -43,9 +43,9 @@ CARD_SETTINGS = (
 )  # fmt: skip
 CARD_PATHS = ("dataset_dir", "validation_file")
 CARD_ADAPTER_SETTINGS = (
-    "lora_nums", "lora_rank", "lora_alpha", "lora_dropout", "trainable", "blc_alpha", "blc_weight", "num_task_types",
-    "task_type_names", "expert_groups", "lora_null_expert", "lora_top_k", "lora_shared_A", "layers_to_transform",
-    "modules_to_save",
+    "lora_nums", "lora_rank", "lora_alpha", "lora_rslora", "lora_dropout", "trainable", "blc_alpha", "blc_weight",
+    "kl_weight", "num_task_types", "task_type_names", "expert_groups", "lora_null_expert", "lora_top_k",
+    "lora_shared_A", "layers_to_transform", "modules_to_save",
 )  # fmt: skip
 CARD_METRICS = (
     "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",

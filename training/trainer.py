@@ -27,6 +27,7 @@ from training.checkpoint import TEMPORARY_NAME, put_in_place, writing
 from training.knowledge import LEAST_SHARE, KnowledgeWatch
 from training.profiling import StepProfiler
 from training.random_state import kept_random_state
+from training.replay import count_replayed, divergence
 from training.routing_watch import RoutingWatch
 from training.stopping import DUE, SKIPPED_STEPS, StoppedError, StopSignals
 from training.throughput import Throughput
@@ -43,14 +44,16 @@ class LoRAMoETrainer(Trainer):
       which is right for the LM loss (normalised by all supervised tokens of the step) but would multiply the balance
       term. The model is told to scale the term so that it counts as the mean over the actual micro-batches; the last
       step of an epoch may have fewer.
+    - With `kl_weight`, the weighted KL divergence from the base model is added (`training/replay.py`): the mean over
+      the tokens of type 1 of the optimizer step, in all micro-batches and processes.
     - Which rows share an optimizer step depends on seed, epoch and global batch size alone (`data/sampler.py`), and the
       last rows of an epoch are shared evenly; Trainer's samplers repeat rows to fill the last batch.
     - With `pack_capacity`, batches are made of packs (`data/packing.py`) of at most so many tokens, in place of rows,
       and evaluation packs the rows of each batch. The `data_collator` is then a `PackingCollator`.
-    - Each log line holds `lm_loss` and `balance_loss` (unweighted) next to `loss`, `aux_loss` (unweighted) if the base
-      model is a mixture of experts whose own router loss is added, with routers `routing_entropy`, `routing_cv` and
-      `group_share_type_K`, and `tokens_per_second`; on GPUs `peak_memory_gib` and `mfu`. There is one
-      warning if a group of experts dies out.
+    - Each log line holds `lm_loss` and `balance_loss` (unweighted) next to `loss`, `kl_loss` (unweighted) if it has
+      weight, `aux_loss` (unweighted) if the base model is a mixture of experts whose own router loss is added, with
+      routers `routing_entropy`, `routing_cv` and `group_share_type_K`, and `tokens_per_second`; on GPUs
+      `peak_memory_gib` and `mfu`. There is one warning if a group of experts dies out.
     - With `knowledge`, an evaluation also asks what the model still knows, unless that takes too long, and there is one
       warning if a third of it is lost.
     - Evaluation weighs every supervised token equally, whatever the batches and processes, and never contains the
@@ -82,7 +85,7 @@ class LoRAMoETrainer(Trainer):
         self.routing: Routing | None = None
         self._temporary: Path | None = None
         self._routed_modules: list[str] = []
-        self._losses_since_log = torch.zeros(1, 3, dtype=torch.float64, device=self.args.device)
+        self._losses_since_log = torch.zeros(1, 4, dtype=torch.float64, device=self.args.device)
         self._steps_since_log = 0.0
 
     def train(self, *args, **kwargs):
@@ -226,6 +229,14 @@ class LoRAMoETrainer(Trainer):
             is_needed=not self.is_in_train or is_knowledge(self.args.metric_for_best_model),
         )
 
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
+        """As Trainer's, which counts the supervised tokens of the step; here the replayed ones, too."""
+        batches, supervised_tokens = super().get_batch_samples(*args, **kwargs)
+        if self.args.kl_weight:
+            counts = torch.as_tensor(sum(map(count_replayed, batches)), device=self.args.device)
+            self._replayed_tokens = self.accelerator.gather(counts).sum().clamp(min=1)
+        return batches, supervised_tokens
+
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs):
         micro_batches = self.current_gradient_accumulation_steps
         balance_scale = 1 / (micro_batches * self.accelerator.num_processes)
@@ -234,11 +245,15 @@ class LoRAMoETrainer(Trainer):
         sources = inputs.pop("sources")
         self.throughput.watch(inputs.pop("lengths"), len(inputs["supervised_indices"]))
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        kl_loss = loss.new_zeros(())
+        if self.args.kl_weight:
+            kl_loss = divergence(self.accelerator.unwrap_model(model), inputs) / self._replayed_tokens
+            loss = loss + self.args.kl_weight * self.accelerator.num_processes * kl_loss
         self.stop_signals.watch(loss, sources)
         if outputs.routing_shares is not None:
             self.routing_watch.watch(outputs.routing_shares, inputs["task_types"], inputs["row_weights"])
         auxiliary = loss.new_zeros(()) if outputs.aux_loss is None else outputs.aux_loss
-        losses = [outputs.lm_loss, outputs.balance_loss / micro_batches, auxiliary / micro_batches]
+        losses = [outputs.lm_loss, outputs.balance_loss / micro_batches, auxiliary / micro_batches, kl_loss]
         self._losses_since_log += torch.stack([value.detach().to(self._losses_since_log) for value in losses])
         self._steps_since_log += 1 / micro_batches
         return (loss, outputs) if return_outputs else loss
@@ -250,13 +265,15 @@ class LoRAMoETrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             # One row a rank: its part of the LM loss, the balance term (the same on all), the base model's own router
-            # loss (of the rank's rows).
-            sums_W3 = nested_gather(self._losses_since_log, self.args.parallel_mode) / self._steps_since_log
-            lm_loss_W, balance_loss_W, aux_loss_W = sums_W3.T
+            # loss (of the rank's rows), its part of the divergence.
+            sums_W4 = nested_gather(self._losses_since_log, self.args.parallel_mode) / self._steps_since_log
+            lm_loss_W, balance_loss_W, aux_loss_W, kl_loss_W = sums_W4.T
             logs["lm_loss"] = lm_loss_W.sum().item()
             logs["balance_loss"] = balance_loss_W.mean().item()
             if getattr(self.model.config, "output_router_logits", False):
                 logs["aux_loss"] = aux_loss_W.mean().item()
+            if self.args.kl_weight:
+                logs["kl_loss"] = kl_loss_W.sum().item()
             self._losses_since_log.zero_()
             self._steps_since_log = 0.0
             logs |= self.routing_watch.scalars(self.args) | self.throughput.scalars(self.args)

@@ -93,7 +93,7 @@ def write_config(base: PreTrainedModel, trained: TrainedFolder, folder: Path) ->
             "null_expert": adapter.lora_null_expert,
             "num_experts": adapter.lora_nums,
             "rank": adapter.r,
-            "scaling": adapter.lora_alpha / adapter.r,
+            "scaling": adapter.scaling,
             "shared_A": adapter.lora_shared_A,
             "targets": targets,
             "top_k": adapter.lora_top_k,
