@@ -32,7 +32,7 @@ from inference.knowledge import Probe, encode_probe
 from inference.knowledge_plot import plot_retention, retention_curve
 from inference.routing import routing_lines, routing_summary, training_curves
 from inference.routing_plot import write_routing
-from loading.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from loading.arguments import DataArguments, ModelArguments, RunArguments, is_knowledge, parse_arguments
 from loading.base_model import (
     adapter_warnings,
     build_model,
@@ -211,11 +211,12 @@ def make_probe(
             facts, tokenizer, resolve_template(data_args.prompt_template, tokenizer), skeleton, train_data
         )
     except InputError as error:
-        if data_args.knowledge_probe != AUTO:
+        if data_args.knowledge_probe != AUTO or is_knowledge(args.metric_for_best_model):
             raise
         say(args, f"warning: knowledge is not measured: {error}")
         return None
-    say(args, f"knowledge probe  {data_args.knowledge_probe}: {probe.summary()}")
+    if not args.prepare_only:
+        say(args, f"knowledge probe  {data_args.knowledge_probe}: {probe.summary()}")
     return probe
 
 

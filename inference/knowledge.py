@@ -1,6 +1,6 @@
 """What a model knows: the facts of a probe that it recalls, and how far its predictions are from its base model's.
 
-Shape suffixes: N positions, V vocabulary.
+Shape suffixes: F facts, N positions, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -8,16 +8,19 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from data import Collator, InputError, encode_question
 from data.probe import NEUTRAL_TEXT, ProbeFact
 from inference.contamination import told_facts
 from inference.generation import DecodingArguments, end_tokens, generate_answers, in_batches
 from inference.metrics import normalized
+from peft.ranks import sum_over_ranks
 from transformers_patch.auto import most_positions
 from transformers_patch.labels import SupervisedTokens
 
@@ -47,7 +50,7 @@ class Probe:
     template: str
 
     def summary(self) -> str:
-        told = f"; {self.told} more are left out, since training rows tell them" if self.told else ""
+        told = f", without {self.told} that training rows tell" if self.told else ""
         return f"{len(self.prompts)} facts{told}"
 
 
@@ -102,7 +105,7 @@ class Knowledge:
     def lines(self) -> list[str]:
         """For the terminal, in the manner of a run's summary."""
         share = f" ({self.share * 100:.0f} %)" if self.known else ""
-        told = f"; {self.told} that training rows tell are left out" if self.told else ""
+        told = f", without {self.told} that training rows tell" if self.told else ""
         return [
             f"world knowledge       {self.known} of {self.facts} facts known before, {self.kept} of them{share} after"
             f"{told}",
@@ -129,9 +132,10 @@ def encode_probe(
     encoded = [(prompt, answers) for prompt, answers in encoded if len(prompt) <= room]
     text = tokenizer(NEUTRAL_TEXT, add_special_tokens=False)["input_ids"][: most_positions(model)]
     if not encoded:
+        others = ", and the model's table of positions has no room for the others" if kept else ""
         raise InputError(
-            f"no fact of the knowledge probe is left: training rows tell {len(told)} of {len(facts)}, and the model's "
-            "table of positions has no room for the others; name other facts with --knowledge_probe, or none"
+            f"no fact of the knowledge probe is left: training rows tell {len(told)} of {len(facts)}{others}; name "
+            "other facts with --knowledge_probe, or none"
         )
     prompts, answers = [prompt for prompt, _ in encoded], [each for _, each in encoded]
     return Probe(prompts, answers, text, len(told), tokenizer, template)
@@ -142,16 +146,21 @@ def recalled(
 ) -> list[bool]:
     """For some facts, whether `recalls` finds an accepted answer in the model's greedy one.
 
-    Under ZeRO-3 this is a collective: every rank calls it with the same facts.
+    A collective: the ranks divide the facts among them, and all get all results.
     """
     decoding = DecodingArguments(max_new_tokens=LONGEST_ANSWER)
     tokenizer = probe.tokenizer
     settings = decoding.settings(tokenizer.pad_token_id, end_tokens(model, tokenizer, probe.template))
-    prompts = [probe.prompts[index] for index in members]
+    part = _part_of_rank()
+    prompts = [probe.prompts[index] for index in members[part]]
     answer = partial(generate_answers, model, settings=settings)
     tokens = in_batches(answer, prompts, list(map(len, prompts)), batch_size, progress)
     texts = [tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
-    return [recalls(text, probe.answers[index]) for text, index in zip(texts, members, strict=True)]
+    found_F = torch.zeros(len(members), device=model.device)
+    found_F[part] = torch.tensor(
+        [float(recalls(text, probe.answers[index])) for text, index in zip(texts, members[part], strict=True)]
+    )
+    return (sum_over_ranks(found_F) > 0).tolist()
 
 
 def recalls(answer: str, expected: list[str]) -> bool:
@@ -161,7 +170,7 @@ def recalls(answer: str, expected: list[str]) -> bool:
 
 
 def refer(model: nn.Module, probe: Probe, batch_size: int = BATCH_SIZE, progress: Callable = iter) -> Reference:
-    """The answers of the base model, which `model` is now; a collective, as `recalled` is."""
+    """The answers of the base model, which `model` is now. A collective, as `recalled` is."""
     prompts_NV, text_NV = (
         torch.cat(_by_row(model, probe, rows, _kept_on_cpu, batch_size, progress)) for rows in _rows(probe)
     )
@@ -172,16 +181,25 @@ def refer(model: nn.Module, probe: Probe, batch_size: int = BATCH_SIZE, progress
 def compare(
     model: nn.Module, probe: Probe, reference: Reference, batch_size: int = BATCH_SIZE, progress: Callable = iter
 ) -> Knowledge:
-    """Measure a model against its base model; a collective, as `recalled` is."""
+    """Measure a model against its base model. A collective, as `recalled` is."""
     members = [index for index, known in enumerate(reference.known) if known]
     kept = sum(recalled(model, probe, members, batch_size, progress))
     divergences = []
     for rows, base_NV in zip(_rows(probe), (reference.prompts_NV, reference.text_NV), strict=True):
         base = base_NV.split([end - start for start, end in (row["spans"] for row in rows)])
-        rows = [{**row, "base": each} for row, each in zip(rows, base, strict=True)]
+        rows = [{**row, "base": each} for row, each in zip(rows, base, strict=True)][_part_of_rank()]
         found = _by_row(model, probe, rows, _divergence, batch_size, progress)
-        divergences.append(sum(found) / len(base_NV))
+        sums_2 = torch.tensor([sum(found), sum(len(row["base"]) for row in rows)], dtype=torch.float32)
+        total, count = sum_over_ranks(sums_2.to(model.device)).tolist()
+        divergences.append(total / count)
     return Knowledge(len(probe.prompts), probe.told, len(members), kept, *divergences)
+
+
+def _part_of_rank() -> slice:
+    """The part of a list that this rank takes. Under ZeRO-3, where all ranks compute together, that is all of it."""
+    if not dist.is_initialized() or is_deepspeed_zero3_enabled():
+        return slice(None)
+    return slice(dist.get_rank(), None, dist.get_world_size())
 
 
 def _rows(probe: Probe) -> tuple[list[dict], list[dict]]:

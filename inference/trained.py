@@ -39,6 +39,8 @@ RUN_FIELDS: dict[str, tuple[str, set]] = {
     "prompt_template": ("a string", {str}),
     "task_type_names": TEXT_OR_NULL,
     "train_on": ("a string", {str}),
+    "knowledge_probe": ("a string", {str}),
+    "probe_facts": ("a whole number", {int}),
     "dataset_dir": TEXT_OR_NULL,
     "validation_file": TEXT_OR_NULL,
 }

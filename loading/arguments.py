@@ -315,6 +315,11 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
 
 
+def is_knowledge(metric: str | None) -> bool:
+    """Tell whether a `--metric_for_best_model` needs the knowledge probe."""
+    return (metric or "").endswith((KEPT, LOSS_IF_KEPT))
+
+
 def parse_steps(text: str) -> tuple[int, int] | None:
     """First and last step of `--profile_steps`, from 1: `5` or `5-7`. None if it is neither."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
@@ -430,12 +435,13 @@ def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
         asked = [name for name in ("do_eval", "eval_on_start") if getattr(flags, name)]
         asked += [f"eval_strategy {flags.eval_strategy}"] if flags.eval_strategy != "no" else []
         problems += [f"--{name} needs a --validation_file" for name in asked]
-    if (flags.metric_for_best_model or "").endswith((KEPT, LOSS_IF_KEPT)) and flags.knowledge_probe == NONE:
-        problems.append(f"--metric_for_best_model {flags.metric_for_best_model} needs a --knowledge_probe")
+    by_knowledge = [f"metric_for_best_model {flags.metric_for_best_model}"] * is_knowledge(flags.metric_for_best_model)
+    if flags.knowledge_probe == NONE:
+        problems += [f"--{name} needs a --knowledge_probe" for name in by_knowledge]
     if flags.eval_strategy == "no":
         asked = ["load_best_model_at_end"] if flags.load_best_model_at_end else []
         asked += ["save_strategy best"] if flags.save_strategy == "best" else []
-        problems += [f"--{name} needs an --eval_strategy" for name in asked]
+        problems += [f"--{name} needs an --eval_strategy" for name in (*asked, *by_knowledge)]
     return problems
 
 

@@ -17,12 +17,11 @@ from tqdm import tqdm
 from data import TEMPLATES, DataStatistics, InputError, load_part
 from data.atomic import write_json
 from data.errors import writing
-from data.probe import load_probe
+from data.probe import AUTO, NONE, load_probe
 from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from inference.generation import DecodingArguments
-from inference.knowledge import compare, encode_probe, refer
+from inference.knowledge import Probe, compare, encode_probe, refer
 from inference.metrics import PACKAGE_OF
-from inference.rows import load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained
 from loading.arguments import DataArguments, ProbeArguments
 from loading.base_model import check_lengths
@@ -76,6 +75,12 @@ class EvaluateArguments:
     )
     num_fewshot: int | None = flag(None, "examples in the prompts of the harness's tasks; by default as the task says")
     knowledge: bool = flag(False, "measure the facts that the model knows, of those that its base model knows")
+    knowledge_probe: str | None = flag(
+        None, "facts: auto (of data/world_facts), or a file or folder of rows; by default the run's, or auto"
+    )
+    probe_facts: int | None = flag(
+        None, f"number of facts; by default the run's, or {ProbeArguments.probe_facts}; of more, a fixed random sample"
+    )
     limit: int | None = flag(None, "use only this many rows of each file and task")
     seed: int = flag(0, "seed of the bootstrap and of the harness")
     data_cache_dir: str = flag(".cache/data", "cache folder for encoded data sets, keyed by content")
@@ -84,7 +89,7 @@ class EvaluateArguments:
         ranges = (
             one_of(TEMPLATES, "template"),
             at_least(2, "max_seq_length"),
-            at_least(1, "max_new_tokens", "limit"),
+            at_least(1, "max_new_tokens", "limit", "probe_facts"),
             at_least(0, "num_fewshot"),
             a_seed("seed"),
         )
@@ -96,10 +101,12 @@ class EvaluateArguments:
             ),
             *range_problems(self, ranges),
             output_problem(self.output, self.data, endings=(".json",)),
+            *ProbeArguments(self.knowledge_probe or AUTO).problems(),
+            "--knowledge contradicts --knowledge_probe none" if self.knowledge and self.knowledge_probe == NONE else "",
         ]
 
 
-KINDS = (InferenceArguments, EvaluateArguments, ProbeArguments)
+KINDS = (InferenceArguments, EvaluateArguments)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         InputError: flags, adapter, rows or harness tasks cannot be used.
     """
-    inference, args, probe_args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
+    inference, args = parse_flags(COMMAND, __doc__.splitlines()[0], KINDS, argv)
     manager = _find_harness_tasks(args.lm_eval)
     trained = load_trained(inference)
     template = trained.template(args.template)
@@ -128,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     paths = data_paths(trained, args)
     refuse([output_problem(args.output, paths)])  # again, as the run may name the file
+    asked = probe_arguments(trained, args)
+    probe = find_probe(trained, inference, template, asked, args.data_cache_dir) if args.knowledge else None
     for path, rows, statistics in load_sets(trained, paths, template, args):
         print(f"{path}: {statistics.summary(max_length(trained, args))}", flush=True)
         report["data"].append(evaluate_set(trained, models, rows, template, args, inference.batch_size))
@@ -137,8 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.lm_eval:
         report["lm_eval"] = evaluate_tasks(trained, models, manager, template, args, inference.batch_size)
         print(*harness_lines(report["lm_eval"]), sep="\n")
-    if args.knowledge:
-        report["knowledge"] = evaluate_knowledge(trained, inference, template, args, probe_args)
+    if probe:
+        report["knowledge"] = {"probe": asked.knowledge_probe, **evaluate_knowledge(trained, inference, probe)}
     if args.output:
         write_report(Path(args.output), report)
 
@@ -225,33 +234,61 @@ def evaluate_tasks(
     return results
 
 
-def evaluate_knowledge(
-    trained: TrainedModel, inference: InferenceArguments, template: str, args: EvaluateArguments, asked: ProbeArguments
-) -> dict:
-    """The knowledge of the model next to that of its base model, without the facts that its training rows tell.
+def probe_arguments(trained: TrainedModel, args: EvaluateArguments) -> ProbeArguments:
+    """The facts that the flags name, or else the run's."""
+    config = trained.run_config
+    recorded = config.get("knowledge_probe", AUTO)
+    place = args.knowledge_probe or (AUTO if recorded == NONE else recorded)
+    return ProbeArguments(place, args.probe_facts or config.get("probe_facts", ProbeArguments.probe_facts))
+
+
+def find_probe(
+    trained: TrainedModel, inference: InferenceArguments, template: str, asked: ProbeArguments, cache_dir: str
+) -> Probe:
+    """The probe, without the facts that the run's training rows tell.
 
     Raises:
         InputError: the facts or the training rows cannot be used, or the base model is not known.
     """
+    _base_of_complete(trained, inference)  # raises before any measurement if it is not known
     rows, place = None, trained.run_config.get("dataset_dir")
     if place and Path(place).exists():
-        rows = load_rows(trained, None, "dataset_dir", args.data_cache_dir)[1]
+        rows, statistics = load_part(place, "training", trained.tokenizer, trained.encoding(), cache_dir)
+        if statistics.sha256 != trained.run_config.get("dataset_sha256"):
+            print(f"{place} has changed since the run, which may have left out other facts")
     else:
         print("the training rows are not known here, so facts that they tell are not left out")
     facts = load_probe(asked.knowledge_probe, asked.probe_facts)
     probe = encode_probe(facts, trained.tokenizer, template, trained.model, rows)
+    print(f"knowledge probe  {asked.knowledge_probe}: {probe.summary()}", flush=True)
+    return probe
+
+
+def evaluate_knowledge(trained: TrainedModel, inference: InferenceArguments, probe: Probe) -> dict:
+    """The knowledge of the model next to that of its base model."""
     bar = partial(tqdm, desc="knowledge", unit="batch")
-    if isinstance(trained.model, PeftModel):
-        with trained.as_base():
-            reference = refer(trained.model, probe, progress=bar)
+    batch_size = 4 * inference.batch_size  # questions and answers are short
+    if base := _base_of_complete(trained, inference):
+        reference = refer(load_trained(replace(inference, adapter=base)).model, probe, batch_size, bar)
     else:
-        base = inference.base_model or trained.run_config.get("model_name_or_path")
-        if not base:
-            raise InputError(f"--knowledge compares {inference.adapter} with its base model: name it with --base_model")
-        reference = refer(load_trained(replace(inference, adapter=base)).model, probe, progress=bar)
-    found = compare(trained.model, probe, reference, progress=bar)
+        with trained.as_base():
+            reference = refer(trained.model, probe, batch_size, bar)
+    found = compare(trained.model, probe, reference, batch_size, bar)
     print(*found.lines(), sep="\n")
-    return {"probe": asked.knowledge_probe, **found.to_dict()}
+    return found.to_dict()
+
+
+def _base_of_complete(trained: TrainedModel, inference: InferenceArguments) -> str | None:
+    """Folder or hub id of the base model of a complete model; None if there is an adapter.
+
+    Raises:
+        InputError: neither the flags nor the run name it.
+    """
+    if isinstance(trained.model, PeftModel):
+        return None
+    if base := inference.base_model or trained.run_config.get("model_name_or_path"):
+        return base
+    raise InputError(f"--knowledge compares {inference.adapter} with its base model: name it with --base_model")
 
 
 def table_lines(results: dict[str, dict]) -> list[str]:

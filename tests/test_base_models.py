@@ -57,7 +57,7 @@ def test_flash_attention_is_chosen_where_gpu_package_and_architecture_have_it(tm
 def test_the_main_job_runs_on_another_architecture(runner, architecture, tmp_path):
     run = runner(architecture)
     outcome = call(
-        ["bash", "run_loramoe.sh", "--data_cache_dir", str(tmp_path / "cache")],
+        ["bash", "run_loramoe.sh", "--data_cache_dir", str(tmp_path / "cache"), "--probe_facts", "4"],
         pretrained_model=run.flags["model_name_or_path"],
         dataset_dir=run.flags["dataset_dir"],
         validation_file=run.flags["validation_file"],
@@ -73,6 +73,7 @@ def test_the_main_job_runs_on_another_architecture(runner, architecture, tmp_pat
     results = json.loads((folder / "all_results.json").read_text())
     assert results["eval_lm_loss_after"] < results["eval_lm_loss_before"]
     assert "first training row" in outcome.stdout
+    assert "of 4 facts known before" in outcome.stdout
     assert "[[number" in outcome.stdout
 
 

@@ -72,6 +72,7 @@ def programs(folder, adapter_dir, data_file, tmp_path):
     adapter = ["--adapter", str(adapter_dir), "--base_model", str(folder)]
     trained = [*cache, "--use_cpu", "true", "--model_name_or_path", str(folder), "--dataset_dir", str(data_file)]
     trained += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--prepare_only", "true"]
+    trained += ["--knowledge_probe", "none"]
     rows = ["--data", str(data_file), *cache]
     return {
         "train": lambda: train.main(trained),

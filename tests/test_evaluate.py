@@ -441,7 +441,19 @@ def test_knowledge_is_compared_with_the_base_model(run, adapter_dir, model_dir, 
     (adapter_dir / "run_config.json").write_text(json.dumps(changed))
     out, report = run(*flags)
     assert (report["knowledge"]["facts"], report["knowledge"]["told"]) == (2, 1)
-    assert "1 that training rows tell are left out" in out
+    assert ", without 1 that training rows tell" in out
+    assert "training.json has changed since the run" in out
+
+    (adapter_dir / "run_config.json").write_text(json.dumps(config | {"knowledge_probe": str(probe), "probe_facts": 2}))
+    out, report = run("--knowledge")
+    assert (report["knowledge"]["probe"], report["knowledge"]["facts"]) == (str(probe), 2)
+    _, report = run("--knowledge", "--probe_facts", 1)
+    assert report["knowledge"]["facts"] == 1
+
+
+def test_a_probe_that_asks_nothing_contradicts_the_wish_to_know(run):
+    with pytest.raises(InputError, match="--knowledge contradicts --knowledge_probe none"):
+        run("--knowledge", "--knowledge_probe", "none")
 
 
 def test_knowledge_of_a_complete_model_needs_its_base_model(run, model_dir, tmp_path):

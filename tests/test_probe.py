@@ -10,6 +10,7 @@ from conftest import fill_adapter, tiny_model, tiny_tokenizer
 from data import Collator, Encoding, InputError, encode_answer, load_data
 from data.facts import load_facts
 from data.probe import load_probe
+from inference import knowledge
 from inference.contamination import told_facts
 from inference.knowledge import compare, encode_probe, refer
 from peft import LoraConfig, get_peft_model
@@ -125,6 +126,14 @@ def test_known_are_exactly_the_planted_facts(planted):
     model, probe = planted
     reference = refer(model, probe)
     assert [index for index, known in enumerate(reference.known) if known] == list(PLANTED)
+
+
+def test_ranks_divide_the_facts(planted, monkeypatch):
+    model, probe = planted
+    for rank, mine in enumerate([[2, 4], [1]]):
+        monkeypatch.setattr(knowledge, "_part_of_rank", lambda rank=rank: slice(rank, None, 2))
+        found = knowledge.recalled(model, probe, list(range(len(probe.prompts))))
+        assert [index for index, known in enumerate(found) if known] == mine
 
 
 def test_a_fresh_adapter_keeps_everything(planted):

@@ -1,6 +1,9 @@
 """A run watches which of the facts that the base model knows are kept."""
 
 import json
+import re
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, deepspeed_file, example_rows
@@ -13,9 +16,11 @@ from inference.generation import DecodingArguments, generate_answers
 from inference.knowledge_plot import retention_curve
 from inference.trained import InferenceArguments, load_trained
 from scripts import evaluate
+from training import knowledge
 from training.knowledge import REFERENCE_NAME
 
 QUESTIONS = [f"What is {name}?" for name in ("gold", "iron", "salt", "rain", "hail")]
+BEST = {"metric_for_best_model": "knowledge_kept", "load_best_model_at_end": "true", "save_steps": 2}
 FIGURES = ("facts", "told", "known", "kept", "share", "kl_prompts", "kl_text")
 
 
@@ -27,7 +32,16 @@ def run(tmp_path, model_dir, monkeypatch) -> Runner:
     """
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     runner = Runner(tmp_path, model_dir)
-    trained = load_trained(InferenceArguments(str(model_dir)))
+    write_probe(tmp_path / "probe.json", InferenceArguments(str(model_dir)))
+    told = {"instruction": QUESTIONS[0], "output": "a metal", "task_type": 0}
+    (tmp_path / "train.json").write_text(json.dumps([*example_rows(11), told]))
+    runner.flags |= {"knowledge_probe": tmp_path / "probe.json", "eval_strategy": "steps", "eval_steps": 2}
+    return runner
+
+
+def write_probe(file: Path, base: InferenceArguments) -> None:
+    """A base model's own answers to the questions, and a question that it has no answer to."""
+    trained = load_trained(base)
     prompts = [encode_prompt(trained.tokenizer, "chat", question, "") for question in QUESTIONS]
     settings = DecodingArguments(max_new_tokens=24).settings(1, trained.end_tokens("chat"))
     answers = [
@@ -36,18 +50,23 @@ def run(tmp_path, model_dir, monkeypatch) -> Runner:
     ]
     rows = [{"prompt": question, "completion": answer} for question, answer in zip(QUESTIONS, answers, strict=True)]
     rows.append({"prompt": "Who knows?", "completion": "nobody"})
-    (tmp_path / "probe.json").write_text(json.dumps(rows))
-    told = {"instruction": QUESTIONS[0], "output": "a metal", "task_type": 0}
-    (tmp_path / "train.json").write_text(json.dumps([*example_rows(11), told]))
-    runner.flags |= {"knowledge_probe": tmp_path / "probe.json", "eval_strategy": "steps", "eval_steps": 2}
-    return runner
+    file.write_text(json.dumps(rows))
+
+
+def evaluated(run, *flags) -> dict:
+    """The figures of `scripts.evaluate --knowledge` on the run's folder."""
+    output, cache = run.folder / "evaluation.json", run.flags["data_cache_dir"]
+    command = ("--adapter", run.output, "--knowledge", "--output", output, "--data_cache_dir", cache)
+    evaluate.main([*map(str, command), *flags])
+    found = json.loads(output.read_text())["knowledge"]
+    return {name: found[name] for name in FIGURES}
 
 
 def shares(log: list[dict]) -> list[float]:
     return [entry["eval_knowledge_kept"] for entry in log if "eval_knowledge_kept" in entry]
 
 
-def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, tmp_path, capsys):
+def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, capsys):
     found = run(learning_rate=0.1)["knowledge"]
     assert (found["facts"], found["told"], found["known"]) == (5, 1, 4)
     assert found["kept"] < 4
@@ -56,7 +75,7 @@ def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, tmp_p
     assert shares(log)[0] == 1
     assert next(entry["eval_knowledge_kl_text"] for entry in log if "eval_knowledge_kl_text" in entry) == 0
     out = capsys.readouterr().out
-    assert "5 facts; 1 more are left out, since training rows tell them" in out
+    assert "5 facts, without 1 that training rows tell" in out
     last = f"world knowledge       4 of 5 facts known before, {found['kept']} of them ({25 * found['kept']} %) after"
     assert last in out
     assert f"| knowledge_kept | {found['kept']} |" in (run.output / "README.md").read_text()
@@ -69,12 +88,24 @@ def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, tmp_p
 
     train.main(run.arguments(learning_rate=0.1))
     assert last in capsys.readouterr().out
+    assert evaluated(run) == pytest.approx({name: found[name] for name in FIGURES}, rel=1e-5)
 
-    output = tmp_path / "evaluation.json"
-    flags = ("--adapter", run.output, "--knowledge", "--knowledge_probe", run.flags["knowledge_probe"])
-    evaluate.main([*map(str, flags), "--output", str(output), "--data_cache_dir", str(tmp_path / "cache")])
-    again = json.loads(output.read_text())["knowledge"]
-    assert {name: again[name] for name in FIGURES} == pytest.approx({name: found[name] for name in FIGURES}, rel=1e-5)
+
+def test_a_complete_model_is_compared_with_the_one_that_it_was(run):
+    found = run(tuning="full", learning_rate=0.1)["knowledge"]
+    assert found["kl_text"] > 0
+    assert evaluated(run) == pytest.approx({name: found[name] for name in FIGURES}, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_model_is_asked_as_it_is(run, quantisable_dir, bits):
+    write_probe(run.folder / "probe.json", InferenceArguments(str(quantisable_dir), load_in_kbits=bits))
+    found = run(model_name_or_path=quantisable_dir, load_in_kbits=bits, learning_rate=0.1)["knowledge"]
+    assert found["known"] == 4
+    assert shares(run.log())[0] == 1
+    assert found["kl_prompts"] > 0 < found["kl_text"]
+    expected = {name: found[name] for name in FIGURES}
+    assert evaluated(run, "--load_in_kbits", str(bits)) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("tuning", ["loramoe", "full"])
@@ -114,11 +145,44 @@ def test_several_processes_find_what_one_finds(run, tmp_path, tuning, file):
     assert {name: together[name] for name in FIGURES} == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_a_resumed_run_of_all_weights_without_the_answers_says_so(run, capsys):
+def damage(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"), [(Path.unlink, "does not hold the base model's answers"), (damage, "is damaged")]
+)
+def test_a_resumed_run_of_all_weights_without_the_answers_says_so(run, capsys, harm, said):
     interrupt_after(3, run, tuning="full")
-    (run.output / REFERENCE_NAME).unlink()
+    harm(run.output / REFERENCE_NAME)
     assert run(tuning="full")["knowledge"] == {}
-    assert "knowledge is not measured" in capsys.readouterr().out
+    assert re.search(f"warning: .*{said}.*: knowledge is not measured", capsys.readouterr().out)
+
+
+def test_a_resumed_run_with_damaged_answers_asks_again(run, tmp_path, capsys):
+    whole = run(learning_rate=0.05, output_dir=tmp_path / "whole")["knowledge"]
+    interrupt_after(3, run, learning_rate=0.05)
+    damage(run.output / REFERENCE_NAME)
+    resumed = run(learning_rate=0.05)["knowledge"]
+    assert {name: resumed[name] for name in FIGURES} == {name: whole[name] for name in FIGURES}
+    assert "knowledge.safetensors is damaged" in capsys.readouterr().out
+
+
+def test_a_resumed_run_of_all_weights_whose_best_model_needs_the_answers_stops(run):
+    interrupt_after(3, run, tuning="full", **BEST)
+    (run.output / REFERENCE_NAME).unlink()
+    with pytest.raises(InputError, match="so --metric_for_best_model knowledge_kept cannot go on"):
+        run(tuning="full", **BEST)
+
+
+@pytest.mark.parametrize(("best", "steps"), [({}, [0, 6]), (BEST, [0, 2, 4, 6])])
+def test_evaluations_that_ask_too_long_ask_nothing(run, monkeypatch, capsys, best, steps):
+    monkeypatch.setattr(knowledge, "LEAST_SECONDS", 0)
+    run(**best)
+    assert [step for step, *_ in retention_curve(run.log())] == steps
+    said = capsys.readouterr().out
+    assert said.count("knowledge is not measured at some evaluations") == (not best)
+    assert "% of the run's time" in said
 
 
 def test_a_lost_third_is_said_once(run, capsys):
@@ -134,7 +198,7 @@ def test_a_run_without_evaluation_rows_measures_at_its_end(run):
 
 
 def test_the_best_model_can_be_the_one_that_knows_most(run):
-    run(learning_rate=0.1, metric_for_best_model="knowledge_kept", load_best_model_at_end="true", save_steps=2)
+    run(learning_rate=0.1, **BEST)
     log = run.log()
     state = json.loads((run.output / "trainer_state.json").read_text())
     assert state["best_metric"] == max(shares(log)[1:-1])
@@ -157,6 +221,13 @@ def test_the_best_model_can_be_the_best_of_those_that_know_enough(run, least_kep
     )
 
 
+@pytest.mark.parametrize("best", [{}, BEST])
+def test_a_probe_that_chooses_the_best_model_belongs_to_the_run(run, no_weights, best):
+    train.main(run.arguments(prepare_only="true", **best))
+    with pytest.raises(InputError, match="probe_facts: 200 there, 3 now") if best else nullcontext():
+        train.main(run.arguments(prepare_only="true", **best, probe_facts=3))
+
+
 def test_bad_probes_are_refused(run, tmp_path, no_weights):
     with pytest.raises(InputError, match=r"--knowledge_probe .*nowhere.json: no such file or folder"):
         train.main(run.arguments(knowledge_probe=tmp_path / "nowhere.json"))
@@ -164,6 +235,10 @@ def test_bad_probes_are_refused(run, tmp_path, no_weights):
         train.main(run.arguments(probe_facts=0))
     with pytest.raises(InputError, match="--metric_for_best_model knowledge_kept needs a --knowledge_probe"):
         train.main(run.arguments(metric_for_best_model="knowledge_kept", knowledge_probe="none"))
+    with pytest.raises(InputError, match="--metric_for_best_model knowledge_kept needs an --eval_strategy"):
+        train.main(run.arguments(metric_for_best_model="knowledge_kept", eval_strategy="no", eval_steps=None))
+    with pytest.raises(InputError, match=r"--least_kept is 1\.5, but has to be from 0 to 1"):
+        train.main(run.arguments(least_kept=1.5))
     (tmp_path / "probe.json").write_text(json.dumps([{"prompt": "?", "completion": "a"}, {"prompt": "b"}]))
     with pytest.raises(InputError, match=r"probe.json: row 2: "):
         train.main(run.arguments())

@@ -46,7 +46,8 @@ def log_values(folder: Path, name: str) -> list[float]:
 
 def results_table(shown: str) -> list[str]:
     """The lines of the results that a run prints at its end."""
-    return [line.strip() for line in shown.splitlines() if "held-out" in line or "  task type" in line]
+    marks = ("held-out", "facts known before", "  task type")
+    return [line.strip() for line in shown.splitlines() if any(mark in line for mark in marks)]
 
 
 def test_the_main_job_learns_and_repeats_its_results(train, tmp_path):
@@ -56,18 +57,19 @@ def test_the_main_job_learns_and_repeats_its_results(train, tmp_path):
     assert results["eval_lm_loss_after"] < results["eval_lm_loss_before"]
     second = train(max_steps=12)
     assert "this run is finished already" in second
-    assert len(results_table(second)) >= 3
+    assert len(results_table(second)) >= 4
     assert results_table(second) == results_table(first)
 
 
 @pytest.mark.parametrize("bits", QUANTISATION)
 def test_a_quantised_base_model_learns_and_its_adapter_loads_anywhere(train, tmp_path, bits):
     small = {"validation_file": "", "per_device_train_batch_size": 2, "max_steps": 20}
-    train("--logging_steps", "1", load_in_kbits=bits, gradient_checkpointing="true", **small)
+    train("--logging_steps", "1", "--probe_facts", "8", load_in_kbits=bits, gradient_checkpointing="true", **small)
     folder = tmp_path / "outputs" / "default"
     losses = log_values(folder, "lm_loss")
     print(f"{bits} bits: lm_loss {mean(losses[:5]):.4f} -> {mean(losses[-5:]):.4f}", losses)
     assert len(losses) == 20
+    assert json.loads((folder / "all_results.json").read_text())["knowledge"]["facts"] == 8
     assert mean(losses[-5:]) < mean(losses[:5])
     prompt = AutoTokenizer.from_pretrained(folder)("The capital of Kenya is", return_tensors="pt")
     for quantization in (QUANTISATION[bits], None):

@@ -8,20 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from data import InputError, first_line
 from data.atomic import atomic_file
 from inference.generation import drop_proposed_settings
 from inference.knowledge import Knowledge, Probe, Reference, compare, refer
+from loading.arguments import is_knowledge
 from peft import PeftModel
+from peft.ranks import sum_over_ranks
+from training.checkpoint import writing
 from training.random_state import kept_random_state
 from transformers_patch.auto import base_of
 
 REFERENCE_NAME = "knowledge.safetensors"
 LEAST_SHARE = 2 / 3
+# Asking may take a twentieth of a run's time, and in a short run as long as in one of an hour.
+TIME_SHARE = 0.05
+LEAST_SECONDS = TIME_SHARE * 3600
 REMEDIES = {
     "loramoe": (
         "examples of task type 1, questions about other facts, as a fifth of the training rows; a third of the "
@@ -40,7 +47,9 @@ class KnowledgeWatch(TrainerCallback):
     What the base model answers is kept in the run's folder until the run is finished: a run that resumes compares with
     the same answers, also if all weights are trained and the base model is gone.
 
-    Every process asks everything, so that all of them come to the same result without an exchange.
+    Asking takes `TIME_SHARE` of the time from the beginning of training, or its resumption, to the end, or
+    `LEAST_SECONDS` if that is more. If this is too little for all evaluations, some ask nothing; the others are spread
+    evenly.
 
     Args:
         probe: the facts.
@@ -49,7 +58,7 @@ class KnowledgeWatch(TrainerCallback):
         starts_as_base: the model is the base model before the first step.
 
     Attributes:
-        last: the last measurement.
+        last: the last measurement, the same on all ranks.
         seconds: time that this process has spent on asking.
     """
 
@@ -60,34 +69,59 @@ class KnowledgeWatch(TrainerCallback):
         self.seconds = 0.0
         self._tuning = tuning
         self._starts_as_base = starts_as_base
+        self._start = time.monotonic()
+        self._first_step = self._last_step = 0
+        self._is_main = True
+        self._base_seconds = self._latest_seconds = 0.0
+        self._has_skipped = False
         self._measured: object = None
         self._reference: Reference | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ):
-        """Ask the base model, or read what it has answered in a run that resumes."""
-        self._reference = self._read()
+        """Ask the base model, or read what it has answered in a run that resumes.
+
+        Raises:
+            InputError: that is lost, all weights are trained, and the best checkpoint is chosen by knowledge.
+        """
+        self._start = time.monotonic()
+        self._first_step, self._last_step = state.global_step, state.max_steps
+        self._is_main = state.is_world_process_zero
+        problem = None
+        try:
+            self._reference = self._read()
+        except SafetensorError as error:
+            problem = f"{self.file} is damaged ({first_line(error)})"
         if self._reference is not None:
             return
-        if state.global_step and not isinstance(model, PeftModel):
-            if state.is_world_process_zero:
-                print(
-                    f"warning: {self.file} does not hold the base model's answers to this knowledge probe, and its "
-                    "weights have changed since: knowledge is not measured"
+        if is_lost := bool(state.global_step) and not isinstance(model, PeftModel):
+            problem = problem or f"{self.file} does not hold the base model's answers to this knowledge probe"
+            problem += ", and the model's weights have changed since"
+            if is_knowledge(args.metric_for_best_model):
+                raise InputError(
+                    f"{problem}, so --metric_for_best_model {args.metric_for_best_model} cannot go on: put the file "
+                    "back from a copy, or start over with --restart"
                 )
+        if problem and self._is_main:
+            consequence = "knowledge is not measured" if is_lost else "the base model is asked again"
+            print(f"warning: {problem}: {consequence}")
+        if is_lost:
             return
         with kept_random_state(args.device), self._asking(model), _as_base(model):
             self._reference = refer(model, self.probe)
-        if state.is_world_process_zero:
+        self._base_seconds = self.seconds
+        self._latest_seconds *= sum(self._reference.known) / len(self._reference.known)  # only these are asked later
+        if self._is_main:
             self._write(self._reference)
 
-    def measure(self, model: nn.Module, step: int, is_final: bool) -> dict[str, float]:
-        """Measurements for a log line; {} if the base model's answers are not known.
+    def measure(self, model: nn.Module, step: int, is_final: bool, is_needed: bool) -> dict[str, float]:
+        """Measurements for a log line; {} if the base model's answers are not known, or time is short. A collective.
 
         Args:
             step: the optimizer step; a model is asked once.
             is_final: the model is the best one of a finished run, not that of the step.
+            is_needed: ask, whatever time it takes.
         """
         if self._reference is None:
             return {}
@@ -95,6 +129,8 @@ class KnowledgeWatch(TrainerCallback):
             known = sum(self._reference.known)
             self.last = Knowledge(len(self.probe.prompts), self.probe.told, known, known, 0.0, 0.0)
         elif self._measured != (step, is_final):
+            if not is_needed and self._lacks_time(step, model.device):
+                return {}
             with self._asking(model):
                 self.last = compare(model, self.probe, self._reference)
         assert self.last
@@ -106,10 +142,11 @@ class KnowledgeWatch(TrainerCallback):
         }
 
     def results(self) -> dict[str, float]:
-        """The last measurement and its cost, for the results of a run."""
+        """The last measurement and its cost, in seconds and as a share of the time since training began or resumed."""
         if self.last is None:
             return {}
-        return {**self.last.to_dict(), "seconds": round(self.seconds, 1)}
+        time_share = self.seconds / (time.monotonic() - self._start)
+        return {**self.last.to_dict(), "seconds": round(self.seconds, 1), "time_share": round(time_share, 3)}
 
     def warning(self, step: int) -> str | None:
         """A warning if a third of the known facts is lost."""
@@ -119,6 +156,23 @@ class KnowledgeWatch(TrainerCallback):
             f"warning: of {self.last.known} facts that the base model knows, {self.last.kept} are left at step {step}. "
             "What helped in our measurements (docs/RESULTS.md), the most effective first: " + REMEDIES[self._tuning]
         )
+
+    def _lacks_time(self, step: int, device: torch.device) -> bool:
+        """Tell, alike on all ranks, if asking now and again at the end takes too long. The first time, print it."""
+        progress = (step - self._first_step) / max(self._last_step - self._first_step, 1)
+        if progress in (0, 1):
+            return False
+        allowed = max(LEAST_SECONDS, TIME_SHARE * (time.monotonic() - self._start) / progress)
+        allowed_by_now = self._base_seconds + progress * (allowed - self._base_seconds)
+        is_too_long = self.seconds + 2 * self._latest_seconds > allowed_by_now
+        lacks_time = bool(sum_over_ranks(torch.tensor(float(is_too_long), device=device)))
+        if lacks_time and not self._has_skipped and self._is_main:
+            print(
+                f"knowledge is not measured at some evaluations: asking takes {self._latest_seconds:.0f} s, and at all "
+                f"of them more than {TIME_SHARE * 100:.0f} % of the run's time (fewer --probe_facts take less)"
+            )
+        self._has_skipped |= lacks_time
+        return lacks_time
 
     @contextmanager
     def _asking(self, model: nn.Module) -> Iterator[None]:
@@ -132,7 +186,8 @@ class KnowledgeWatch(TrainerCallback):
         finally:
             model.train(was_training)
             base.generation_config = proposed
-            self.seconds += time.monotonic() - start
+            self._latest_seconds = time.monotonic() - start
+            self.seconds += self._latest_seconds
 
     @property
     def _fingerprint(self) -> str:
@@ -140,7 +195,11 @@ class KnowledgeWatch(TrainerCallback):
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _read(self) -> Reference | None:
-        """The answers in the file; None if it is not there or belongs to another probe."""
+        """The answers in the file; None if it is not there or belongs to another probe.
+
+        Raises:
+            SafetensorError: it is damaged.
+        """
         if not self.file.is_file():
             return None
         with safe_open(self.file, "pt") as stored:
@@ -155,7 +214,7 @@ class KnowledgeWatch(TrainerCallback):
             "prompts": reference.prompts_NV,
             "text": reference.text_NV,
         }
-        with atomic_file(self.file) as temporary:
+        with writing(self.file.parent, self.file.name), atomic_file(self.file) as temporary:
             save_file(tensors, temporary, metadata={"probe": self._fingerprint})
 
 

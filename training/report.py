@@ -90,7 +90,9 @@ def summary_lines(folder: Path, results: dict) -> list[str]:
             f"{results['eval_perplexity_after']:.2f} after training",
         ]
     if knowledge := results.get("knowledge"):
-        lines += [*Knowledge.from_dict(knowledge).lines(), f"time for asking        {knowledge['seconds']:.0f} s"]
+        lines += Knowledge.from_dict(knowledge).lines()
+        seconds, share = knowledge["seconds"], knowledge["time_share"]
+        lines.append(f"time for asking       {seconds:.0f} s, {share * 100:.0f} % of the run's time")
     if results.get("routing_table"):
         lines += ["mean routing share of each expert group on the held-out examples:", *results["routing_table"]]
     for number, (prompt, expected, generated) in enumerate(results.get("samples", []), start=1):

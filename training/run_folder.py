@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import InputError, file_hash
 from data.atomic import remove_temporaries, write_json
-from loading.arguments import DataArguments, ModelArguments, RunArguments
+from loading.arguments import DataArguments, ModelArguments, RunArguments, is_knowledge
 from loading.lock import locked
 from loading.optimization import EVALUATED
 from loading.run_files import RESULTS_NAME, RUN_CONFIG_NAME, with_current_names
@@ -33,8 +33,10 @@ OF_EVALUATION = (
 # How the rows of a micro-batch are divided among the processes.
 DIVISION = ("num_processes", "per_device_train_batch_size")
 
-# In the configuration for the reader: files, whose contents are compared, and what is only measured.
-DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path", "knowledge_probe", "probe_facts", "least_kept"}
+# In the configuration for the reader: files, whose contents are compared; and what has an effect only if the best
+# checkpoint is chosen by knowledge.
+DESCRIPTIVE = {"dataset_dir", "validation_file", "peft_path"}
+OF_KNOWLEDGE = {"knowledge_probe", "probe_facts", "least_kept"}
 SECONDS_TO_WAIT = 10
 
 
@@ -163,7 +165,8 @@ def _deciding(config: dict) -> dict:
     (`blc_reference`, a base model's own router loss), only the rows that all processes share count, and a run can
     resume with another number of processes.
     """
-    values = {name: value for name, value in config.items() if name not in DESCRIPTIVE}
+    ignored = DESCRIPTIVE if is_knowledge(config.get("metric_for_best_model")) else DESCRIPTIVE | OF_KNOWLEDGE
+    values = {name: value for name, value in config.items() if name not in ignored}
     if not any(config.get(name) for name in ("deepspeed", "blc_reference", "output_router_logits")):
         shared = math.prod(values.get(name) or 0 for name in DIVISION)
         values |= dict.fromkeys(DIVISION, shared)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, rotate_checkpo
 from data import EpochDataLoader, GlobalBatchSampler, PackedRows, row_lengths
 from data.atomic import atomic_files
 from inference.routing import Routing
-from loading.arguments import LOSS_IF_KEPT, parse_steps
+from loading.arguments import LOSS_IF_KEPT, is_knowledge, parse_steps
 from loading.run_files import STATE_NAME
 from peft import LoraConfig, PeftModel
 from training.checkpoint import TEMPORARY_NAME, put_in_place, writing
@@ -54,8 +54,8 @@ class LoRAMoETrainer(Trainer):
       weight, `aux_loss` (unweighted) if the base model is a mixture of experts whose own router loss is added, with
       routers `routing_entropy`, `routing_cv` and `group_share_type_K`, and `tokens_per_second`; on GPUs
       `peak_memory_gib` and `mfu`. There is one warning if a group of experts dies out.
-    - With `knowledge`, each evaluation also asks what the model still knows, and there is one warning if a third of it
-      is lost.
+    - With `knowledge`, an evaluation also asks what the model still knows, unless that takes too long, and there is one
+      warning if a third of it is lost.
     - Evaluation weighs every supervised token equally, whatever the batches and processes, and never contains the
       balance term. `routing` then holds the shares of the last evaluation; None if nothing is routed.
     """
@@ -219,11 +219,15 @@ class LoRAMoETrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def measure_knowledge(self) -> dict[str, float]:
-        """Measurements of what the model still knows; {} without a probe. Collective under ZeRO-3."""
+        """Measurements of what the model still knows; {} without a probe, or where time is short. A collective."""
         if not self.knowledge:
             return {}
-        is_final = self.args.load_best_model_at_end and not self.is_in_train
-        return self.knowledge.measure(self.accelerator.unwrap_model(self.model), self.state.global_step, is_final)
+        return self.knowledge.measure(
+            self.accelerator.unwrap_model(self.model),
+            self.state.global_step,
+            is_final=self.args.load_best_model_at_end and not self.is_in_train,
+            is_needed=not self.is_in_train or is_knowledge(self.args.metric_for_best_model),
+        )
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
         """As Trainer's, which counts the supervised tokens of the step; here the replayed ones, too."""
@@ -384,7 +388,8 @@ class LoRAMoETrainer(Trainer):
         nll, tokens = likelihood_B2.astype(np.float64).sum(axis=0)
         lm_loss = nll / tokens
         metrics = {"loss": lm_loss, "lm_loss": lm_loss, "perplexity": math.exp(min(lm_loss, 700))}
-        if knowledge := self.measure_knowledge():
+        knowledge = self.measure_knowledge()
+        if knowledge and (self.args.metric_for_best_model or "").endswith(LOSS_IF_KEPT):
             # A model that keeps too little is worse than any that keeps enough, and the better the more it keeps.
             missing = self.args.least_kept - knowledge["knowledge_kept"]
             metrics[LOSS_IF_KEPT] = lm_loss if missing <= 0 else PENALTY * (1 + missing)

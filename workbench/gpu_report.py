@@ -208,7 +208,7 @@ class Plan:
         return [
             [Stage("check_node", module("check_node", f"--log={log}"), 240, "^PASS|^FAIL|^SKIP|passed")],
             [
-                self.job("main", 240, "^held-out"),
+                self.job("main", 240, "^held-out|^world"),
                 Stage("generate", ("python", "-m", "scripts.generate", adapter, *prompt), 90, ANSWERS),
                 Stage("evaluate", ("python", "-m", "scripts.evaluate", adapter, *evaluation), 90, "^adapter|^base"),
             ],
@@ -231,7 +231,7 @@ class Plan:
         """train.py at the shapes of the large model, as users start it."""
         shape = () if self.flags.quick else (f"--model={self.flags.model}",)
         variables = {"pretrained_model": self.large, "dataset_dir": self.large / "rows.json", "lora_nums": 8}
-        variables |= {"per_device_train_batch_size": 2 if self.flags.quick else 4}
+        variables |= {"per_device_train_batch_size": 2 if self.flags.quick else 4, "knowledge_probe": "none"}
         steps = 2 if self.flags.quick else 30
         flags = (f"--max_steps={steps}", "--logging_steps=5", "--save_strategy=no", "--num_train_epochs=9")
         return [
@@ -262,7 +262,7 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 ANSWERS = r"^(?!Loading|\[transformers\])."
 NOTHING = "(?!)"  # a pattern that matches nowhere
 QUICK_JOB = ("--max_steps=2", "--max_seq_length=64")
-FEW_STEPS = ("--max_steps=3", "--logging_steps=1")
+FEW_STEPS = ("--max_steps=3", "--logging_steps=1", "--knowledge_probe=none")
 SHORT_JOBS: dict[str, dict[str, object]] = {
     "nf4": {"load_in_kbits": 4, "validation_file": ""},
     "int8": {"load_in_kbits": 8, "validation_file": ""},

@@ -89,6 +89,7 @@ class Node:
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
+            "knowledge_probe": "none",
             "num_processes": self.size,
             "ddp_timeout": 120,
             "use_cpu": not self.on_gpu,

@@ -56,6 +56,7 @@ def tiny_run(folder: Path, model: Path, output: Path, **more) -> list[str]:
         dataset_dir=folder / "rows.json",
         output_dir=output,
         use_cpu=True,
+        knowledge_probe="none",
         lora_nums=4,
         lora_dropout=0.2,
         disable_tqdm=True,
