@@ -19,6 +19,9 @@ STYLES: dict[str, dict] = {
     "lora_kl": {"label": "LoRA with KL to the base model", "color": "#7f7f7f", "marker": "v", "linestyle": (0, (5, 1))},
     "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": GREEN, "marker": "D", "linestyle": "--"},
     "loramoe": {"label": "LoRAMoE", "color": BLUE, "marker": "o", "linestyle": "-"},
+    "loramoe_kl": {
+        "label": "LoRAMoE with KL to the base model", "color": "#17becf", "marker": "p", "linestyle": (0, (5, 1)),
+    },
     "null_expert_beta0": {
         "label": "LoRAMoE with a null expert, without the constraint", "color": "#c49c00", "marker": "P",
         "linestyle": "--",
@@ -31,7 +34,7 @@ STYLES: dict[str, dict] = {
     "lora_null": {"label": "LoRA with a null expert", "color": "#9467bd", "marker": "X", "linestyle": "-"},
 }  # fmt: skip
 FIGURES = {
-    "frontier": ("full", "lora", "rslora", "lora_kl", "loramoe_beta0", "loramoe"),
+    "frontier": ("full", "lora", "rslora", "lora_kl", "loramoe_beta0", "loramoe", "loramoe_kl"),
     "null_expert": ("lora", "loramoe", "null_expert_beta0", "null_expert", "lora_null_beta0", "lora_null"),
 }
 

@@ -20,7 +20,7 @@ from data.atomic import atomic_file
 BASE = "base"
 MIXTURE = "loramoe"
 ARMS = (
-    BASE, "full", "lora", "rslora", "lora_kl", "loramoe_beta0", MIXTURE, "null_expert_beta0", "null_expert",
+    BASE, "full", "lora", "rslora", "lora_kl", "loramoe_beta0", MIXTURE, "loramoe_kl", "null_expert_beta0", "null_expert",
     "lora_null_beta0", "lora_null",
 )  # fmt: skip
 TABLE = "cells.csv"
