@@ -20,8 +20,8 @@ from data.atomic import atomic_file
 BASE = "base"
 MIXTURE = "loramoe"
 ARMS = (
-    BASE, "full", "lora", "rslora", "lora_kl", "loramoe_beta0", MIXTURE, "loramoe_kl", "null_expert_beta0", "null_expert",
-    "lora_null_beta0", "lora_null",
+    BASE, "full", "lora", "rslora", "lora_kl", "loramoe_beta0", MIXTURE, "loramoe_kl", "null_expert_beta0",
+    "null_expert", "lora_null_beta0", "lora_null",
 )  # fmt: skip
 TABLE = "cells.csv"
 IDENTITY = ("cell", "arm", "knowledge_share", "size", "learning_rate", "scaling", "seed")
