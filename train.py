@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         train_data, eval_data, data_sha256 = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args, data_sha256)
-        is_finished = bool(folder.results) and not args.restart
+        is_finished = (folder.path / RESULTS_NAME).is_file() and not args.restart
         probe = None if is_finished else make_probe(tokenizer, skeleton, train_data, config, data_args, args)
     say(args, *adapter_warnings(model_args))
     repository = open_repository(args)

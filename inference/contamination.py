@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import string
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -44,9 +44,9 @@ class Contamination:
     the fact, "As" and not "as", and across prompt and output it counts only if the output has a line with nothing but
     the answer, in either case, or nothing but the subject.
 
-    The rule errs on the side of finding too much. It cannot tell which of several things in a prompt an answer is
-    about: "Are Chad and Peru far apart?" with "Peru is where they speak Spanish and French." reveals, to it, an
-    official language of Chad.
+    The rule errs on the side of finding too much, since other facts can be asked instead. It cannot tell which of
+    several things in a prompt an answer is about: "Is Belgium smaller than Peru?" with "In Haiti people speak French."
+    reveals, to it, an official language of Belgium.
 
     Args:
         facts: to look for.
@@ -54,15 +54,17 @@ class Contamination:
 
     def __init__(self, facts: list[ProbeFact]):
         self._facts = [_Phrases.of(fact) for fact in facts]
-        # The places of facts by one word of their question, and by one of their subject: the rarest in all of these.
+        phrases = [
+            (index, words)
+            for index, fact in enumerate(self._facts)
+            for words in (fact.question_words, fact.subject_words)
+            if words
+        ]
+        counts = Counter(word for _, words in phrases for word in words)
+        # Facts by the rarest word of their question, and by that of their subject.
         self._by_word: defaultdict[str, set[int]] = defaultdict(set)
-        named = [[words for words in (fact.question_words, fact.subject_words) if words] for fact in self._facts]
-        counts: defaultdict[str, int] = defaultdict(int)
-        for word in (word for several in named for words in several for word in words):
-            counts[word] += 1
-        for index, several in enumerate(named):
-            for words in several:
-                self._by_word[min(words, key=lambda word: (counts[word], word))].add(index)
+        for index, words in phrases:
+            self._by_word[min(words, key=lambda word: (counts[word], word))].add(index)
 
     def of(self, prompt: str, output: str) -> set[int]:
         """Indices of the facts that a row reveals.
