@@ -28,6 +28,7 @@ from data import (
 )
 from data.atomic import atomic_files, write_json
 from data.probe import AUTO, NONE, load_probe
+from inference.contamination import revealed_facts
 from inference.knowledge import Probe, encode_probe
 from inference.knowledge_plot import plot_retention, retention_curve
 from inference.routing import routing_lines, routing_summary, training_curves
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         InputError: something about the input is wrong; no weights have been read and nothing has been overwritten then.
     """
     model_args, data_args, args = parse_arguments(argv)
+    folder = RunFolder(args.output_dir)
     with args.main_process_first(desc="checking the input"):
         tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
         skeleton = check_base_model(
@@ -78,9 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         train_data, eval_data, data_sha256 = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args, data_sha256)
-        probe = make_probe(tokenizer, skeleton, train_data, data_args, args)
+        is_finished = (folder.path / RESULTS_NAME).is_file() and not args.restart
+        probe = None if is_finished else make_probe(tokenizer, skeleton, train_data, config, data_args, args)
     say(args, *adapter_warnings(model_args))
-    folder = RunFolder(args.output_dir)
     repository = open_repository(args)
     with folder.held() if args.process_index == 0 else nullcontext():
         with args.main_process_first(local=False, desc="preparing the run's folder"):
@@ -195,21 +197,22 @@ def make_probe(
     tokenizer: PreTrainedTokenizerBase,
     skeleton: nn.Module,
     train_data: Dataset,
+    config: dict,
     data_args: DataArguments,
     args: RunArguments,
 ) -> Probe | None:
-    """The knowledge probe, if one is wanted and the model has room for its facts.
+    """The knowledge probe, if one is wanted and a fact can be asked.
 
     Raises:
         InputError: the file that was named cannot be used.
     """
     if data_args.knowledge_probe == NONE:
         return None
-    facts = load_probe(data_args.knowledge_probe, data_args.probe_facts)
+    facts = load_probe(data_args.knowledge_probe)
+    revealed = revealed_facts(facts, train_data, config["dataset_sha256"])
+    template = resolve_template(data_args.prompt_template, tokenizer)
     try:
-        probe = encode_probe(
-            facts, tokenizer, resolve_template(data_args.prompt_template, tokenizer), skeleton, train_data
-        )
+        probe = encode_probe(facts, tokenizer, template, skeleton, data_args.probe_facts, revealed)
     except InputError as error:
         if data_args.knowledge_probe != AUTO or is_knowledge(args.metric_for_best_model):
             raise

@@ -12,7 +12,7 @@ from data.rows import read_row, refuse_rows, row_problem
 
 AUTO, NONE = "auto", "none"
 
-# Prose on no subject of any probe or task; its own, so that no model has seen it.
+# Prose on no subject of any probe or task, written for this project, so no model was trained on it.
 NEUTRAL_TEXT = """\
 The path to the lake begins behind the old mill. It follows the stream for a while, crosses it on a wooden bridge, \
 and then climbs slowly between the trees. In spring the ground is soft there, and it is better to wear boots. After \
@@ -31,7 +31,7 @@ class ProbeFact(NamedTuple):
     Args:
         question: the conversation before the answer.
         answers: the expected answer and its aliases.
-        subject: the thing asked about, if it is known: training rows with its name in the answer tell the fact, too.
+        subject: the thing asked about, if it is known: rows that name it together with an answer reveal the fact, too.
     """
 
     question: Conversation
@@ -39,22 +39,26 @@ class ProbeFact(NamedTuple):
     subject: str | None = None
 
 
-def load_probe(place: str, count: int | None = None) -> list[ProbeFact]:
-    """The facts of a probe, in a random but fixed order.
+def load_probe(place: str) -> list[ProbeFact]:
+    """All facts of a probe, in the order of their files.
 
     Args:
         place: `auto` for the probe facts of `data/world_facts`; or a file or folder of rows, which may have `aliases`
             and a `subject`.
-        count: take only so many, if there are more.
 
     Raises:
         InputError: a file or a row cannot be used, or there are none.
     """
     if place == AUTO:
-        facts = [_fact(fact_row(fact) | {"subject": fact.subject}) for fact in load_facts("probe")]
-    else:
-        facts = _read(place)
-    return random.Random(0).sample(facts, min(count or len(facts), len(facts)))
+        return [_fact(fact_row(fact) | {"subject": fact.subject}) for fact in load_facts("probe")]
+    return _read(place)
+
+
+def asking_order(total: int, count: int) -> list[int]:
+    """Indices of all facts in a random but fixed order, of which the first `count` are the sample of `load_facts`."""
+    first = random.Random(0).sample(range(total), min(count, total))
+    others = sorted(set(range(total)) - set(first))
+    return first + random.Random(0).sample(others, len(others))
 
 
 def _read(place: str) -> list[ProbeFact]:
@@ -83,5 +87,10 @@ def _fact(row: object) -> ProbeFact:
         raise InputError(f"'subject' is {subject!r}, but has to be a string, or be left out")
     conversation = read_row(row)
     last = conversation.answers[-1]
+    question = conversation.until(last)
     answers = [conversation.messages[last]["content"], *(row.get("aliases") or [])]
-    return ProbeFact(conversation.until(last), answers, subject)
+    if not question.messages[-1]["content"].strip():
+        raise InputError("has an empty question, but a fact of a knowledge probe has to ask something")
+    if not all(answer.strip() for answer in answers):  # any model gives an empty one
+        raise InputError("has an empty answer or alias, but those of a knowledge probe have to be texts")
+    return ProbeFact(question, answers, subject)

@@ -3,21 +3,19 @@
 Shape suffixes: F facts, N positions, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from data import Collator, InputError, encode_question
-from data.probe import NEUTRAL_TEXT, ProbeFact
-from inference.contamination import told_facts
+from data import Collator, InputError, encode_prompt, encode_question
+from data.probe import NEUTRAL_TEXT, ProbeFact, asking_order
 from inference.generation import DecodingArguments, end_tokens, generate_answers, in_batches
 from inference.metrics import normalized
 from peft.ranks import sum_over_ranks
@@ -37,7 +35,9 @@ class Probe:
         prompts: token ids of each question.
         answers: the answers that count for each.
         text: token ids of a neutral text.
-        told: number of facts that are left out, since training rows tell them.
+        total: number of facts to choose from.
+        revealed: number of those that training rows reveal, which are not asked.
+        too_long: number of those that others replace, since the model has no room for question and answer.
         tokenizer: of the model.
         template: prompt template, `plain` or `chat`.
     """
@@ -45,13 +45,17 @@ class Probe:
     prompts: list[list[int]]
     answers: list[list[str]]
     text: list[int]
-    told: int
+    total: int
+    revealed: int
+    too_long: int
     tokenizer: PreTrainedTokenizerBase
     template: str
 
     def summary(self) -> str:
-        told = f", without {self.told} that training rows tell" if self.told else ""
-        return f"{len(self.prompts)} facts{told}"
+        left_out = [f"{self.revealed:,} that training rows reveal"] if self.revealed else []
+        left_out += [f"{self.too_long:,} without room for an answer"] if self.too_long else []
+        not_asked = f"; not asked: {', '.join(left_out)}" if left_out else ""
+        return f"{len(self.prompts):,} of {self.total:,} facts{not_asked}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Knowledge:
 
     Args:
         facts: number of facts asked.
-        told: number of facts that were left out, since training rows tell them.
+        revealed: number of facts that were not asked, since training rows reveal them.
         known: facts that the base model recalls.
         kept: how many of these the model recalls.
         kl_prompts: mean KL divergence of the next token's distribution from the base model's, in nats, after the first
@@ -84,7 +88,7 @@ class Knowledge:
     """
 
     facts: int
-    told: int
+    revealed: int
     known: int
     kept: int
     kl_prompts: float
@@ -105,40 +109,56 @@ class Knowledge:
     def lines(self) -> list[str]:
         """For the terminal, in the manner of a run's summary."""
         share = f" ({self.share * 100:.0f} %)" if self.known else ""
-        told = f", without {self.told} that training rows tell" if self.told else ""
+        not_asked = f"; not asked: {self.revealed:,} that training rows reveal" if self.revealed else ""
         return [
             f"world knowledge       {self.known} of {self.facts} facts known before, {self.kept} of them{share} after"
-            f"{told}",
+            f"{not_asked}",
             f"KL from base model    {self.kl_prompts:.4f} after the questions, {self.kl_text:.4f} in neutral text",
         ]
 
 
 def encode_probe(
-    facts: list[ProbeFact], tokenizer: PreTrainedTokenizerBase, template: str, model: nn.Module, rows: Dataset | None
+    facts: list[ProbeFact],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    model: nn.Module,
+    count: int | None = None,
+    revealed: Set[int] = frozenset(),
 ) -> Probe:
-    """Encode the facts, except those that training rows tell, and those without room for an answer.
+    """Encode the first facts of the `asking_order`, except those that are revealed or have no room for an answer.
+
+    So another number of facts, or other training rows, replace as few of them as possible.
 
     Args:
         template: prompt template, `plain` or `chat`.
-        rows: the encoded training rows; None if they are not known.
+        count: number of facts to ask; None asks all. There may be fewer.
+        revealed: indices of the facts that training rows reveal.
 
     Raises:
         InputError: no fact is left.
     """
-    told = told_facts(facts, rows) if rows is not None else set()
-    room = (most_positions(model) or float("inf")) - LONGEST_ANSWER
-    kept = [fact for index, fact in enumerate(facts) if index not in told]
-    encoded = [(encode_question(tokenizer, template, fact.question), fact.answers) for fact in kept]
-    encoded = [(prompt, answers) for prompt, answers in encoded if len(prompt) <= room]
-    text = tokenizer(NEUTRAL_TEXT, add_special_tokens=False)["input_ids"][: most_positions(model)]
-    if not encoded:
-        others = ", and the model's table of positions has no room for the others" if kept else ""
+    positions = most_positions(model)
+    count = count or len(facts)
+    prompts: list[list[int]] = []
+    answers: list[list[str]] = []
+    too_long = 0
+    for fact in (facts[index] for index in asking_order(len(facts), count) if index not in revealed):
+        prompt = encode_question(tokenizer, template, fact.question)
+        if positions and len(prompt) + LONGEST_ANSWER > positions:
+            too_long += 1
+            continue
+        prompts.append(prompt)
+        answers.append(fact.answers)
+        if len(prompts) == count:
+            break
+    if not prompts:
+        others = f", and the model's table of positions has no room for {too_long}" if too_long else ""
         raise InputError(
-            f"no fact of the knowledge probe is left: training rows tell {len(told)} of {len(facts)}{others}; name "
-            "other facts with --knowledge_probe, or none"
+            f"no fact of the knowledge probe is left: training rows reveal {len(revealed)} of {len(facts)}{others}; "
+            "name other facts with --knowledge_probe, or none"
         )
-    prompts, answers = [prompt for prompt, _ in encoded], [each for _, each in encoded]
-    return Probe(prompts, answers, text, len(told), tokenizer, template)
+    text = encode_prompt(tokenizer, "plain", NEUTRAL_TEXT, "")[:-1][:positions]  # without the end token
+    return Probe(prompts, answers, text, len(facts), len(revealed), too_long, tokenizer, template)
 
 
 def recalled(
@@ -172,7 +192,7 @@ def recalls(answer: str, expected: list[str]) -> bool:
 def refer(model: nn.Module, probe: Probe, batch_size: int = BATCH_SIZE, progress: Callable = iter) -> Reference:
     """The answers of the base model, which `model` is now. A collective, as `recalled` is."""
     prompts_NV, text_NV = (
-        torch.cat(_by_row(model, probe, rows, _kept_on_cpu, batch_size, progress)) for rows in _rows(probe)
+        torch.cat(_by_row(model, probe, rows, _kept_on_cpu, batch_size, progress)) for rows in _compared_rows(probe)
     )
     known = recalled(model, probe, list(range(len(probe.prompts))), batch_size, progress)
     return Reference(known, prompts_NV, text_NV)
@@ -185,14 +205,14 @@ def compare(
     members = [index for index, known in enumerate(reference.known) if known]
     kept = sum(recalled(model, probe, members, batch_size, progress))
     divergences = []
-    for rows, base_NV in zip(_rows(probe), (reference.prompts_NV, reference.text_NV), strict=True):
+    for rows, base_NV in zip(_compared_rows(probe), (reference.prompts_NV, reference.text_NV), strict=True):
         base = base_NV.split([end - start for start, end in (row["spans"] for row in rows)])
         rows = [{**row, "base": each} for row, each in zip(rows, base, strict=True)][_part_of_rank()]
         found = _by_row(model, probe, rows, _divergence, batch_size, progress)
         sums_2 = torch.tensor([sum(found), sum(len(row["base"]) for row in rows)], dtype=torch.float32)
         total, count = sum_over_ranks(sums_2.to(model.device)).tolist()
         divergences.append(total / count)
-    return Knowledge(len(probe.prompts), probe.told, len(members), kept, *divergences)
+    return Knowledge(len(probe.prompts), probe.revealed, len(members), kept, *divergences)
 
 
 def _part_of_rank() -> slice:
@@ -202,7 +222,7 @@ def _part_of_rank() -> slice:
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
-def _rows(probe: Probe) -> tuple[list[dict], list[dict]]:
+def _compared_rows(probe: Probe) -> tuple[list[dict], list[dict]]:
     """Rows whose supervised tokens are predicted at the positions to compare: of the questions, and of the text."""
     end = probe.tokenizer.pad_token_id  # a place for the next token; which one it is has no effect
     prompts = probe.prompts[:COMPARED_PROMPTS]

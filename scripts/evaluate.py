@@ -4,7 +4,7 @@ Run as ``python -m scripts.evaluate --adapter DIR`` from the repository root. do
 and describes the file that is written.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from data import TEMPLATES, DataStatistics, InputError, load_part
 from data.atomic import write_json
 from data.errors import writing
 from data.probe import AUTO, NONE, load_probe
+from inference.contamination import revealed_facts
 from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from inference.generation import DecodingArguments
 from inference.knowledge import Probe, compare, encode_probe, refer
@@ -245,21 +246,23 @@ def probe_arguments(trained: TrainedModel, args: EvaluateArguments) -> ProbeArgu
 def find_probe(
     trained: TrainedModel, inference: InferenceArguments, template: str, asked: ProbeArguments, cache_dir: str
 ) -> Probe:
-    """The probe, without the facts that the run's training rows tell.
+    """The probe, without the facts that the run's training rows reveal.
 
     Raises:
         InputError: the facts or the training rows cannot be used, or the base model is not known.
     """
     _base_of_complete(trained, inference)  # raises before any measurement if it is not known
-    rows, place = None, trained.run_config.get("dataset_dir")
+    facts = load_probe(asked.knowledge_probe)
+    revealed: Set[int] = frozenset()
+    place = trained.run_config.get("dataset_dir")
     if place and Path(place).exists():
         rows, statistics = load_part(place, "training", trained.tokenizer, trained.encoding(), cache_dir)
+        revealed = revealed_facts(facts, rows, statistics.sha256)
         if statistics.sha256 != trained.run_config.get("dataset_sha256"):
             print(f"{place} has changed since the run, which may have left out other facts")
     else:
-        print("the training rows are not known here, so facts that they tell are not left out")
-    facts = load_probe(asked.knowledge_probe, asked.probe_facts)
-    probe = encode_probe(facts, trained.tokenizer, template, trained.model, rows)
+        print("the training rows are not known here, so facts that they reveal are asked, too")
+    probe = encode_probe(facts, trained.tokenizer, template, trained.model, asked.probe_facts, revealed)
     print(f"knowledge probe  {asked.knowledge_probe}: {probe.summary()}", flush=True)
     return probe
 

@@ -429,7 +429,7 @@ def test_knowledge_is_compared_with_the_base_model(run, adapter_dir, model_dir, 
     flags = ("--knowledge", "--knowledge_probe", probe)
     out, report = run(*flags)
     found = report["knowledge"]
-    assert (found["facts"], found["told"], found["known"]) == (3, 0, 1)
+    assert (found["facts"], found["revealed"], found["known"]) == (3, 0, 1)
     assert found["kl_prompts"] > 0 < found["kl_text"]
     assert "the training rows are not known here" in out
     assert "world knowledge       1 of 3 facts known before, " in out
@@ -440,8 +440,8 @@ def test_knowledge_is_compared_with_the_base_model(run, adapter_dir, model_dir, 
     changed = config | {"dataset_dir": str(tmp_path / "training.json")}
     (adapter_dir / "run_config.json").write_text(json.dumps(changed))
     out, report = run(*flags)
-    assert (report["knowledge"]["facts"], report["knowledge"]["told"]) == (2, 1)
-    assert ", without 1 that training rows tell" in out
+    assert (report["knowledge"]["facts"], report["knowledge"]["revealed"]) == (2, 1)
+    assert "; not asked: 1 that training rows reveal" in out
     assert "training.json has changed since the run" in out
 
     (adapter_dir / "run_config.json").write_text(json.dumps(config | {"knowledge_probe": str(probe), "probe_facts": 2}))

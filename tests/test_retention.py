@@ -21,20 +21,20 @@ from training.knowledge import REFERENCE_NAME
 
 QUESTIONS = [f"What is {name}?" for name in ("gold", "iron", "salt", "rain", "hail")]
 BEST = {"metric_for_best_model": "knowledge_kept", "load_best_model_at_end": "true", "save_steps": 2}
-FIGURES = ("facts", "told", "known", "kept", "share", "kl_prompts", "kl_text")
+FIGURES = ("facts", "revealed", "known", "kept", "share", "kl_prompts", "kl_text")
 
 
 @pytest.fixture
 def run(tmp_path, model_dir, monkeypatch) -> Runner:
     """A run with a probe of facts that the base model knows, since they are its own answers, and one that it does not.
 
-    A training row tells one of them.
+    A training row reveals one of them.
     """
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     runner = Runner(tmp_path, model_dir)
     write_probe(tmp_path / "probe.json", InferenceArguments(str(model_dir)))
-    told = {"instruction": QUESTIONS[0], "output": "a metal", "task_type": 0}
-    (tmp_path / "train.json").write_text(json.dumps([*example_rows(11), told]))
+    revealing = {"instruction": QUESTIONS[0], "output": "a metal", "task_type": 0}
+    (tmp_path / "train.json").write_text(json.dumps([*example_rows(11), revealing]))
     runner.flags |= {"knowledge_probe": tmp_path / "probe.json", "eval_strategy": "steps", "eval_steps": 2}
     return runner
 
@@ -68,14 +68,14 @@ def shares(log: list[dict]) -> list[float]:
 
 def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, capsys):
     found = run(learning_rate=0.1)["knowledge"]
-    assert (found["facts"], found["told"], found["known"]) == (5, 1, 4)
+    assert (found["facts"], found["revealed"], found["known"]) == (5, 1, 4)
     assert found["kept"] < 4
     assert found["kl_prompts"] > 0 < found["kl_text"]
     log = run.log()
     assert shares(log)[0] == 1
     assert next(entry["eval_knowledge_kl_text"] for entry in log if "eval_knowledge_kl_text" in entry) == 0
     out = capsys.readouterr().out
-    assert "5 facts, without 1 that training rows tell" in out
+    assert "5 of 6 facts; not asked: 1 that training rows reveal" in out
     last = f"world knowledge       4 of 5 facts known before, {found['kept']} of them ({25 * found['kept']} %) after"
     assert last in out
     assert f"| knowledge_kept | {found['kept']} |" in (run.output / "README.md").read_text()

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerCont
 
 import train
 from data import InputError
+from inference.contamination import Contamination
 from loading import arguments
 from loading.base_model import build_model
 from peft import LoraConfig, LoraExperts, LoraLayer, PeftModel
@@ -140,6 +141,16 @@ def test_a_second_identical_call_repeats_the_results(run, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "this run is finished already" in shown
     assert f"{first['eval_lm_loss_after']:.4f} after training" in shown
+
+
+def test_training_rows_are_searched_for_probe_facts_once(run, monkeypatch):
+    probe = {"knowledge_probe": "auto", "probe_facts": 2}
+    train.main(run.arguments(**probe, prepare_only="true"))
+    monkeypatch.setattr(Contamination, "of", lambda *arguments: pytest.fail("searched again"))
+    first = run(**probe)
+    assert first["knowledge"]["facts"] == 2
+    monkeypatch.setattr(train, "make_probe", lambda *arguments: pytest.fail("of a finished run"))
+    assert run(**probe) == first
 
 
 def test_another_configuration_in_the_same_folder_is_refused(run, no_weights):

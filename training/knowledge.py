@@ -127,7 +127,7 @@ class KnowledgeWatch(TrainerCallback):
             return {}
         if not step and self._starts_as_base:
             known = sum(self._reference.known)
-            self.last = Knowledge(len(self.probe.prompts), self.probe.told, known, known, 0.0, 0.0)
+            self.last = Knowledge(len(self.probe.prompts), self.probe.revealed, known, known, 0.0, 0.0)
         elif self._measured != (step, is_final):
             if not is_needed and self._lacks_time(step, model.device):
                 return {}
