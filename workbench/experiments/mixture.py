@@ -10,8 +10,9 @@ from pathlib import Path
 
 from data import InputError
 from data.facts import QUESTIONS, TASK, fact_row, instruction_facts, load_facts
+from data.probe import AUTO, load_probe
 from data.tasks import MOST_ROWS, TASKS, make_rows
-from inference.metrics import normalized
+from inference.contamination import Contamination
 from scripts.prepare_data import read_rows
 from workbench.experiments.plan import Cell, Experiment
 
@@ -133,18 +134,13 @@ def _files(folder: str) -> dict[str, Path]:
 
 
 def _without_probe_facts(rows: Iterable[dict]) -> list[dict]:
-    """Drop the rows whose question names the subject of a probe fact and whose answer is that of the fact."""
-    subjects = defaultdict(list)
-    for fact in load_facts("probe"):
-        for answer in (fact.answer, *fact.aliases):
-            subjects[normalized(answer)].append(normalized(fact.subject))
-
-    def tells_one(row: dict) -> bool:
-        question = f" {normalized(row['instruction'])} "
-        answers = {normalized(answer) for answer in (row["output"], *row.get("aliases", ()))}
-        return any(f" {subject} " in question for answer in answers for subject in subjects.get(answer, ()))
-
-    return [row for row in rows if not tells_one(row)]
+    """Drop the rows that reveal a probe fact, also by one of their aliases."""
+    contamination = Contamination(load_probe(AUTO))
+    return [
+        row
+        for row in rows
+        if not contamination.of(row["instruction"], "\n".join([row["output"], *row.get("aliases", ())]))
+    ]
 
 
 def _count(file: Path) -> int:
