@@ -12,7 +12,7 @@ from data.facts import load_facts
 from data.probe import load_probe
 from inference import knowledge
 from inference.contamination import told_facts
-from inference.knowledge import compare, encode_probe, refer
+from inference.knowledge import ask_base, compare, encode_probe, recalls
 from peft import LoraConfig, get_peft_model
 
 CAPITALS = {"Kenya": "Nairobi", "Peru": "Lima", "Oman": "Muscat", "Chad": "N'Djamena", "Mali": "Bamako"}
@@ -124,7 +124,7 @@ def test_told_facts_are_left_out_and_counted(probe_file, tmp_path, tokenizer):
 
 def test_known_are_exactly_the_planted_facts(planted):
     model, probe = planted
-    reference = refer(model, probe)
+    reference = ask_base(model, probe)
     assert [index for index, known in enumerate(reference.known) if known] == list(PLANTED)
 
 
@@ -132,13 +132,14 @@ def test_ranks_divide_the_facts(planted, monkeypatch):
     model, probe = planted
     for rank, mine in enumerate([[2, 4], [1]]):
         monkeypatch.setattr(knowledge, "_part_of_rank", lambda rank=rank: slice(rank, None, 2))
-        found = knowledge.recalled(model, probe, list(range(len(probe.prompts))))
+        answers = knowledge.greedy_answers(model, probe, list(range(len(probe.prompts))))
+        found = [recalls(answer, expected) for answer, expected in zip(answers, probe.answers, strict=True)]
         assert [index for index, known in enumerate(found) if known] == mine
 
 
 def test_a_fresh_adapter_keeps_everything(planted):
     model, probe = planted
-    reference = refer(model, probe)
+    reference = ask_base(model, probe)
     found = compare(adapted(model, fill=False), probe, reference)
     assert (found.known, found.kept, found.share) == (3, 3, 1)
     assert found.kl_prompts == found.kl_text == 0
@@ -148,7 +149,7 @@ def test_figures_are_those_of_a_loop_whatever_the_batch(planted):
     base, probe = planted
     model = adapted(base, fill=True)
     with model.disable_adapter():
-        reference = refer(model, probe)
+        reference = ask_base(model, probe)
     found = [compare(model, probe, reference, batch_size) for batch_size in (1, 2, 5)]
     assert found[0].kept < found[0].known
     for each in found:
