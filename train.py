@@ -145,7 +145,7 @@ def run(
         if eval_data is not None:
             results |= evaluate(trainer, config["prompt_template"])
         else:
-            trainer.measure_knowledge()
+            trainer.log_knowledge()
         if trainer.knowledge:
             results["knowledge"] = trainer.knowledge.results()
         finish(trainer, folder, config, results)
@@ -323,15 +323,15 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
             summary = routing_summary(trainer.routing, adapter)
             summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
             write_routing(temporary, summary)
-        if curve := retention_curve(trainer.state.log_history):
-            plot_retention(temporary / "retention.png", curve)
+        if curve := retention_curve(trainer.state.log_history, trainer.best_step):
+            plot_retention(temporary / "retention.png", curve, trainer.best_step)
         data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
         write_model_card(temporary, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)
     if trainer.knowledge:
         trainer.knowledge.file.unlink(missing_ok=True)
     trainer.keep_best_checkpoint()
-    say(trainer.args, *summary_lines(folder.path, results))
+    say(trainer.args, *filter(None, [trainer.least_kept_warning()]), *summary_lines(folder.path, results))
 
 
 def say(args: RunArguments, *lines: str) -> None:

@@ -1,11 +1,12 @@
 """What a model knows: the facts of a probe that it recalls, and how far its predictions are from its base model's.
 
-Shape suffixes: F facts, N positions, V vocabulary.
+Shape suffixes: N positions, C positions of a chunk, V vocabulary.
 """
 
 from collections.abc import Callable, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,13 @@ from inference.metrics import normalized
 from peft.ranks import sum_over_ranks
 from transformers_patch.auto import most_positions
 from transformers_patch.labels import SupervisedTokens
+from transformers_patch.logits import in_chunks
 
 LONGEST_ANSWER = 24  # tokens
 BATCH_SIZE = 32
 COMPARED_PROMPTS = 50  # the first so many: their order is random
+MOST_LISTED = 50
+MOST_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Probe:
     """The encoded facts of a probe, and what it takes to ask them.
 
     Args:
+        questions: the last turn before each answer.
         prompts: token ids of each question.
         answers: the answers that count for each.
         text: token ids of a neutral text.
@@ -42,6 +47,7 @@ class Probe:
         template: prompt template, `plain` or `chat`.
     """
 
+    questions: list[str]
     prompts: list[list[int]]
     answers: list[list[str]]
     text: list[int]
@@ -85,6 +91,8 @@ class Knowledge:
         kl_prompts: mean KL divergence of the next token's distribution from the base model's, in nats, after the first
             `COMPARED_PROMPTS` questions.
         kl_text: likewise at the positions of a neutral text.
+        lost: of the first `MOST_LISTED` facts that are known but not kept, `question`, `expected` and `answer`: an
+            answer that counts, and the first line of the model's.
     """
 
     facts: int
@@ -93,6 +101,7 @@ class Knowledge:
     kept: int
     kl_prompts: float
     kl_text: float
+    lost: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -108,13 +117,20 @@ class Knowledge:
 
     def lines(self) -> list[str]:
         """For the terminal, in the manner of a run's summary."""
-        share = f" ({self.share * 100:.0f} %)" if self.known else ""
+        share = f" ({100 * self.kept // self.known} %)" if self.known else ""  # below 100 unless all are kept
         not_asked = f"; not asked: {self.revealed:,} that training rows reveal" if self.revealed else ""
         return [
             f"world knowledge       {self.known} of {self.facts} facts known before, {self.kept} of them{share} after"
             f"{not_asked}",
             f"KL from base model    {self.kl_prompts:.4f} after the questions, {self.kl_text:.4f} in neutral text",
+            *["forgotten, for example:"] * bool(self.lost),
+            *map(_shown, self.lost[:MOST_SHOWN]),
         ]
+
+
+def _shown(lost: dict[str, str]) -> str:
+    question, expected, answer = (shorten(lost[name], 70) for name in ("question", "expected", "answer"))
+    return f"  {question}  {expected}; now: {answer or '(nothing)'}"
 
 
 def encode_probe(
@@ -139,8 +155,8 @@ def encode_probe(
     """
     positions = most_positions(model)
     count = count or len(facts)
+    asked: list[ProbeFact] = []
     prompts: list[list[int]] = []
-    answers: list[list[str]] = []
     too_long = 0
     for fact in (facts[index] for index in asking_order(len(facts), count) if index not in revealed):
         prompt = encode_question(tokenizer, template, fact.question)
@@ -148,7 +164,7 @@ def encode_probe(
             too_long += 1
             continue
         prompts.append(prompt)
-        answers.append(fact.answers)
+        asked.append(fact)
         if len(prompts) == count:
             break
     if not prompts:
@@ -158,15 +174,17 @@ def encode_probe(
             "name other facts with --knowledge_probe, or none"
         )
     text = encode_prompt(tokenizer, "plain", NEUTRAL_TEXT, "")[:-1][:positions]  # without the end token
-    return Probe(prompts, answers, text, len(facts), len(revealed), too_long, tokenizer, template)
+    questions = [fact.question.messages[-1]["content"] for fact in asked]
+    answers = [fact.answers for fact in asked]
+    return Probe(questions, prompts, answers, text, len(facts), len(revealed), too_long, tokenizer, template)
 
 
-def recalled(
+def greedy_answers(
     model: nn.Module, probe: Probe, members: list[int], batch_size: int = BATCH_SIZE, progress: Callable = iter
-) -> list[bool]:
-    """For some facts, whether `recalls` finds an accepted answer in the model's greedy one.
+) -> list[str]:
+    """The first line of the model's answer to each of some facts.
 
-    A collective: the ranks divide the facts among them, and all get all results.
+    A collective: the ranks divide the facts among them, and all get all answers.
     """
     decoding = DecodingArguments(max_new_tokens=LONGEST_ANSWER)
     tokenizer = probe.tokenizer
@@ -175,35 +193,42 @@ def recalled(
     prompts = [probe.prompts[index] for index in members[part]]
     answer = partial(generate_answers, model, settings=settings)
     tokens = in_batches(answer, prompts, list(map(len, prompts)), batch_size, progress)
-    texts = [tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
-    found_F = torch.zeros(len(members), device=model.device)
-    found_F[part] = torch.tensor(
-        [float(recalls(text, probe.answers[index])) for text, index in zip(texts, members[part], strict=True)]
-    )
-    return (sum_over_ranks(found_F) > 0).tolist()
+    texts = [""] * len(members)
+    texts[part] = [_first_line(tokenizer.decode(each, skip_special_tokens=True)) for each in tokens]
+    if dist.is_initialized():
+        by_rank = [texts] * dist.get_world_size()
+        dist.all_gather_object(by_rank, texts)
+        texts = [max(each) for each in zip(*by_rank, strict=True)]  # empty from the ranks that did not ask
+    return texts
 
 
 def recalls(answer: str, expected: list[str]) -> bool:
     """True if the first line of an answer, perhaps a sentence, contains an expected answer as separate words."""
-    first_line = normalized(answer.strip().partition("\n")[0])
-    return any(f" {normalized(each)} " in f" {first_line} " for each in expected)
+    found = normalized(_first_line(answer))
+    return any(f" {normalized(each)} " in f" {found} " for each in expected)
 
 
-def refer(model: nn.Module, probe: Probe, batch_size: int = BATCH_SIZE, progress: Callable = iter) -> Reference:
-    """The answers of the base model, which `model` is now. A collective, as `recalled` is."""
+def ask_base(model: nn.Module, probe: Probe, batch_size: int = BATCH_SIZE, progress: Callable = iter) -> Reference:
+    """The answers of the base model, which `model` is now. A collective, as `greedy_answers` is."""
     prompts_NV, text_NV = (
-        torch.cat(_by_row(model, probe, rows, _kept_on_cpu, batch_size, progress)) for rows in _compared_rows(probe)
+        torch.cat(_by_row(model, probe, rows, _log_probs, batch_size, progress)) for rows in _compared_rows(probe)
     )
-    known = recalled(model, probe, list(range(len(probe.prompts))), batch_size, progress)
+    answers = greedy_answers(model, probe, list(range(len(probe.prompts))), batch_size, progress)
+    known = [recalls(answer, expected) for answer, expected in zip(answers, probe.answers, strict=True)]
     return Reference(known, prompts_NV, text_NV)
 
 
 def compare(
     model: nn.Module, probe: Probe, reference: Reference, batch_size: int = BATCH_SIZE, progress: Callable = iter
 ) -> Knowledge:
-    """Measure a model against its base model. A collective, as `recalled` is."""
+    """Measure a model against its base model. A collective, as `greedy_answers` is."""
     members = [index for index, known in enumerate(reference.known) if known]
-    kept = sum(recalled(model, probe, members, batch_size, progress))
+    answers = greedy_answers(model, probe, members, batch_size, progress)
+    lost = [
+        {"question": probe.questions[index], "expected": probe.answers[index][0], "answer": answer}
+        for index, answer in zip(members, answers, strict=True)
+        if not recalls(answer, probe.answers[index])
+    ]
     divergences = []
     for rows, base_NV in zip(_compared_rows(probe), (reference.prompts_NV, reference.text_NV), strict=True):
         base = base_NV.split([end - start for start, end in (row["spans"] for row in rows)])
@@ -212,7 +237,13 @@ def compare(
         sums_2 = torch.tensor([sum(found), sum(len(row["base"]) for row in rows)], dtype=torch.float32)
         total, count = sum_over_ranks(sums_2.to(model.device)).tolist()
         divergences.append(total / count)
-    return Knowledge(len(probe.prompts), probe.revealed, len(members), kept, *divergences)
+    kl_prompts, kl_text = divergences
+    kept = len(members) - len(lost)
+    return Knowledge(len(probe.prompts), probe.revealed, len(members), kept, kl_prompts, kl_text, lost[:MOST_LISTED])
+
+
+def _first_line(answer: str) -> str:
+    return answer.strip().partition("\n")[0].strip()
 
 
 def _part_of_rank() -> slice:
@@ -233,7 +264,7 @@ def _compared_rows(probe: Probe) -> tuple[list[dict], list[dict]]:
 def _by_row(
     model: nn.Module, probe: Probe, rows: list[dict], finish: Callable, batch_size: int, progress: Callable
 ) -> list:
-    """For each row, `finish` of the row and of the log-probabilities (N, V) at its positions."""
+    """For each row, `finish` of the row and of the logits (N, V) at its positions."""
     collate = Collator(probe.tokenizer.pad_token_id)
 
     def of_batch(members: list[dict]) -> list:
@@ -244,15 +275,21 @@ def _by_row(
             logits_1NV = model(**inputs).logits
         counts = [row["spans"][1] - row["spans"][0] for row in members]
         parts = logits_1NV[0].split(counts)
-        return [finish(row, F.log_softmax(part.float(), dim=-1)) for row, part in zip(members, parts, strict=True)]
+        return [finish(row, part) for row, part in zip(members, parts, strict=True)]
 
     return in_batches(of_batch, rows, [len(row["input_ids"]) for row in rows], batch_size, progress)
 
 
-def _kept_on_cpu(row: dict, log_probs_NV: Tensor) -> Tensor:
-    return log_probs_NV.cpu()
+def _log_probs(row: dict, logits_NV: Tensor) -> Tensor:
+    return torch.cat([F.log_softmax(logits_CV, dim=-1).cpu() for (logits_CV,) in in_chunks(logits_NV[None])])
 
 
-def _divergence(row: dict, log_probs_NV: Tensor) -> float:
+def _divergence(row: dict, logits_NV: Tensor) -> float:
     """KL(base || model), summed over the positions: 0 exactly if both are the same."""
-    return F.kl_div(log_probs_NV, row["base"].to(log_probs_NV), reduction="sum", log_target=True).item()
+    total = 0.0
+    for logits_CV, base_CV in in_chunks(logits_NV[None], row["base"]):
+        base_CV = base_CV.to(logits_CV)
+        terms_CV = base_CV.exp() * (base_CV - F.log_softmax(logits_CV, dim=-1))
+        # A token that the base model excludes adds nothing, whatever its logit is now.
+        total += torch.where(base_CV.isneginf(), 0, terms_CV).sum().item()
+    return total

@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from data import ORDERS, TEMPLATES, InputError
 from data.probe import AUTO, NONE
 from loading.command_line import FlagParser, a_seed, at_least, flag, listed, obstacle, one_of, range_problems, refuse
-from loading.optimization import optimizer_problems, schedule_problems
+from loading.optimization import EVALUATED, optimizer_problems, schedule_problems
 from peft import LoraConfig, TaskType
 
 # The flag for each field of LoraConfig.
@@ -95,7 +95,7 @@ UNSUPPORTED = (
     ("dataloader_in_order", (True,), "--dataloader_in_order false would make the order of the rows random"),
     ("length_column_name", ("length",), "--length_column_name: the length of a row is its number of tokens"),
     ("greater_is_better", (None, False),
-     f"--greater_is_better: lower is better for every measurement but {KEPT}, where it need not be said"),
+     f"--greater_is_better: lower is better for every measurement but {KEPT}, which sets this itself"),
     ("metric_for_best_model", (None, *BEST_BY, *(f"eval_{name}" for name in BEST_BY)),
      f"--metric_for_best_model has to be one of {', '.join(BEST_BY)}"),
     ("debug", (None, "", ["underflow_overflow"]), "--debug supports only underflow_overflow"),
@@ -246,7 +246,7 @@ class ProbeArguments:
     knowledge_probe: str = flag(
         AUTO, "facts: auto (of data/world_facts), none, or a file or folder of rows, which may have aliases"
     )
-    probe_facts: int = flag(200, "number of facts; of more, a fixed random sample is taken")
+    probe_facts: int = flag(200, "number of facts; if there are more, a fixed random sample")
 
     def problems(self) -> list[str]:
         problems = range_problems(self, [at_least(1, "probe_facts")])
@@ -438,6 +438,11 @@ def _evaluation_problems(flags: argparse.Namespace) -> list[str]:
     by_knowledge = [f"metric_for_best_model {flags.metric_for_best_model}"] * is_knowledge(flags.metric_for_best_model)
     if flags.knowledge_probe == NONE:
         problems += [f"--{name} needs a --knowledge_probe" for name in by_knowledge]
+    if flags.greater_is_better is False and (flags.metric_for_best_model or "").endswith(KEPT):
+        problems.append(f"--greater_is_better false contradicts --{by_knowledge[0]}, of which more is better")
+    if flags.lr_scheduler_type in EVALUATED:
+        kind = flags.lr_scheduler_type
+        problems += [f"--lr_scheduler_type {kind} follows a loss, so it excludes --{name}" for name in by_knowledge]
     if flags.eval_strategy == "no":
         asked = ["load_best_model_at_end"] if flags.load_best_model_at_end else []
         asked += ["save_strategy best"] if flags.save_strategy == "best" else []

@@ -25,7 +25,7 @@ OPTIMIZERS = {
     ),
 }
 WITHOUT_SETTINGS = ("constant", "constant_with_warmup")
-# Schedules that depend on the evaluation loss.
+# Schedules that follow a loss of the evaluations.
 EVALUATED = ("reduce_lr_on_plateau", "greedy")
 LEAST_RATES = {"reduce_lr_on_plateau": 0, "greedy": 1e-3}  # lower bound if min_lr is not given
 STEPS = 1_000_000
@@ -67,7 +67,7 @@ def schedule_problems(flags: argparse.Namespace) -> list[str]:
     if name in EVALUATED and flags.eval_strategy == "no":
         return [f"--lr_scheduler_type {name} needs an --eval_strategy"]
     if name in EVALUATED and settings.get("mode", "min") != "min":
-        return ["--lr_scheduler_kwargs: mode has to be min, since lower is better for every measurement here"]
+        return ["--lr_scheduler_kwargs: mode has to be min, since a schedule follows a loss, of which less is better"]
     try:
         if name in EVALUATED and settings.get("min_lr", LEAST_RATES[name]) > flags.learning_rate:
             return [f"--lr_scheduler_kwargs: {name} needs a min_lr below --learning_rate {flags.learning_rate}"]

@@ -21,7 +21,7 @@ from data.probe import AUTO, NONE, load_probe
 from inference.contamination import revealed_facts
 from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from inference.generation import DecodingArguments
-from inference.knowledge import Probe, compare, encode_probe, refer
+from inference.knowledge import Probe, ask_base, compare, encode_probe
 from inference.metrics import PACKAGE_OF
 from inference.trained import InferenceArguments, TrainedModel, load_trained
 from loading.arguments import DataArguments, ProbeArguments
@@ -80,7 +80,9 @@ class EvaluateArguments:
         None, "facts: auto (of data/world_facts), or a file or folder of rows; by default the run's, or auto"
     )
     probe_facts: int | None = flag(
-        None, f"number of facts; by default the run's, or {ProbeArguments.probe_facts}; of more, a fixed random sample"
+        None,
+        f"number of facts; by default the run's, or {ProbeArguments.probe_facts}; if there are more, a fixed random "
+        "sample",
     )
     limit: int | None = flag(None, "use only this many rows of each file and task")
     seed: int = flag(0, "seed of the bootstrap and of the harness")
@@ -272,10 +274,10 @@ def evaluate_knowledge(trained: TrainedModel, inference: InferenceArguments, pro
     bar = partial(tqdm, desc="knowledge", unit="batch")
     batch_size = 4 * inference.batch_size  # questions and answers are short
     if base := _base_of_complete(trained, inference):
-        reference = refer(load_trained(replace(inference, adapter=base)).model, probe, batch_size, bar)
+        reference = ask_base(load_trained(replace(inference, adapter=base)).model, probe, batch_size, bar)
     else:
         with trained.as_base():
-            reference = refer(trained.model, probe, batch_size, bar)
+            reference = ask_base(trained.model, probe, batch_size, bar)
     found = compare(trained.model, probe, reference, batch_size, bar)
     print(*found.lines(), sep="\n")
     return found.to_dict()

@@ -119,6 +119,8 @@ MIXTURES = {
     "shared_A": ({"lora_shared_A": True}, {}),
     "one_expert": ({"lora_nums": 1}, {}),
     "null_expert": ({"lora_null_expert": True}, {}),
+    "null_expert_top-k": ({"lora_null_expert": True, "lora_top_k": 2}, {}),
+    "null_expert_shared_A": ({"lora_null_expert": True, "lora_shared_A": True}, {}),
     "rslora": ({"lora_rslora": True, "r": 4}, {}),
     "one_and_null_expert": ({"lora_nums": 1, "lora_null_expert": True}, {}),
     "some_layers": ({"layers_to_transform": [1]}, {}),

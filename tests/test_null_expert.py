@@ -48,14 +48,18 @@ def test_what_cannot_be_is_named(settings, message):
         LoraConfig(**{"lora_null_expert": True} | settings)
 
 
-@pytest.mark.parametrize(("settings", "groups"), GROUPS[:3])
+BALANCED = [*GROUPS[:4], *((settings | {"lora_top_k": 3}, groups) for settings, groups in (GROUPS[0], GROUPS[3]))]
+
+
+@pytest.mark.parametrize(("settings", "groups"), BALANCED)
 def test_the_balance_term_and_the_loss_reach_it_like_any_expert(settings, groups):
-    model, batch = filled_model(lora_null_expert=True, **settings).train(), make_batch()
+    model, types = filled_model(lora_null_expert=True, **settings).train(), [len(groups) - 1, 1, 0]
+    batch = make_batch() | {"task_types": torch.tensor(types)}
     with RoutingRecorder(model) as recorder:
         output = model(**batch)
     weights = list(recorder.weights.values())
     torch.testing.assert_close(torch.stack(weights).sum(dim=-1), torch.ones(len(MLP), *batch["input_ids"].shape))
-    expected = balance_loop(weights, [9, 6, 4], [0, 1, 0], groups, delta=0.1)
+    expected = balance_loop(weights, [9, 6, 4], types, groups, delta=0.1)
     torch.testing.assert_close(output.balance_loss, expected, rtol=1e-5, atol=1e-6)
     for part in ("lm_loss", "balance_loss"):
         routers = {name: each for name, each in gradients(model, batch, part).items() if name.endswith("router.weight")}

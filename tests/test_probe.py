@@ -14,7 +14,7 @@ from data.facts import load_facts, statement
 from data.probe import NEUTRAL_TEXT, ProbeFact, asking_order, load_probe
 from inference import contamination, knowledge
 from inference.contamination import Contamination, revealed_facts
-from inference.knowledge import compare, encode_probe, refer
+from inference.knowledge import ask_base, compare, encode_probe, recalls
 from peft import LoraConfig, get_peft_model
 
 CAPITALS = {"Kenya": "Nairobi", "Peru": "Lima", "Oman": "Muscat", "Chad": "N'Djamena", "Mali": "Bamako"}
@@ -250,7 +250,7 @@ def test_the_neutral_text_is_read_as_the_model_reads_text(probe_file, tokenizer,
 
 def test_known_are_exactly_the_planted_facts(planted):
     model, probe = planted
-    reference = refer(model, probe)
+    reference = ask_base(model, probe)
     assert [index for index, known in enumerate(reference.known) if known] == list(PLANTED)
 
 
@@ -258,13 +258,14 @@ def test_ranks_divide_the_facts(planted, monkeypatch):
     model, probe = planted
     for rank, mine in enumerate([[2, 4], [1]]):
         monkeypatch.setattr(knowledge, "_part_of_rank", lambda rank=rank: slice(rank, None, 2))
-        found = knowledge.recalled(model, probe, list(range(len(probe.prompts))))
+        answers = knowledge.greedy_answers(model, probe, list(range(len(probe.prompts))))
+        found = [recalls(answer, expected) for answer, expected in zip(answers, probe.answers, strict=True)]
         assert [index for index, known in enumerate(found) if known] == mine
 
 
 def test_a_fresh_adapter_keeps_everything(planted):
     model, probe = planted
-    reference = refer(model, probe)
+    reference = ask_base(model, probe)
     found = compare(adapted(model, fill=False), probe, reference)
     assert (found.known, found.kept, found.share) == (3, 3, 1)
     assert found.kl_prompts == found.kl_text == 0
@@ -276,7 +277,7 @@ def test_figures_are_those_of_a_loop_whatever_batch_and_padding(planted, monkeyp
     monkeypatch.setattr(probe.tokenizer, "padding_side", side)
     model = adapted(base, fill=True)
     with model.disable_adapter():
-        reference = refer(model, probe)
+        reference = ask_base(model, probe)
     found = [compare(model, probe, reference, batch_size) for batch_size in (1, 2, 5)]
     assert found[0].kept < found[0].known
     for each in found:

@@ -1,27 +1,35 @@
 """A run watches which of the facts that the base model knows are kept."""
 
 import json
+import math
 import re
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, deepspeed_file, example_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import launch
 from test_train import Runner, interrupt_after, same_adapter
 
 import train
 from data import InputError, encode_prompt
 from inference.generation import DecodingArguments, generate_answers
+from inference.knowledge import Knowledge, _divergence, _log_probs
 from inference.knowledge_plot import retention_curve
 from inference.trained import InferenceArguments, load_trained
 from scripts import evaluate
 from training import knowledge
 from training.knowledge import REFERENCE_NAME
+from transformers_patch import logits
 
 QUESTIONS = [f"What is {name}?" for name in ("gold", "iron", "salt", "rain", "hail")]
 BEST = {"metric_for_best_model": "knowledge_kept", "load_best_model_at_end": "true", "save_steps": 2}
 FIGURES = ("facts", "revealed", "known", "kept", "share", "kl_prompts", "kl_text")
+# At these rates, a run loses some facts, not all.
+RATES = {"loramoe": 0.002, "full": 0.0001}
+GENTLE_SGD = {"loramoe": 0.3, "full": 0.01}
 
 
 @pytest.fixture
@@ -54,12 +62,20 @@ def write_probe(file: Path, base: InferenceArguments) -> None:
 
 
 def evaluated(run, *flags) -> dict:
-    """The figures of `scripts.evaluate --knowledge` on the run's folder."""
+    """What `scripts.evaluate --knowledge` finds in the run's folder."""
     output, cache = run.folder / "evaluation.json", run.flags["data_cache_dir"]
     command = ("--adapter", run.output, "--knowledge", "--output", output, "--data_cache_dir", cache)
     evaluate.main([*map(str, command), *flags])
-    found = json.loads(output.read_text())["knowledge"]
-    return {name: found[name] for name in FIGURES}
+    return json.loads(output.read_text())["knowledge"]
+
+
+def agree(found: dict, expected: dict, **tolerance) -> bool:
+    """True if the figures and the lost facts, of which some are known and some kept, are the same."""
+    assert 0 < expected["kept"] < expected["known"] == 4
+    assert len(expected["lost"]) == expected["known"] - expected["kept"]
+    figures = [{name: each[name] for name in FIGURES} for each in (found, expected)]
+    questions = [[fact["question"] for fact in each["lost"]] for each in (found, expected)]
+    return figures[0] == pytest.approx(figures[1], **tolerance) and questions[0] == questions[1]
 
 
 def shares(log: list[dict]) -> list[float]:
@@ -67,45 +83,45 @@ def shares(log: list[dict]) -> list[float]:
 
 
 def test_a_run_says_what_it_kept_as_the_evaluation_of_its_folder_does(run, capsys):
-    found = run(learning_rate=0.1)["knowledge"]
+    found = run(learning_rate=RATES["loramoe"])["knowledge"]
     assert (found["facts"], found["revealed"], found["known"]) == (5, 1, 4)
-    assert found["kept"] < 4
     assert found["kl_prompts"] > 0 < found["kl_text"]
     log = run.log()
-    assert shares(log)[0] == 1
+    assert shares(log)[0] == 1 > shares(log)[1] > found["share"] == shares(log)[-1]
     assert next(entry["eval_knowledge_kl_text"] for entry in log if "eval_knowledge_kl_text" in entry) == 0
     out = capsys.readouterr().out
     assert "5 of 6 facts; not asked: 1 that training rows reveal" in out
     last = f"world knowledge       4 of 5 facts known before, {found['kept']} of them ({25 * found['kept']} %) after"
+    (example, *_) = found["lost"]
     assert last in out
-    assert f"| knowledge_kept | {found['kept']} |" in (run.output / "README.md").read_text()
-    assert "retention.png" in (run.output / "README.md").read_text()
+    assert f"forgotten, for example:\n  {example['question']}  " in out
+    card = (run.output / "README.md").read_text()
+    assert f"| facts known | 4 |\n| facts kept | {found['kept']} |" in card
+    assert "retention.png" in card
     curve = retention_curve(log)
     assert [step for step, *_ in curve] == [0, 2, 4, 6]
     assert curve[0][2:] == (1, 0)
     assert curve[-1][2] == found["share"]
     assert not (run.output / REFERENCE_NAME).exists()
 
-    train.main(run.arguments(learning_rate=0.1))
+    train.main(run.arguments(learning_rate=RATES["loramoe"]))
     assert last in capsys.readouterr().out
-    assert evaluated(run) == pytest.approx({name: found[name] for name in FIGURES}, rel=1e-5)
+    assert agree(evaluated(run), found, rel=1e-5)
 
 
 def test_a_complete_model_is_compared_with_the_one_that_it_was(run):
-    found = run(tuning="full", learning_rate=0.1)["knowledge"]
+    found = run(tuning="full", learning_rate=RATES["full"])["knowledge"]
     assert found["kl_text"] > 0
-    assert evaluated(run) == pytest.approx({name: found[name] for name in FIGURES}, rel=1e-5)
+    assert agree(evaluated(run), found, rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_model_is_asked_as_it_is(run, quantisable_dir, bits):
     write_probe(run.folder / "probe.json", InferenceArguments(str(quantisable_dir), load_in_kbits=bits))
-    found = run(model_name_or_path=quantisable_dir, load_in_kbits=bits, learning_rate=0.1)["knowledge"]
-    assert found["known"] == 4
+    found = run(model_name_or_path=quantisable_dir, load_in_kbits=bits, learning_rate=0.0002)["knowledge"]
     assert shares(run.log())[0] == 1
     assert found["kl_prompts"] > 0 < found["kl_text"]
-    expected = {name: found[name] for name in FIGURES}
-    assert evaluated(run, "--load_in_kbits", str(bits)) == pytest.approx(expected, rel=1e-3)
+    assert agree(evaluated(run, "--load_in_kbits", str(bits)), found, rel=1e-3)
 
 
 @pytest.mark.parametrize("tuning", ["loramoe", "full"])
@@ -125,24 +141,24 @@ def test_training_goes_on_as_if_nothing_had_been_asked(run, tmp_path, tuning):
 
 @pytest.mark.parametrize("tuning", ["loramoe", "full"])
 def test_a_resumed_run_compares_with_what_the_base_model_knew(run, tmp_path, tuning):
-    settings = {"tuning": tuning, "learning_rate": 0.05}
+    settings = {"tuning": tuning, "learning_rate": RATES[tuning]}
     whole = run(**settings, output_dir=tmp_path / "whole")["knowledge"]
     interrupt_after(3, run, **settings)
     assert (run.output / REFERENCE_NAME).is_file()
     resumed = run(**settings)["knowledge"]
-    assert {name: resumed[name] for name in FIGURES} == {name: whole[name] for name in FIGURES}
+    assert agree(resumed, whole, rel=0, abs=0)
+    assert resumed["lost"] == whole["lost"]
 
 
 @pytest.mark.parametrize(("tuning", "file"), [("loramoe", None), ("loramoe", "zero3.json"), ("full", "zero3.json")])
 def test_several_processes_find_what_one_finds(run, tmp_path, tuning, file):
-    settings = {"tuning": tuning, "lora_dropout": 0, "learning_rate": 3, "optim": "sgd"}
+    settings = {"tuning": tuning, "lora_dropout": 0, "learning_rate": GENTLE_SGD[tuning], "optim": "sgd"}
     alone = run(**settings, output_dir=tmp_path / "alone")["knowledge"]
     sharding = {"deepspeed": deepspeed_file(tmp_path, file)} if file else {}
     flags = run.arguments(**settings, **sharding, per_device_train_batch_size=2)
     launch(2, [str(ROOT / "train.py"), *flags])
     together = json.loads((run.output / "all_results.json").read_text())["knowledge"]
-    expected = {name: alone[name] for name in FIGURES}
-    assert {name: together[name] for name in FIGURES} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert agree(together, alone, rel=1e-3, abs=1e-6)
 
 
 def damage(file: Path) -> None:
@@ -160,11 +176,11 @@ def test_a_resumed_run_of_all_weights_without_the_answers_says_so(run, capsys, h
 
 
 def test_a_resumed_run_with_damaged_answers_asks_again(run, tmp_path, capsys):
-    whole = run(learning_rate=0.05, output_dir=tmp_path / "whole")["knowledge"]
-    interrupt_after(3, run, learning_rate=0.05)
+    settings = {"learning_rate": RATES["loramoe"]}
+    whole = run(**settings, output_dir=tmp_path / "whole")["knowledge"]
+    interrupt_after(3, run, **settings)
     damage(run.output / REFERENCE_NAME)
-    resumed = run(learning_rate=0.05)["knowledge"]
-    assert {name: resumed[name] for name in FIGURES} == {name: whole[name] for name in FIGURES}
+    assert agree(run(**settings)["knowledge"], whole, rel=0, abs=0)
     assert "knowledge.safetensors is damaged" in capsys.readouterr().out
 
 
@@ -185,40 +201,94 @@ def test_evaluations_that_ask_too_long_ask_nothing(run, monkeypatch, capsys, bes
     assert "% of the run's time" in said
 
 
-def test_a_lost_third_is_said_once(run, capsys):
-    run(learning_rate=0.1)
+WARNING = "warning: of 4 facts that the base model knows, "
+
+
+@pytest.mark.parametrize(("tuning", "last"), [("loramoe", "a smaller --lora_rank"), ("full", "--tuning loramoe")])
+def test_a_lost_third_is_said_once(run, monkeypatch, capsys, tuning, last):
+    monkeypatch.setattr(knowledge, "WARN_FROM", 4)
+    run(tuning=tuning, learning_rate=0.1)
     out = capsys.readouterr().out
-    assert out.count("warning: of 4 facts that the base model knows, ") == 1
-    assert "task type 1, questions about other facts" in out
+    assert out.count(WARNING) == 1
+    assert re.search(f"{WARNING}. are left at step 2. .*task type 1, questions about other facts.*; {last}", out)
 
 
-def test_a_run_without_evaluation_rows_measures_at_its_end(run):
-    found = run(validation_file=None, eval_strategy=None, eval_steps=None)["knowledge"]
+def test_of_few_facts_a_lost_third_is_not_said(run, capsys):
+    assert run(learning_rate=0.1)["knowledge"]["kept"] == 0
+    assert WARNING not in capsys.readouterr().out
+
+
+def test_what_an_adapter_had_lost_before_does_not_hide_what_it_loses(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(knowledge, "WARN_FROM", 4)
+    run(learning_rate=0.1)
+    capsys.readouterr()
+    run(learning_rate=0.1, peft_path=run.output, output_dir=tmp_path / "on")
+    out = capsys.readouterr().out
+    assert out.count(WARNING) == out.count(f"{WARNING}0 are left at step 2") == 1
+
+
+def test_a_run_without_evaluation_rows_measures_logs_and_warns_at_its_end(run, monkeypatch, capsys):
+    monkeypatch.setattr(knowledge, "WARN_FROM", 4)
+    found = run(learning_rate=0.1, validation_file=None, eval_strategy=None, eval_steps=None)["knowledge"]
     assert found["known"] == 4
+    assert capsys.readouterr().out.count(f"{WARNING}0 are left at step 6") == 1
+    assert shares(run.log()) == [found["share"]]
+    events = EventAccumulator(str(run.output / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("eval/knowledge_kept")] == [(6, found["share"])]
 
 
-def test_the_best_model_can_be_the_one_that_knows_most(run):
-    run(learning_rate=0.1, **BEST)
+def test_the_best_model_can_be_the_one_that_knows_most(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "plot_retention", lambda path, *what: drawn.append(what))
+    run(learning_rate=RATES["loramoe"], **BEST)
     log = run.log()
     state = json.loads((run.output / "trainer_state.json").read_text())
-    assert state["best_metric"] == max(shares(log)[1:-1])
-    assert shares(log)[-1] == state["best_metric"]
+    asked = shares(log)[1:-1]
+    assert state["best_metric"] == max(asked) == shares(log)[-1] > min(asked)
+    ((curve, saved),) = drawn
+    assert saved == state["best_global_step"] == 2
+    assert [(step, kept) for step, _, kept, _ in curve] == list(zip([0, 2, 4, 6], [1, *asked], strict=True))
+    *_, final = (entry["eval_lm_loss"] for entry in log if "eval_lm_loss" in entry)
+    assert {step: loss for step, loss, *_ in curve}[2] == pytest.approx(final, rel=1e-6)
 
 
-@pytest.mark.parametrize("least_kept", [0, 1])
-def test_the_best_model_can_be_the_best_of_those_that_know_enough(run, least_kept):
+@pytest.mark.parametrize("least_kept", [0, 0.5, 1])
+def test_the_best_model_can_be_the_best_of_those_that_know_enough(run, capsys, least_kept):
     best = {"metric_for_best_model": "loss_if_kept", "load_best_model_at_end": "true", "save_steps": 2}
-    run(learning_rate=0.1, least_kept=least_kept, **best)
+    run(learning_rate=RATES["loramoe"], least_kept=least_kept, **best)
     state = json.loads((run.output / "trainer_state.json").read_text())
     chosen = int(state["best_model_checkpoint"].rpartition("-")[2])
     curve = retention_curve(run.log()[:-1])[1:]
-    assert (
-        chosen
-        in {
-            0: [min((loss, step) for step, loss, *_ in curve)[1]],
-            1: [step for step, _, kept, _ in curve if kept == max(each[2] for each in curve)],
-        }[least_kept]
-    )
+    most = max(kept for *_, kept, _ in curve)
+    enough = [(loss, step) for step, loss, kept, _ in curve if kept >= least_kept]
+    assert chosen == (min(enough)[1] if enough else next(step for step, _, kept, _ in curve if kept == most))
+    out = capsys.readouterr().out
+    said = f"no evaluated model keeps --least_kept 1.0 of the known facts; the most is {most}, at step {chosen}. Lower"
+    assert out.count("no evaluated model") == out.count(said) == (least_kept == 1)
+    # Neither loss nor knowledge alone chooses this one.
+    assert least_kept != 0.5 or chosen not in (curve[-1][0], curve[0][0])
+
+
+def test_shares_are_rounded_down():
+    assert "399 of them (99 %) after" in Knowledge(400, 0, 400, 399, 0.0, 0.0).lines()[0]
+    assert "400 of them (100 %) after" in Knowledge(400, 0, 400, 400, 0.0, 0.0).lines()[0]
+
+
+def test_divergence_is_that_of_a_loop_whatever_the_chunks_and_excluded_tokens(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    base_NV, now_NV = torch.randn(2, 7, 12, generator=generator)
+    base_NV[:, 3] = now_NV[:, 3] = -torch.inf
+    base_NV[2, 5] = -torch.inf
+    expected = 0.0
+    for base_V, now_V in zip(base_NV.double().softmax(-1), now_NV.double().softmax(-1), strict=True):
+        expected += sum(p * math.log(p / q) for p, q in zip(base_V.tolist(), now_V.tolist(), strict=True) if p)
+    for chunk in (12, 30, 1000):
+        monkeypatch.setattr(logits, "CHUNK", chunk)
+        row = {"base": _log_probs({}, base_NV)}
+        torch.testing.assert_close(row["base"], base_NV.log_softmax(-1))
+        assert _divergence(row, now_NV) == pytest.approx(expected, rel=1e-5)
+        assert _divergence(row, base_NV) == 0
 
 
 @pytest.mark.parametrize("best", [{}, BEST])

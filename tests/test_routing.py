@@ -113,12 +113,25 @@ def test_the_null_expert_is_named_and_counts_but_alone_cannot_collapse(arguments
     assert (values["group_share_type_1"], values["routing_cv"]) == (0, 2)
     message = watch.collapse(arguments, COLLAPSE_STEPS)
     assert (message is not None) == collapsed
-    assert not collapsed or f"collapsed: {expected[1]}, the group of task type 1, have had" in message
+    assert not collapsed or "collapsed: experts 1-2, the group of task type 1, have had" in message
     for _ in range(COLLAPSE_STEPS):
         watch.watch(torch.tensor([[[0.0, 0.0, 0.0, 1.0]]]), torch.tensor([0]), torch.ones(1))
         watch.on_step_end(None, None, None)
     message = watch.collapse(arguments, COLLAPSE_STEPS)  # once in a run
     assert collapsed or f"collapsed: {expected[0]}, the group of task type 0, have had" in message
+
+
+@pytest.mark.parametrize(("trained", "collapsed"), [(0.0, True), (0.03, False)])
+def test_a_null_expert_does_not_keep_the_trained_ones_of_its_group_alive(arguments, trained, collapsed):
+    watch = RoutingWatch(2, [3, 4], null_expert=6)
+    shares = torch.tensor([0.1, 0.1, 0.1, 0.0, 0.0, trained, 0.7 - trained])
+    for _ in range(COLLAPSE_STEPS):
+        watch.watch(shares[None, None], torch.tensor([1]), torch.ones(1))
+        watch.on_step_end(None, None, None)
+    assert watch.scalars(arguments)["group_share_type_1"] == pytest.approx(0.7)
+    message = watch.collapse(arguments, COLLAPSE_STEPS)
+    assert (message is not None) == collapsed
+    assert not collapsed or "collapsed: experts 3-5, the group of task type 1, have had" in message
 
 
 @pytest.mark.parametrize(("experts", "labels"), [(6, [*"012345", "null"]), (20, [*map(str, range(0, 20, 2)), "null"])])

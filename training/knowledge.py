@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from data import InputError, first_line
 from data.atomic import atomic_file
 from inference.generation import drop_proposed_settings
-from inference.knowledge import Knowledge, Probe, Reference, compare, refer
+from inference.knowledge import Knowledge, Probe, Reference, ask_base, compare
 from loading.arguments import is_knowledge
 from peft import PeftModel
 from peft.ranks import sum_over_ranks
@@ -25,20 +25,16 @@ from training.random_state import kept_random_state
 from transformers_patch.auto import base_of
 
 REFERENCE_NAME = "knowledge.safetensors"
-LEAST_SHARE = 2 / 3
+WARN_BELOW = 2 / 3
+WARN_FROM = 10  # known facts; of fewer, a third can be lost by chance
 # Asking may take a twentieth of a run's time, and in a short run as long as in one of an hour.
 TIME_SHARE = 0.05
 LEAST_SECONDS = TIME_SHARE * 3600
-REMEDIES = {
-    "loramoe": (
-        "examples of task type 1, questions about other facts, as a fifth of the training rows; a third of the "
-        "--learning_rate; a sixth of --lora_alpha; a smaller --lora_rank"
-    ),
-    "full": (
-        "examples of task type 1, questions about other facts, as a fifth of the training rows; a third of the "
-        "--learning_rate; --tuning loramoe"
-    ),
-}
+ADVICE = (
+    "What helped in our measurements (docs/RESULTS.md), the most effective first: examples of task type 1, questions "
+    "about other facts, as a fifth of the training rows; a third of the --learning_rate; "
+)
+REMEDIES = {"loramoe": "a sixth of --lora_alpha; a smaller --lora_rank", "full": "--tuning loramoe"}
 
 
 class KnowledgeWatch(TrainerCallback):
@@ -108,8 +104,10 @@ class KnowledgeWatch(TrainerCallback):
             print(f"warning: {problem}: {consequence}")
         if is_lost:
             return
-        with kept_random_state(args.device), self._asking(model), _as_base(model):
-            self._reference = refer(model, self.probe)
+        # A complete model is the base model before the first step.
+        as_base = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+        with kept_random_state(args.device), self._asking(model), as_base:
+            self._reference = ask_base(model, self.probe)
         self._base_seconds = self.seconds
         self._latest_seconds *= sum(self._reference.known) / len(self._reference.known)  # only these are asked later
         if self._is_main:
@@ -148,14 +146,24 @@ class KnowledgeWatch(TrainerCallback):
         time_share = self.seconds / (time.monotonic() - self._start)
         return {**self.last.to_dict(), "seconds": round(self.seconds, 1), "time_share": round(time_share, 3)}
 
-    def warning(self, step: int) -> str | None:
-        """A warning if a third of the known facts is lost."""
-        if self.last is None or self.last.share > LEAST_SHARE:
+    def warning(self, step: int, log_history: list[dict]) -> str | None:
+        """A warning, once in a run, if a third of the known facts is lost and there are enough to tell.
+
+        Step 0 does not count: there, only an adapter that training continues can have lost any.
+        """
+        if not step or self.last is None or self.last.known < WARN_FROM or self.last.share > WARN_BELOW:
+            return None
+        if any(entry["step"] and entry.get("eval_knowledge_kept", 1) <= WARN_BELOW for entry in log_history):
             return None
         return (
             f"warning: of {self.last.known} facts that the base model knows, {self.last.kept} are left at step {step}. "
-            "What helped in our measurements (docs/RESULTS.md), the most effective first: " + REMEDIES[self._tuning]
+            f"{self.advice}"
         )
+
+    @property
+    def advice(self) -> str:
+        """What to do about forgetting."""
+        return ADVICE + REMEDIES[self._tuning]
 
     def _lacks_time(self, step: int, device: torch.device) -> bool:
         """Tell, alike on all ranks, if asking now and again at the end takes too long. The first time, print it."""
@@ -216,13 +224,3 @@ class KnowledgeWatch(TrainerCallback):
         }
         with writing(self.file.parent, self.file.name), atomic_file(self.file) as temporary:
             save_file(tensors, temporary, metadata={"probe": self._fingerprint})
-
-
-@contextmanager
-def _as_base(model: nn.Module) -> Iterator[None]:
-    """The base model of an adapted model; a complete one is its own before the first step."""
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    with model.disable_adapter():
-        yield

@@ -49,7 +49,7 @@ CARD_ADAPTER_SETTINGS = (
 )  # fmt: skip
 CARD_METRICS = (
     "train_samples", "train_runtime", "eval_lm_loss_before", "eval_lm_loss_after", "eval_perplexity_after",
-    "knowledge_facts", "knowledge_known", "knowledge_kept", "knowledge_share", "knowledge_kl_prompts",
+    "knowledge_facts", "facts known", "facts kept", "knowledge_share", "knowledge_kl_prompts",
     "knowledge_kl_text",
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ def summary_lines(folder: Path, results: dict) -> list[str]:
     if knowledge := results.get("knowledge"):
         lines += Knowledge.from_dict(knowledge).lines()
         seconds, share = knowledge["seconds"], knowledge["time_share"]
-        lines.append(f"time for asking       {seconds:.0f} s, {share * 100:.0f} % of the run's time")
+        lines.append(f"time spent on probe   {seconds:.0f} s, {share * 100:.0f} % of the run's time")
     if results.get("routing_table"):
         lines += ["mean routing share of each expert group on the held-out examples:", *results["routing_table"]]
     for number, (prompt, expected, generated) in enumerate(results.get("samples", []), start=1):
@@ -115,6 +115,9 @@ def write_model_card(folder: Path, config: dict, results: dict, data: dict[str, 
     title, description = CARD_KINDS[kind]
     base = config["model_name_or_path"]
     measured = results | {f"knowledge_{name}": value for name, value in results.get("knowledge", {}).items()}
+    if knowledge := results.get("knowledge"):
+        # Counts; `knowledge_kept` is a share in flags and logs.
+        measured |= {"facts known": knowledge["known"], "facts kept": knowledge["kept"]}
     settings = [*CARD_SETTINGS, *(CARD_ADAPTER_SETTINGS if kind != "full" else ())]
     text = [
         "---",

@@ -22,8 +22,8 @@ class RoutingWatch(TrainerCallback):
     Args:
         num_task_types: number of task types K.
         group_sizes: experts in the group of each; unless there are K groups, none is watched.
-        null_expert: number of the null expert, if there is one. It learns nothing, so alone it cannot die out: far from
-            its task type, a strong constraint asks for less weight than a warning is due for.
+        null_expert: number of the null expert, if there is one. It learns nothing, so it cannot die out (far from its
+            task type, a strong constraint asks for less weight than a warning is due for), nor keep a group alive.
     """
 
     # From the first micro-batch on, which tells shapes and device.
@@ -36,7 +36,8 @@ class RoutingWatch(TrainerCallback):
     def __init__(self, num_task_types: int, group_sizes: list[int], null_expert: int | None = None):
         self.num_task_types, self.null_expert = num_task_types, null_expert
         self._groups = group_spans(group_sizes) if len(group_sizes) == num_task_types else []
-        self._learning = [group for group in self._groups if group.start != null_expert]
+        end = sum(group_sizes) if null_expert is None else null_expert
+        self._learning = [slice(group.start, min(group.stop, end)) for group in self._groups if group.start < end]
         self._started = False
         self._warned = False
 
@@ -103,7 +104,7 @@ class RoutingWatch(TrainerCallback):
             return None
         self._warned = True
         return (
-            f"warning: the routing has collapsed: {span_text(self._learning[group], self.null_expert)}, the group of "
+            f"warning: the routing has collapsed: {span_text(self._learning[group])}, the group of "
             f"task type {group}, have had less than {COLLAPSE_SHARE:.0%} of the weight in each of the last "
             f"{int(steps_K[group])} steps (now step {step}). They hardly learn any more: give the balance term more "
             "weight (--blc_weight), or lower --learning_rate"

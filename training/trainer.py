@@ -24,7 +24,7 @@ from loading.arguments import LOSS_IF_KEPT, is_knowledge, parse_steps
 from loading.run_files import STATE_NAME
 from peft import LoraConfig, PeftModel
 from training.checkpoint import TEMPORARY_NAME, put_in_place, writing
-from training.knowledge import LEAST_SHARE, KnowledgeWatch
+from training.knowledge import KnowledgeWatch
 from training.profiling import StepProfiler
 from training.random_state import kept_random_state
 from training.replay import count_replayed, divergence
@@ -229,6 +229,29 @@ class LoRAMoETrainer(Trainer):
             is_needed=not self.is_in_train or is_knowledge(self.args.metric_for_best_model),
         )
 
+    def log_knowledge(self) -> None:
+        """A log line of what the model still knows, for a run without evaluation rows. A collective."""
+        if measured := self.measure_knowledge():
+            self.log({f"eval_{name}": value for name, value in measured.items()})
+
+    def least_kept_warning(self) -> str | None:
+        """A warning if the best model was to keep `least_kept` of what it knew, and none does."""
+        state, wanted = self.state, self.args.least_kept
+        is_wanted = (self.args.metric_for_best_model or "").endswith(LOSS_IF_KEPT)
+        if not (self.knowledge and is_wanted and state.best_global_step) or state.best_metric < PENALTY:
+            return None
+        kept = wanted + 1 - state.best_metric / PENALTY
+        return (
+            f"warning: no evaluated model keeps --least_kept {wanted} of the known facts; the most is {kept:.3g}, at "
+            f"step {state.best_global_step}. Lower --least_kept, or train more gently. {self.knowledge.advice}"
+        )
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, if its model replaces the last one after training."""
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        return int(Path(best).name.removeprefix("checkpoint-")) if best else None
+
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
         """As Trainer's, which counts the supervised tokens of the step; here the replayed ones, too."""
         batches, supervised_tokens = super().get_batch_samples(*args, **kwargs)
@@ -280,14 +303,11 @@ class LoRAMoETrainer(Trainer):
             warning = self.routing_watch.collapse(self.args, self.state.global_step)
             if warning and self.is_world_process_zero():
                 print(warning, flush=True)
-        if self.knowledge and "eval_knowledge_kept" in logs and not self._has_warned_of_loss():
-            warning = self.knowledge.warning(self.state.global_step)
+        if self.knowledge and "eval_knowledge_kept" in logs:
+            warning = self.knowledge.warning(self.state.global_step, self.state.log_history)
             if warning and self.is_world_process_zero():
                 print(warning, flush=True)
         super().log(logs, start_time)
-
-    def _has_warned_of_loss(self) -> bool:
-        return any(entry.get("eval_knowledge_kept", 1) <= LEAST_SHARE for entry in self.state.log_history)
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
         """Per sample: summed negative log-likelihood, number of supervised tokens, and routing shares.
