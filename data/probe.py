@@ -1,6 +1,7 @@
 """The knowledge probe: closed-book questions with all answers that count, and a text to compare models on."""
 
 import random
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,10 @@ told me that a person with a book is left alone.
 """
 
 
+# What `fact_row` of data/facts.py writes around a question.
+WRAPPER = re.compile(r"^\s*question:|\banswer:\s*$", re.IGNORECASE)
+
+
 class ProbeFact(NamedTuple):
     """One question of the probe.
 
@@ -37,6 +42,11 @@ class ProbeFact(NamedTuple):
     question: Conversation
     answers: list[str]
     subject: str | None = None
+
+    @property
+    def bare_question(self) -> str:
+        """The last turn before the answer, without the words "Question:" and "Answer:" around it."""
+        return WRAPPER.sub("", self.question.messages[-1]["content"]).strip()
 
 
 def load_probe(place: str) -> list[ProbeFact]:

@@ -19,8 +19,6 @@ from inference.metrics import normalized
 
 RULE_VERSION = 1  # part of the names of cached results: raise it when `Contamination` finds others
 ROWS_AT_ONCE = 1000
-# What `fact_row` of data/facts.py writes around a question.
-WRAPPER = re.compile(r"^\s*question:|\banswer:\s*$", re.IGNORECASE)
 # Not after initials and "St.".
 SENTENCE_END = re.compile(r"""(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bSt\.)["')\]]*\s+|\n""")
 POSSESSIVE = re.compile(r"['’]s\b")
@@ -131,7 +129,7 @@ class _Phrases(NamedTuple):
 
     @classmethod
     def of(cls, fact: ProbeFact) -> "_Phrases":
-        question = _plain(WRAPPER.sub("", fact.question.messages[-1]["content"]))
+        question = _plain(fact.bare_question)
         subject = _plain(fact.subject or "")
         answers = [_Answer(answer.strip(), _plain(answer)) for answer in fact.answers]
         return cls(question, subject, answers, _words(question), _words(subject), [_words(each[1]) for each in answers])

@@ -36,7 +36,7 @@ class Probe:
     """The encoded facts of a probe, and what it takes to ask them.
 
     Args:
-        questions: the last turn before each answer.
+        questions: as `ProbeFact.bare_question`.
         prompts: token ids of each question.
         answers: the answers that count for each.
         text: token ids of a neutral text.
@@ -117,7 +117,8 @@ class Knowledge:
 
     def lines(self) -> list[str]:
         """For the terminal, in the manner of a run's summary."""
-        share = f" ({100 * self.kept // self.known} %)" if self.known else ""  # below 100 unless all are kept
+        most = 100 if self.kept == self.known else 99  # which rounding must not hide
+        share = f" ({min(round(100 * self.share), most)} %)" if self.known else ""
         not_asked = f"; not asked: {self.revealed:,} that training rows reveal" if self.revealed else ""
         return [
             f"world knowledge       {self.known} of {self.facts} facts known before, {self.kept} of them{share} after"
@@ -174,7 +175,7 @@ def encode_probe(
             "name other facts with --knowledge_probe, or none"
         )
     text = encode_prompt(tokenizer, "plain", NEUTRAL_TEXT, "")[:-1][:positions]  # without the end token
-    questions = [fact.question.messages[-1]["content"] for fact in asked]
+    questions = [fact.bare_question for fact in asked]
     answers = [fact.answers for fact in asked]
     return Probe(questions, prompts, answers, text, len(facts), len(revealed), too_long, tokenizer, template)
 

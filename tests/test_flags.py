@@ -168,10 +168,12 @@ REFUSED = [
     ({"lr_scheduler_kwargs": '{"x": 1}', "lr_scheduler_type": "constant"}, "_type constant does not read any"),
     ({"lr_scheduler_kwargs": '{"mode": "max"}', "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
      "mode has to be min"),
-    *[({"lr_scheduler_type": name, "eval_strategy": "epoch", "metric_for_best_model": metric},
+    *[({"lr_scheduler_type": name, "eval_strategy": "epoch", "metric_for_best_model": metric,
+        "knowledge_probe": "auto"},
        f"--lr_scheduler_type {name} follows a loss, so it excludes --metric_for_best_model {metric}")
       for name in EVALUATED for metric in ("knowledge_kept", "eval_loss_if_kept")],
-    *[({"greater_is_better": "false", "eval_strategy": "epoch", "metric_for_best_model": metric},
+    *[({"greater_is_better": "false", "eval_strategy": "epoch", "metric_for_best_model": metric,
+        "knowledge_probe": "auto"},
        f"--greater_is_better false contradicts --metric_for_best_model {metric}, of which more is better")
       for metric in ("knowledge_kept", "eval_knowledge_kept")],
 ]  # fmt: skip
