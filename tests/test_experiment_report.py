@@ -25,8 +25,7 @@ LOSS_RANGE, MARGIN = (1, 4), 0.1
 def cell(arm: str, share: float, rate: float, seed: int, /, **changes) -> dict:
     """A run that learns more and keeps less with the higher rate, and keeps 0.01 more with each seed."""
     kept = {0.001: 0.9, 0.003: 0.5}[rate] + 0.01 * seed - 0.1 * ARMS.index(arm)
-    routed = {"experts_by_task": {"coreference": [0.1, 0.4, 0.2, 0.3]}, "type_distance": 0.2}
-    routed["group_shares"] = [[0.55, 0.45], [0.45, 0.55 + 0.01 * seed]]
+    routed = {"group_shares": [[0.55, 0.45], [0.45, 0.55 + 0.01 * seed]], "type_distance": 0.2}
     scaling = None if arm == "full" else 8
     return {
         "cell": f"{arm}-{share}-{rate}-{scaling}-{seed}",
@@ -208,9 +207,9 @@ LORA = cell("lora", 0.0, 0.001, 1)
         ),
         (LORA | {"lm_eval": []}, r"lm_eval is \[\]: Input should be a valid dictionary"),
         (LORA | {"lm_eval": {"rte": 0.5}}, "lm_eval.rte is 0.5: Input should be a valid dictionary"),
-        (LORA | {"routing": {"group_shares": []}}, "the field routing.experts_by_task is missing"),
+        (LORA | {"routing": {"group_shares": [[0.5, 0.5]] * 2}}, "the field routing.type_distance is missing"),
         (
-            LORA | {"routing": {"experts_by_task": {}, "group_shares": [[1.0]], "type_distance": 0.0}},
+            LORA | {"routing": {"group_shares": [[1.0]], "type_distance": 0.0}},
             r"group_shares.0 is \[1.0\]: List should have at least 2 items",
         ),
         (LORA | {"arm": "base"}, "relations, guessed or guessed_tasks is missing"),

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
@@ -78,7 +79,7 @@ def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path)
     record |= {field: getattr(cell, field) for field in (*IDENTITY[1:], "is_variant")}
     record |= (_measure_base if cell.arm == BASE else _measure_run)(experiment, cell, folder)
     shutil.rmtree(folder)
-    return record | {"seconds": round(time.monotonic() - start, 1)}
+    return _rounded(record | {"seconds": round(time.monotonic() - start, 1)})
 
 
 def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
@@ -223,16 +224,14 @@ def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
 
 
 def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:
-    """Mean expert weights by task, group weights by task type, and the distance of the types; None without a router."""
+    """Group weights by task type, and the distance of the types; None without a router."""
     model = trained.model
     if not isinstance(model, PeftModel) or model.active_peft_config.routed_experts == 1:
         return None
     facts = rows.facts.select(range(min(ROUTED_FACTS, len(rows.facts))))
     found = route(trained, concatenate_datasets([rows.tasks, facts]), batch_size)
-    by_task = {task: shares_LE.mean(axis=0).tolist() for task, shares_LE in found.by_task().items()}
     by_type = group_shares(found, model.active_peft_config.group_sizes)
     return {
-        "experts_by_task": by_task,
         "group_shares": [by_type[kind].tolist() for kind in sorted(by_type)],
         "type_distance": type_distance(found),
     }
@@ -256,6 +255,15 @@ def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:
     manager = find_tasks(experiment.lm_eval)
     lm = TemplateLM(trained, trained.template(), experiment.batch_size)
     return {"lm_eval": run_tasks(lm, experiment.lm_eval, manager, num_fewshot=None, limit=None, seed=0)}
+
+
+def _rounded(value: Any) -> Any:
+    """A JSON value whose numbers have as many digits as mean something, which keeps the table small."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _mean(values: Iterable[float]) -> float | None:

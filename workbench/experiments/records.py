@@ -37,11 +37,10 @@ Pair = Annotated[list, Field(min_length=2, max_length=2)]
 
 
 class Routing(BaseModel):
-    """Expert weights by task, and by task type those of the two groups."""
+    """By task type the weights of the groups, and the distance of the types."""
 
     model_config = ConfigDict(strict=True)
 
-    experts_by_task: dict[str, list[float]]
     group_shares: Annotated[list[Pair], Field(min_length=2, max_length=2)]
     type_distance: float
 
