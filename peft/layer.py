@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from .config import LoraConfig
 from .dropout import dropout_mask
-from .functions import gated_sum, input_products
+from .functions import gated, gated_sum, input_products
 from .fused import fused_linear, fused_shape
 from .linear import linear_size
 from .products import makes_new_tensors
 from .router import Router
+from .streams import beside_what_follows
 
 
 class LoraExperts(nn.Module):
@@ -60,8 +61,13 @@ class LoraExperts(nn.Module):
             return None if self.router is None or logits_BTE is None else self.router.softmax(logits_BTE)
 
         E = self.num_experts  # the weight of a null expert comes after theirs
-        weights_BTE = routed(x_BTI, None) if self.router is None else self.router(x_BTI, routed)[..., :E]
-        return gated_sum(base_layer(x_BTI), hidden, weights_BTE, self.lora_B, scale, owned)
+        with beside_what_follows(x_BTI) as wait:
+            weights_BTE = routed(x_BTI, None) if self.router is None else self.router(x_BTI, routed)[..., :E]
+            if not torch.is_grad_enabled():
+                hidden, weights_BTE = gated(hidden, weights_BTE, self.lora_B), None
+        output_BTO = base_layer(x_BTI)
+        wait()
+        return gated_sum(output_BTO, hidden, weights_BTE, self.lora_B, scale, owned)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
