@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 @contextmanager
-def beside_what_follows(x: Tensor) -> Iterator[Callable[[], None]]:
-    """A context whose kernels run at the same time as those launched after it, until the function it gives is called.
+def beside_what_follows(x: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A context whose kernels run at the same time as those launched after it. It gives a function, which joins both:
+    what is launched after its call waits for all of them. It returns its argument, the output of the kernels beside.
 
     Only in a CUDA graph, as in decoding: there a kernel waits for those it depends on alone, while kernels launched one
     by one are limited by the host, for which changing streams is more work.
@@ -19,17 +20,18 @@ def beside_what_follows(x: Tensor) -> Iterator[Callable[[], None]]:
         x: what the kernels inside read.
     """
     if torch.is_grad_enabled() or not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        yield _nothing
+        yield lambda output: output
         return
     main, second = torch.cuda.current_stream(x.device), _second_stream(x.device)
     second.wait_stream(main)
     with torch.cuda.stream(second):
         # Memory freed on one stream is used again by the other only after it has waited, here or in the next call.
-        yield partial(main.wait_stream, second)
+        yield partial(_joined, main, second)
 
 
-def _nothing() -> None:
-    pass
+def _joined(main: torch.cuda.Stream, second: torch.cuda.Stream, output: Tensor) -> Tensor:
+    main.wait_stream(second)
+    return output
 
 
 @cache
