@@ -22,7 +22,7 @@ from inference.metrics import normalized
 from peft.ranks import sum_over_ranks
 from transformers_patch.auto import most_positions
 from transformers_patch.labels import SupervisedTokens
-from transformers_patch.logits import in_chunks
+from transformers_patch.logits import in_chunks, kl_divergence
 
 LONGEST_ANSWER = 24  # tokens
 BATCH_SIZE = 32
@@ -286,11 +286,8 @@ def _log_probs(row: dict, logits_NV: Tensor) -> Tensor:
 
 
 def _divergence(row: dict, logits_NV: Tensor) -> float:
-    """KL(base || model), summed over the positions: 0 exactly if both are the same."""
+    """KL(base || model), summed over the positions."""
     total = 0.0
     for logits_CV, base_CV in in_chunks(logits_NV[None], row["base"]):
-        base_CV = base_CV.to(logits_CV)
-        terms_CV = base_CV.exp() * (base_CV - F.log_softmax(logits_CV, dim=-1))
-        # A token that the base model excludes adds nothing, whatever its logit is now.
-        total += torch.where(base_CV.isneginf(), 0, terms_CV).sum().item()
+        total += kl_divergence(base_CV.to(logits_CV), F.log_softmax(logits_CV, dim=-1)).item()
     return total

@@ -39,7 +39,7 @@ def gated_sum(
     """output + scale * (repeat(w, R) * hidden) B^T: hidden (T, E*R), w (T, E) or None for 1, B (O, E*R)."""
     if torch.is_grad_enabled():
         return _GatedSum.apply(output_TO, hidden, weights_TE, lora_B, scale, owned)
-    return add_product(own(output_TO, owned), _gated(hidden, weights_TE, lora_B), lora_B.T, scale)
+    return add_product(own(output_TO, owned), gated(hidden, weights_TE, lora_B), lora_B.T, scale)
 
 
 class _InputProducts(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _GatedSum(torch.autograd.Function):
         total_TO = own(output_TO, owned and not output_TO._is_view())
         if total_TO is output_TO:
             ctx.mark_dirty(output_TO)
-        return add_product(total_TO, _gated(hidden, weights_TE, lora_B), lora_B.T, scale)
+        return add_product(total_TO, gated(hidden, weights_TE, lora_B), lora_B.T, scale)
 
     @staticmethod
     def backward(ctx, gradient_TO):
@@ -95,7 +95,7 @@ class _GatedSum(torch.autograd.Function):
         hidden_gradient = gated_gradient = gated_gradient.view(*hidden.shape[:-1], lora_B.shape[1])
         weights_gradient_TE = B_gradient = None
         if ctx.needs_input_grad[3]:
-            B_gradient = scaled_product(rows_TO.T, as_rows(_gated(hidden, weights_TE, lora_B)), ctx.scale)
+            B_gradient = scaled_product(rows_TO.T, as_rows(gated(hidden, weights_TE, lora_B)), ctx.scale)
         if weights_TE is not None:
             hidden_TER = _per_expert(hidden, weights_TE, lora_B)
             gated_gradient_TER = _per_expert(gated_gradient, weights_TE, lora_B)
@@ -112,7 +112,7 @@ def _by_input(router_EI: Tensor | None, lora_A: Tensor, mask_TI: Tensor | None):
     return [([router_EI, lora_A], None)] if mask_TI is None else [([router_EI], None), ([lora_A], mask_TI)]
 
 
-def _gated(hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor) -> Tensor:
+def gated(hidden: Tensor, weights_TE: Tensor | None, lora_B: Tensor) -> Tensor:
     """repeat(w, R) * hidden: the R features of each expert times its weight."""
     if weights_TE is None:
         return hidden

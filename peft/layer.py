@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from .config import LoraConfig
 from .dropout import dropout_mask
-from .functions import gated_sum, input_products
+from .functions import gated, gated_sum, input_products
 from .fused import fused_linear, fused_shape
 from .linear import linear_size
 from .products import makes_new_tensors
 from .router import Router
+from .streams import beside_what_follows
 
 
 class LoraExperts(nn.Module):
@@ -28,7 +29,6 @@ class LoraExperts(nn.Module):
     and one dropout mask is shared by them. With `lora_shared_A`, A is (R, I) and all experts use the same features.
     With one expert there is nothing to route: no router exists and this is plain LoRA. `lora_null_expert` adds a last
     weight to w, which nothing multiplies: the router then also serves a single expert. `lora_rslora`: alpha / sqrt(r).
-
     A and router start kaiming-uniform, B at zero, so a fresh adapter changes nothing.
     """
 
@@ -60,8 +60,11 @@ class LoraExperts(nn.Module):
             return None if self.router is None or logits_BTE is None else self.router.softmax(logits_BTE)
 
         E = self.num_experts  # the weight of a null expert comes after theirs
-        weights_BTE = routed(x_BTI, None) if self.router is None else self.router(x_BTI, routed)[..., :E]
-        return gated_sum(base_layer(x_BTI), hidden, weights_BTE, self.lora_B, scale, owned)
+        with beside_what_follows(x_BTI) as joined:
+            weights_BTE = routed(x_BTI, None) if self.router is None else self.router(x_BTI, routed)[..., :E]
+            if not torch.is_grad_enabled():
+                hidden, weights_BTE = gated(hidden, weights_BTE, self.lora_B), None
+        return gated_sum(joined(base_layer(x_BTI)), hidden, weights_BTE, self.lora_B, scale, owned)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
@@ -71,11 +74,8 @@ class LoraLayer(nn.Module):
     """Wraps a Linear and adds the experts of the active adapter to its output: o = W0 x + delta(x).
 
     It takes and returns plain tensors, so it can replace the Linear anywhere, quantised Linears included.
-    `base_layer` is called as a module and its weight is never touched: ZeRO-3 gathers a module's own parameters
-    when that module is called, and packed weights have no meaningful shape.
-
-    Args:
-        base_layer: any module of which `linear_size` knows the features and that maps (..., I) to (..., O).
+    `base_layer`, which maps (..., I) to (..., O), is called as a module and its weight is never touched: ZeRO-3 gathers
+    a module's own parameters when that module is called, and packed weights have no meaningful shape.
     """
 
     active_adapter: str | None = None

@@ -75,7 +75,8 @@ def test_the_figures_say_which_limit_was_reached():
     recomputed = STEP | {"checkpointing": True, "step_seconds": 0.4}
     wide, thin = STEP | {"rank": 8}, STEP | {"experts": 64, "rank": 1, "step_seconds": 0.3}
     rows = [STEP, peft, out_of_memory, recomputed, recomputed | {"variant": "loop", "step_seconds": 1.4}, wide, thin]
-    decode = {"section": "decode", "variant": "loramoe", "batch": 1, "tokens_per_second": 20.0, "speed_ratio": 0.97}
+    decode = {"section": "decode", "variant": "loramoe", "batch": 1, "prompt_tokens": 128, "new_tokens": 64}
+    decode |= {"tokens_per_second": 20.0, "speed_ratio": 0.97}
     plan = {"batch": 4, "length": 1024, "checkpointing": False, "peak": 42 * 2**30, "flops": 1e14}
     device = {"gpu": "NVIDIA H100 80GB HBM3", "gpu_bytes": 8e10, "driver": "driver 580", "date": "2026-11-27"}
     device |= {"packages": {}, "versions": {"python": "3.12"}, "machine": "a machine", "commit": "1234567"}

@@ -13,6 +13,7 @@ from test_train import Runner, interrupt_after, same_adapter
 from data import Collator, InputError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from training.replay import count_replayed, divergence
+from transformers_patch.logits import kl_divergence
 
 WEIGHT = 4.0
 LAYOUTS = [Layout(8, 8, 1), Layout(8, 2, 4), Layout(8, 4, 2, checkpointing=True), Layout(7, 4, 4), Layout(8, 8, 1)]
@@ -141,3 +142,14 @@ def test_contradictions_are_refused(run, tmp_path, monkeypatch, flags, message):
     (tmp_path / "others.json").write_text(json.dumps(example_rows(12)[::2]))
     with pytest.raises(InputError, match=message):
         run(**{"kl_weight": 1} | flags)
+
+
+def test_tokens_that_the_base_model_excludes_add_nothing():
+    base_NV = torch.log_softmax(torch.tensor([[1.0, 2.0, -torch.inf]]), dim=-1)
+    logits_NV = torch.tensor([[2.0, 1.0, 0.5]], requires_grad=True)
+    found = kl_divergence(base_NV, torch.log_softmax(logits_NV, dim=-1))
+    found.backward()
+    expected = sum(p.exp() * (p - q) for p, q in zip(base_NV[0, :2], torch.log_softmax(logits_NV[0], -1), strict=False))
+    assert found.item() == pytest.approx(expected.item())
+    assert logits_NV.grad.isfinite().all()
+    assert kl_divergence(base_NV, base_NV).item() == 0

@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from data import IGNORED_LABEL
 from peft import PeftModel
 from transformers_patch.labels import SupervisedTokens
+from transformers_patch.logits import kl_divergence
 
 REPLAYED = 1  # the task type of world knowledge
 
@@ -44,4 +45,4 @@ def divergence(model: PeftModel, batch: dict) -> Tensor:
         with torch.no_grad(), model.eval().disable_adapter():
             base_NV = log_probs()
     model.train()
-    return F.kl_div(ours_NV, base_NV, reduction="sum", log_target=True)
+    return kl_divergence(base_NV, ours_NV)

@@ -106,6 +106,19 @@ def put_off(head: nn.Linear) -> Iterator[None]:
         del head.__dict__["forward"]
 
 
+def kl_divergence(base_NV: Tensor, model_NV: Tensor) -> Tensor:
+    """KL(base || model) in nats, summed over N positions; exactly 0 if both are the same.
+
+    A token that the base model excludes (a logit of minus infinity) adds nothing, whatever its logit is now.
+
+    Args:
+        base_NV: log-probabilities.
+        model_NV: likewise; it gets the gradient.
+    """
+    terms_NV = base_NV.exp() * (base_NV - model_NV)
+    return torch.where(base_NV.isneginf(), 0, terms_NV).sum()
+
+
 def in_chunks(logits_1NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The logits of successive rows in float32, (C, V), and the parts of other tensors for the same rows."""
     vocabulary = logits_1NV.shape[-1]

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, set_seed
 
 from data import InputError, supervised_indices
+from inference.cuda_graph import graphed_decoding
+from inference.trained import cast_experts
 from loading.command_line import at_least, range_problems, refuse, run_verb
 from loading.provenance import provenance
 from workbench import grid
@@ -161,21 +163,25 @@ class Benchmark:
         return {"batches": self._scaling(_PAIR, [(batch, self.length) for batch in (1, 2, 4, 8)])}
 
     def decode(self) -> dict:
-        """Greedy generation with a KV cache, tokens per second."""
+        """Greedy generation as `scripts.generate` does it, by CUDA graph on a GPU: tokens per second."""
         rows = []
+        batches, prompt_tokens, new_tokens = ((1, 32), 128, 64) if self.device.type == "cuda" else ((1, 8), 32, 32)
         variants = [Variant("frozen"), *(replace(each, kernels=kernels) for kernels in self.kernels for each in _PAIR)]
         models = {variant: variant.model(self.base).eval() for variant in variants}
-        for batch in (1, 32 if self.device.type == "cuda" else 8):
-            prompt = random_batch(self.base.config.vocab_size, batch, 32)["input_ids"].to(self.device)
-            end = time.monotonic() + self.seconds / 8
-            times = Times({v: v.running(partial(generate, models[v], prompt)) for v in variants}, self.rounds, end)
+        for model in models.values():
+            cast_experts(model)
+        for batch in batches:
+            prompt = random_batch(self.base.config.vocab_size, batch, prompt_tokens)["input_ids"].to(self.device)
+            runs = {v: v.running(partial(generate, models[v], prompt, new_tokens)) for v in variants}
+            times = Times(runs, self.rounds, time.monotonic() + self.seconds / 8)
             for variant in variants:
                 row = times.row(variant, variants[0])
                 # The ratio of speeds is the inverse of the ratio of times.
                 ratio = times.ratio(variants[0], variant)["ratio"]
-                speed = batch * NEW_TOKENS / row["step_seconds"]
+                speed = batch * new_tokens / row["step_seconds"]
                 figures = {"tokens_per_second": speed, "speed_ratio": ratio}
-                rows.append({"variant": variant.label, "batch": batch, **figures})
+                tokens = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+                rows.append({"variant": variant.label, "batch": batch, **tokens, **figures})
                 self.append({"section": "decode", **rows[-1]})
         return {"decode": rows}
 
@@ -261,7 +267,6 @@ class Benchmark:
         return rows
 
 
-NEW_TOKENS = 32
 _PAIR = [Variant("lora", experts=1, rank=32), Variant("loramoe")]
 SECTIONS: dict[str, Callable[[Benchmark], dict]] = {
     "steps": Benchmark.steps,
@@ -280,11 +285,16 @@ SECTIONS: dict[str, Callable[[Benchmark], dict]] = {
 ON_REQUEST = ("packing", "ceilings", "grid", "peers", "planner")
 
 
-def generate(model: nn.Module, prompt_BT: Tensor) -> float:
-    """Generate `NEW_TOKENS` tokens for each prompt. Returns the seconds."""
-    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+def generate(model: nn.Module, prompt_BT: Tensor, new_tokens: int) -> float:
+    """Generate `new_tokens` tokens for each prompt. Returns the seconds."""
+    settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
-    return timed(lambda: model.generate(**inputs, generation_config=settings), prompt_BT.device)
+
+    def run() -> None:
+        with graphed_decoding(model, settings, prompt_BT.shape[1]):
+            model.generate(**inputs, generation_config=settings)
+
+    return timed(run, prompt_BT.device)
 
 
 def train_epoch(folder: str, order: str, is_plain: bool, dropout: float) -> tuple[float, list[float]]:

@@ -214,6 +214,7 @@ class Plan:
             ],
             [Stage("pytest -m gpu", tests, 200, "^PASSED|^FAILED|^ERROR|passed|failed|skipped|error")],
             *([self.job(name, 150, "^{'loss'", *FEW_STEPS, **variables)] for name, variables in SHORT_JOBS.items()),
+            [self.job("null expert and KL", 150, "^{'loss'", *FEW_STEPS, "--lora_null_expert=true", "--kl_weight=0.1")],
             [self.benchmark("planner", 240, "planner", **NO_GPU)],
             [Stage("plan of the large run", self.plan_of_large_run(), 240, "peak|per step", NO_GPU)],
         ]
@@ -268,6 +269,9 @@ SHORT_JOBS: dict[str, dict[str, object]] = {
     "int8": {"load_in_kbits": 8, "validation_file": ""},
     "offload": {"deepspeed_config_file": "scripts/deepspeed/zero3_offload.json", "validation_file": ""},
     "checkpointing": {"deepspeed_config_file": "", "gradient_checkpointing": "true", "validation_file": ""},
+    "packing": {"packing": "true"},
+    "packing nf4": {"packing": "true", "load_in_kbits": 4},
+    "packing int8": {"packing": "true", "load_in_kbits": 8},
 }
 
 

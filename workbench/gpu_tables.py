@@ -115,12 +115,19 @@ def _kernels(rows: Rows) -> str:
 
 
 def _decode(rows: Rows) -> str:
+    header = ["variant", "batch", "tokens", "tokens/s", "tokens/s / base"]
     lines = [
-        [f"`{row['variant']}`", row["batch"], f"{row['tokens_per_second']:.1f}", f"{row['speed_ratio']:.3f}"]
+        [
+            f"`{row['variant']}`",
+            row["batch"],
+            f"{row['prompt_tokens']} + {row['new_tokens']}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speed_ratio']:.3f}",
+        ]
         for row in _of(rows, "decode")
     ]
-    text = "Greedy, with a KV cache, 32 tokens after prompts of 32."
-    return f"{text}\n\n{table(['variant', 'batch', 'tokens/s', 'tokens/s / base'], lines)}" if lines else ""
+    text = "Greedy, with a KV cache, on a GPU by CUDA graph: tokens of each prompt and new ones."
+    return f"{text}\n\n{table(header, lines)}" if lines else ""
 
 
 def _plan(rows: Rows) -> str:

@@ -1,0 +1,40 @@
+"""What can be computed at the same time on a GPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def beside_what_follows(x: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A context whose kernels run at the same time as those launched after it. It gives a function, which joins both:
+    what is launched after its call waits for all of them. It returns its argument, the output of the kernels beside.
+
+    Only in a CUDA graph, as in decoding: there a kernel waits for those it depends on alone, while kernels launched one
+    by one are limited by the host, for which changing streams is more work.
+
+    Args:
+        x: what the kernels inside read.
+    """
+    if torch.is_grad_enabled() or not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        yield lambda output: output
+        return
+    main, second = torch.cuda.current_stream(x.device), _second_stream(x.device)
+    second.wait_stream(main)
+    with torch.cuda.stream(second):
+        # Memory freed on one stream is used again by the other only after it has waited, here or in the next call.
+        yield partial(_joined, main, second)
+
+
+def _joined(main: torch.cuda.Stream, second: torch.cuda.Stream, output: Tensor) -> Tensor:
+    main.wait_stream(second)
+    return output
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Always the same one, since cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
