@@ -156,10 +156,6 @@ def test_only_contenders_are_repeated(config):
         ),
         (("knowledge_shares: [0.2]", "knowledge_shares: 0.2"), "knowledge_shares is 0.2: Input should be a valid list"),
         (("flags: {blc_weight: 0.1}", "flags:"), "arms.loramoe.flags is None: Input should be a valid dictionary"),
-        (
-            ("scalings: [8]}", "knowledge_shares: [0.2, 0.3]}"),
-            r"arms.loramoe.knowledge_shares has \[0.3\], which the experiment's do not have",
-        ),
         (("  seeds: [0]\n", "  seedz: [0]\n"), "the field variants.seeds is missing; unknown field variants.seedz"),
     ],
 )

@@ -57,8 +57,9 @@ def test_a_run_that_diverged_is_no_contender_and_takes_no_part():
 
     diverged, gentle, strong, dominated = run(None, math.inf), run(0.9, 3.0), run(0.3, 1.0), run(0.25, 2.0)
     runs = [diverged, gentle, strong, dominated]
-    assert [is_contender(each, runs, 0.04) for each in runs] == [False, True, True, False]
-    assert is_contender(dominated, runs, 0.06)
+    assert [is_contender(each, runs, 0.04, 4) for each in runs] == [False, True, True, False]
+    assert is_contender(dominated, runs, 0.06, 4)
+    assert not is_contender(gentle, runs, 0.04, 2.5)
 
 
 def test_intervals_are_those_of_the_t_distribution():

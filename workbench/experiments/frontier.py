@@ -120,14 +120,15 @@ class Frontier:
         return found if math.isfinite(loss_K[found]) else None
 
 
-def is_contender(own: dict, rivals: Iterable[dict], margin: float) -> bool:
+def is_contender(own: dict, rivals: Iterable[dict], margin: float, highest_loss: float) -> bool:
     """Whether a run keeps at most `margin` less of the known facts than the frontier of the runs with as low a loss.
 
     Args:
         own: record of the run.
         rivals: those of all settings of the same method with the same seed.
+        highest_loss: a run with a higher one has learnt too little to count.
     """
-    if own["knowledge_known"] is None:  # diverged
+    if own["knowledge_known"] is None or own["task_loss"] > highest_loss:  # None: diverged
         return False
     most = max(each["knowledge_known"] or 0 for each in rivals if each["task_loss"] <= own["task_loss"])
     return own["knowledge_known"] >= most - margin

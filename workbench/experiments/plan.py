@@ -87,7 +87,6 @@ class Arm:
             `loramoe`, as nearly as possible.
         learning_rates: instead of the experiment's.
         scalings: likewise; [] where there is no adapter to scale.
-        knowledge_shares: those of the experiment's that this arm is trained on; None is all.
     """
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
@@ -95,7 +94,6 @@ class Arm:
     flags: dict
     learning_rates: list[Number] | None = None
     scalings: list[Number] | None = None
-    knowledge_shares: list[Number] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,8 @@ class Experiment:
         size: instruction rows of a training.
         seeds: the first is run at every setting, the others at `contenders` alone.
         margin: how much knowledge may lie between a contender and the frontier of its arm.
-        loss_range: lowest and highest task loss between which the area under a frontier is measured.
+        loss_range: lowest and highest task loss between which the area under a frontier is measured; settings with a
+            higher one are no contenders.
         variants: changes of one arm.
         facts: number of probe facts that are asked; None is all.
         rows_per_task: held-out rows of each other task.
@@ -190,8 +189,6 @@ class Experiment:
 
     def _grid(self, seeds: Iterable[int]) -> Iterator[Cell]:
         for seed, share, (name, arm) in product(seeds, self.knowledge_shares, self.arms.items()):
-            if arm.knowledge_shares is not None and share not in arm.knowledge_shares:
-                continue
             rates = self.learning_rates if arm.learning_rates is None else arm.learning_rates
             scalings: list = (self.scalings if arm.scalings is None else arm.scalings) or [None]
             for rate, scaling in product(rates, scalings):
@@ -229,7 +226,7 @@ class Experiment:
                 f"whether {cell.name} is worth running follows from cells that are still to be run: {missing}"
             )
         (own,) = (record for each, record in records.items() if each.setting == cell.setting)
-        return is_contender(own, list(records.values()), self.margin)
+        return is_contender(own, list(records.values()), self.margin, self.loss_range[1])
 
     def settings(self, cell: Cell) -> dict:
         """Everything that a result of this cell depends on, as JSON values."""
@@ -299,9 +296,6 @@ def _problems(experiment: Experiment) -> Iterator[str]:
     every_flag = [experiment.train, *(arm.flags for arm in experiment.arms.values())]
     if MIXTURE not in experiment.arms and any(flags.get("lora_rank") == EQUAL for flags in every_flag):
         yield f"lora_rank is {EQUAL}, but there is no arm {MIXTURE} to be equal to"
-    for name, arm in experiment.arms.items():
-        if foreign := set(arm.knowledge_shares or ()) - set(experiment.knowledge_shares):
-            yield f"arms.{name}.knowledge_shares has {sorted(foreign)}, which the experiment's do not have"
     if variants := experiment.variants:
         every_flag += [change.flags for change in variants.changes.values()]
         if variants.of not in experiment.arms:
