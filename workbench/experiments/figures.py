@@ -3,14 +3,16 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, PercentFormatter
 
 from inference.pictures import BLUE, GREEN, ORANGE, RED, save, styled
 from workbench.experiments.results import Method, methods
 
 PANEL = 3.3, 3.4  # inches
+KEPT_TICKS = (0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 # Markers and dashes tell the arms apart without the colours.
 STYLES: dict[str, dict] = {
     "full": {"label": "full fine-tuning", "color": RED, "marker": "s", "linestyle": ":"},
@@ -65,9 +67,7 @@ def _frontiers(shown: list[Method]) -> Figure:
                 _draw(axes, method)
         axes.set(title=f"{100 * share:g} % rows of type 1", xlabel="task loss per answer token")
     _show_losses(panels[0], shown[0].loss_range)
-    panels[0].set_ylim(-0.03, 1.03)
-    panels[0].yaxis.set_major_formatter(PercentFormatter(1))
-    panels[0].set_ylabel("known facts kept")
+    _show_kept(panels[0])
     _legend(figure, panels, "Points: settings. Bands: 95 % of the bootstrap over seeds")
     return figure
 
@@ -89,6 +89,20 @@ def _show_losses(axes: Axes, loss_range: tuple[float, float]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
+
+
+def _show_kept(axes: Axes) -> None:
+    """Make the vertical axis one of shares that are kept, as far apart as the shares that are lost differ in order."""
+    least_lost = 1 - KEPT_TICKS[-1]
+
+    def stretched(kept: np.ndarray) -> np.ndarray:
+        return -np.log(np.maximum(1 - kept, least_lost))
+
+    axes.set_yscale("function", functions=(stretched, lambda height: 1 - np.exp(-height)))
+    axes.set_ylim(-0.05, KEPT_TICKS[-1])
+    axes.yaxis.set_major_locator(FixedLocator(KEPT_TICKS))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylabel("known facts kept")
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
