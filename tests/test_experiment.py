@@ -32,7 +32,7 @@ from training.run_folder import RunFolder
 from transformers_patch import AutoModelForCausalLM
 from workbench import experiment as verb
 from workbench.experiments import cell as cell_module
-from workbench.experiments.cell import guessed, recalls, run_cell, train_flags, type_distance
+from workbench.experiments.cell import guessed, recalls, run_cell, share_kept, train_flags, type_distance
 from workbench.experiments.mixture import check_rows, mixture, probe_rows, task_rows
 from workbench.experiments.parameters import adapter_size, equal_rank, parameter_change
 from workbench.experiments.plan import Cell, Experiment, read_experiment
@@ -121,6 +121,50 @@ def test_only_contenders_are_repeated(config):
     assert [experiment.is_due(cell) for cell in others] == [True, False, True, False]
     assert all(experiment.is_due(cell) for cell in first)
     assert experiment.is_due(next(cell for cell in experiment.cells() if cell.is_variant))
+    strict = replace(experiment, loss_range=(1, 2.5))
+    assert [strict.is_due(cell) for cell in others] == [False, False, True, False]
+    for cell in first:  # with another share, each of the first seed's runs would make all others no contenders
+        write(
+            experiment, replace(cell, knowledge_share=0.5), result(experiment, replace(cell, knowledge_share=0.5), 0.1)
+        )
+    both = replace(experiment, knowledge_shares=[0.2, 0.5])
+    assert [both.is_due(cell) for cell in others] == [True, False, True, False]
+
+
+def test_cells_that_are_no_contenders_are_not_started(config, monkeypatch, capsys):
+    started = []
+
+    def run_in_process(experiment, args, threads, cell):
+        started.append(cell)
+        record = result(experiment, cell, kept=0.5 if cell.scaling == 2 else 0.9)
+        write(experiment, cell, record)
+        return record
+
+    monkeypatch.setattr(verb, "run_in_process", run_in_process)
+    monkeypatch.setattr(verb, "report", lambda experiment: [])
+    verb.main(["--config", str(config)])
+    assert {cell.scaling for cell in started if cell.seed == 0 and cell.arm == "lora"} == {2, 8}
+    assert {cell.scaling for cell in started if cell.seed == 1 and cell.arm == "lora"} == {8}
+    assert "2 cells are not run: with the first seed, their settings are no contenders" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 7}, {"knowledge_share": 0.7}, {"seed": 7}, {"learning_rate": 0.7}, {"scaling": 7}, {"flags": {"a": 7}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_cell_made_with_another_setting_is_refused(config, change):
+    experiment = read_experiment(config)
+    cell = experiment.cells()[2]
+    write(experiment, cell, result(experiment, replace(cell, **change)))
+    with pytest.raises(InputError, match=rf"was made with other settings: (.*, )?{next(iter(change))} "):
+        experiment.finished(cell)
+
+
+def test_what_is_kept_is_a_share_of_the_known_facts():
+    assert share_kept("10110", "11010") == pytest.approx(2 / 3)
+    assert share_kept("0000", "0110") == 0
+    assert share_kept("0110", "0000") is None
 
 
 @pytest.mark.parametrize(
@@ -139,12 +183,26 @@ def test_only_contenders_are_repeated(config):
         ),
         (("scalings: [2, 8]", "scalings: ['2e-3']"), "scalings.0 is '2e-3': Value error, it has to be a number"),
         (("scalings: [2, 8]", "scalings: [true]"), "scalings.0 is True: Value error, it has to be a number"),
-        (("scalings: [2, 8]", "scalings: [2, 2]"), "two cells would be named lora-0.2-0.001-2-0; two cells would"),
+        (
+            ("scalings: [2, 8]", "scalings: [2, 2]"),
+            "two cells would be the same as lora-0.2-0.001-2-0; two cells would",
+        ),
+        (("scalings: [2, 8]", "scalings: [2, 2.0]"), "two cells would be the same as lora-0.2-0.001-2-0; two cells"),
+        (("scalings: [2, 8]", "scalings: [0]"), "scalings.0 is 0: Value error, it has to be from 1e-12 to 1e.06"),
+        (("scalings: [2, 8]", "scalings: []"), r"scalings is \[\]: List should have at least 1 item"),
+        (("knowledge_shares: [0.2]", "knowledge_shares: [20]"), "knowledge_shares.0 is 20: .* from 0 to 1"),
+        (("margin: ", "margin: -"), "margin is -.*: Value error, it has to be from 0 to 1"),
+        (("loss_range: [1, 10]", "loss_range: [1, .nan]"), "loss_range.1 is nan: Value error, it has to be from"),
+        (("size: 96", "size: 0"), "size is 0: Input should be greater than or equal to 1"),
+        (("seeds: [0, 1]", "seeds: [0, 1, 2, 3, 4, 5]"), "seeds is .*: List should have at most 5 items"),
+        (("logging_steps: 1", "output_dir: elsewhere"), "output_dir cannot be set: it follows from work"),
+        (("  lora_rank: 4\n", ""), "loramoe.*: lora_rank is missing, which scalings are multiplied by"),
+        (("experts_2:", "a/b:"), "a/b-0.2-0.002-8-0 cannot be the name of a file"),
         (("size: 96", "size: [96]"), r"size is \[96\]: Input should be a valid integer"),
         (("of: loramoe", "of: "), "variants.of is None: Input should be a valid string"),
         (("of: loramoe", "of: mixture"), r"variants are of mixture, which is not an arm"),
-        (("seeds: [0, 1]", "seeds: []"), "seeds is empty"),
-        (("loss_range: [1, 10]", "loss_range: [10, 1]"), "loss_range is 10, 1, but has to rise from a number above 0"),
+        (("seeds: [0, 1]", "seeds: []"), r"seeds is \[\]: List should have at least 1 item"),
+        (("loss_range: [1, 10]", "loss_range: [10, 1]"), "loss_range is 10, 1, but has to rise"),
         (("loss_range: [1, 10]", "loss_range: [1]"), "loss_range"),
         (
             ("facts: 60", "facts: true\nrowz: 3"),
@@ -395,7 +453,7 @@ def test_files_of_another_configuration_are_not_reported(config):
     file = cell_file(experiment.work, "loramoe-0.2-0.005-8-0")
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    with pytest.raises(InputError, match=r"loramoe-0.2-0.005-8-0.json: not a cell of this configuration"):
+    with pytest.raises(InputError, match=r"have cells of another configuration: loramoe-0\.2-0\.005-8-0; move"):
         verb.main(["--config", str(config), "--report_only"])
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from data import InputError
 from workbench.experiments.frontier import estimate
-from workbench.experiments.plan import Experiment, read_experiment
+from workbench.experiments.plan import Arm, Experiment, read_experiment
 from workbench.experiments.records import find_record, read_records
 from workbench.experiments.report import LEVELS, markdown, report
 from workbench.experiments.results import main_metric, methods
@@ -23,8 +23,10 @@ LOSS_RANGE, MARGIN = (1, 4), 0.1
 
 
 def cell(arm: str, share: float, rate: float, seed: int, /, **changes) -> dict:
-    """A run that learns more and keeps less with the higher rate, and keeps 0.01 more with each seed."""
-    kept = {0.001: 0.9, 0.003: 0.5}[rate] + 0.01 * seed - 0.1 * ARMS.index(arm)
+    """A run that keeps 0.01 more with each seed, LoRAMoE with 20 % of type 1 rows 0.05 more. The higher rate keeps less
+    and learns more, with LoRA less."""
+    per_seed = 0.05 if (arm, share) == ("loramoe", 0.2) else 0.01
+    kept = {0.001: 0.9, 0.003: 0.5}[rate] + per_seed * seed - 0.1 * ARMS.index(arm)
     routed = {"group_shares": [[0.55, 0.45], [0.45, 0.55 + 0.01 * seed]], "type_distance": 0.2}
     scaling = None if arm == "full" else 8
     return {
@@ -47,7 +49,7 @@ def cell(arm: str, share: float, rate: float, seed: int, /, **changes) -> dict:
         "recalled": "0110",
         "tasks": {"coreference": 0.7, "inference": 0.9},
         "task_score": 0.8,
-        "task_loss": {0.001: 2.0, 0.003: 1.0}[rate],
+        "task_loss": 2.0 if rate == 0.001 else 3.0 if arm == "lora" else 1.0,
         "parameter_change": 0.03,
         "routing": routed if arm == "loramoe" else None,
     } | changes
@@ -62,7 +64,7 @@ def base_cell() -> dict:
 
 
 def grid() -> list[dict]:
-    """Two shares, two settings of each arm, two seeds; the higher rate of LoRA has one seed only."""
+    """Two shares, two settings of each arm, two seeds; the higher rate of LoRA, no contender, has one seed only."""
     runs = [cell(*which) for which in product(ARMS, (0.0, 0.2), RATES, (0, 1))]
     return [
         base_cell(),
@@ -74,17 +76,26 @@ def variants() -> list[dict]:
     return [cell("loramoe", 0.2, 0.001, 0, arm=f"rank_{rank}", is_variant=True) for rank in (16, 4)]
 
 
-def text_of(cells: list[dict]) -> str:
-    return markdown(cells, LOSS_RANGE, MARGIN)
+def plan(**changes) -> Experiment:
+    """The experiment of these cells."""
+    arms = {arm: Arm({}, scalings=[] if arm == "full" else None) for arm in ARMS}
+    values = {"arms": arms, "learning_rates": [*RATES], "scalings": [8], "knowledge_shares": [0.0, 0.2]}
+    values |= {"seeds": [0, 1], "loss_range": LOSS_RANGE, "margin": MARGIN, "variants": None}
+    experiment = read_experiment(ROOT / "workbench" / "experiments" / "smoke.yaml")
+    return replace(experiment, **values | changes)
 
 
-def write(folder: Path, cells: list[dict]) -> Experiment:
+def text_of(cells: list[dict], **changes) -> str:
+    experiment = plan(**changes)
+    return markdown(experiment, cells, *methods(experiment, cells))
+
+
+def write(folder: Path, cells: list[dict], **changes) -> Experiment:
     """Cells as files of a folder, whose experiment is returned."""
     (folder / "cells").mkdir()
     for number, each in enumerate(cells):
         (folder / "cells" / f"{number:03}.json").write_text(json.dumps(each | {"cell": f"{number:03}"}))
-    experiment = read_experiment(ROOT / "workbench" / "experiments" / "smoke.yaml")
-    return replace(experiment, results=str(folder), work=str(folder), loss_range=LOSS_RANGE, margin=MARGIN)
+    return plan(results=str(folder), work=str(folder), **changes)
 
 
 def rows_of(text: str, heading: str) -> list[list[str]]:
@@ -94,32 +105,62 @@ def rows_of(text: str, heading: str) -> list[list[str]]:
     return [[each.strip() for each in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_settings_that_were_not_repeated_do_not_count():
-    found = {(method.knowledge_share, method.arm): method for method in methods(grid(), LOSS_RANGE)}
+def found_in(cells: list[dict]) -> dict:
+    return {(method.knowledge_share, method.arm): method for method in methods(plan(), cells)[0]}
+
+
+def test_settings_that_are_no_contenders_need_one_seed():
+    found = found_in(grid())
     assert list(found) == list(product((0.0, 0.2), ARMS))
     lora = found[0.0, "lora"]
     assert (list(lora.runs), lora.repeated, lora.seeds) == ([(0.001, 8), (0.003, 8)], [(0.001, 8)], [0, 1])
-    assert lora.best(0.5)[0] == (0.001, 8)
-    assert found[0.0, "full"].best(0.5)[0] == (0.003, None)
-    assert found[0.0, "full"].best(0.95) is None
+    assert lora.frontier.kept.max() == pytest.approx(0.805)
+    assert found[0.0, "full"].repeated == [(0.001, None), (0.003, None)]
 
 
-def test_the_areas_are_compared_by_seed():
+def test_a_seed_counts_when_all_contenders_have_it():
+    missing = [run for run in grid() if (run["arm"], run["learning_rate"], run["seed"]) != ("full", 0.001, 1)]
+    full = found_in(missing)[0.0, "full"]
+    assert (full.seeds, full.repeated) == ([0], [(0.001, None), (0.003, None)])
+    assert full.frontier.loss_KS.shape == (2, 1)
+
+
+def test_a_method_without_all_settings_of_the_first_seed_is_not_shown():
+    missing = [run for run in grid() if (run["arm"], run["learning_rate"]) != ("full", 0.003)]
+    text = text_of(missing)
+    assert "Not shown, since not all of their settings have been run: full at 0 % (1 of 2 settings), full at" in text
+    assert {row[1] for heading in ("Frontiers", "What to set", "All settings") for row in rows_of(text, heading)} == {
+        "lora",
+        "loramoe",
+    }
+
+
+def test_what_is_kept_is_compared_by_seed_and_share_at_losses_that_both_reach():
     """From 1 to 4, half of the axis is below a loss of 2: full fine-tuning keeps 0.5 there and 0.9 above."""
     rows = {tuple(row[:2]): row[2:] for row in rows_of(text_of(grid()), "Frontiers")}
-    assert rows["0 %", "full"][:4] == ["2", "2", "2", "0.705 (0.700 to 0.710)"]
-    assert rows["0 %", "lora"][:3] == ["2", "1", "2"]
-    assert rows["0 %", "full"][6] == "**+0.200 (+0.200 to +0.200)**"
+    assert rows["0 %", "full"][:4] == ["2 of 2", "2", "1.000", f"0.705 ± {estimate([0.7, 0.71]).half:.3f}"]
+    assert rows["0 %", "lora"][:3] == ["1 of 2", "2", "2.000"]
+    assert rows["0 %", "full"][4:7] == ["**+0.100 ± 0.000**", "-", "**+0.200 ± 0.000**"]
+    assert rows["20 %", "full"][6] == f"+0.180 ± {estimate([0.2, 0.16]).half:.3f}"
     assert rows["0 %", "loramoe"][6] == "-"
 
 
 def test_the_setting_to_choose_is_told_for_each_level():
     rows = [row for row in rows_of(text_of(grid()), "What to set") if row[:2] == ["20 %", "loramoe"]]
     assert len(rows) == len(LEVELS)
-    half = estimate([0.7, 0.71]).half
-    kept = f"0.705 ± {half:.3f}"
+    kept = f"0.725 ± {estimate([0.7, 0.75]).half:.3f}"
     assert rows[3] == ["20 %", "loramoe", "80%", *["-"] * 7]
     assert rows[4] == ["20 %", "loramoe", "70%", "0.001", "8", "2", kept, kept, "2.000 ± 0.000", "0.800 ± 0.000"]
+
+
+def test_a_setting_of_one_seed_is_chosen_if_no_other_keeps_enough():
+    gentle = [cell("lora", 0.2, 0.001, 0, learning_rate=0.0001, knowledge_known=0.99, task_loss=5.0, cell="gentle")]
+    full_grid = [*grid(), *gentle, gentle[0] | {"knowledge_share": 0.0}]
+    full_grid += [run | {"learning_rate": 0.0001} for run in full_grid if run["arm"] in ("full", "loramoe")]
+    text = text_of(full_grid, learning_rates=[0.0001, *RATES])
+    rows = [row for row in rows_of(text, "What to set") if row[:2] == ["20 %", "lora"]]
+    assert rows[0][:7] == ["20 %", "lora", "95%", "0.0001", "8", "1", "0.990"]
+    assert rows[3][:6] == ["20 %", "lora", "80%", "0.001", "8", "2"]
 
 
 def test_every_setting_and_variant_is_told_with_its_groups():
@@ -127,6 +168,7 @@ def test_every_setting_and_variant_is_told_with_its_groups():
     rows = {tuple(row[:4]): row[4:] for row in rows_of(text, "All settings")}
     assert len(rows) == 2 * len(ARMS) * len(RATES)
     groups = f"0.555 ± {estimate([0.55, 0.56]).half:.3f}; 0.450 ± 0.000"
+    assert "Not shown" not in text
     assert rows["20 %", "loramoe", "0.001", "8"][-4:] == ["123,456", "0.030 ± 0.000", groups, "0.200 ± 0.000"]
     assert rows["20 %", "lora", "0.003", "8"][:3] == ["1", "0.400", "0.400"]
     assert rows["0 %", "full", "0.003", "-"][-2:] == ["-", "-"]
@@ -134,7 +176,7 @@ def test_every_setting_and_variant_is_told_with_its_groups():
         ["20 %", "rank_16", "4,000", "0.001", "8"],
         ["20 %", "rank_4", "4,000", "0.001", "8"],
     ]
-    assert rows_of(text, "The base model") == [["0.750", "0.250", "4", "4.000", "0.000"]]
+    assert rows_of(text, "The base model") == [["0.750", "0.250", "4", "4.000", "0.000", "0.250"]]
     assert f"{len(grid()) + 2} cells took" in text
     assert "Processor: one of two" in text
 
@@ -142,9 +184,10 @@ def test_every_setting_and_variant_is_told_with_its_groups():
 def test_a_diverged_run_keeps_nothing():
     nothing = dict.fromkeys(("knowledge", "knowledge_known", "recalled", "tasks", "task_score", "parameter_change"))
     runs = [cell("full", 0.0, 0.001, 0), cell("full", 0.0, 0.003, 0, task_loss=math.inf, **nothing)]
-    rows = rows_of(text_of(runs), "All settings")
-    assert rows[1][4:9] == ["1", "-", "-", "inf", "-"]
-    assert rows_of(text_of(runs), "Frontiers")[0][5] == "0.450"
+    text = text_of(runs, arms={"full": Arm({}, scalings=[])}, knowledge_shares=[0.0], seeds=[0])
+    assert rows_of(text, "All settings")[1][4:9] == ["1", "-", "-", "inf", "-"]
+    assert rows_of(text, "Frontiers")[0][2:6] == ["1 of 2", "1", "2.000", "0.450"]
+    assert [row[3] for row in rows_of(text, "What to set")] == ["-", "0.001", "0.001", "0.001", "0.001"]
 
 
 @pytest.mark.parametrize(
@@ -176,8 +219,9 @@ def test_the_harness_has_a_column_for_each_task():
 
 
 def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
-    null_expert = cell("loramoe", 0.2, 0.001, 0, arm="null_expert")
-    files = report(write(tmp_path, [*grid(), null_expert]))
+    null_expert = [run | {"arm": "null_expert"} for run in grid() if run["arm"] == "loramoe"]
+    arms = plan().arms | {"null_expert": Arm({})}
+    files = report(write(tmp_path, [*grid(), *null_expert], arms=arms))
     assert [file.name for file in files] == ["cells.csv", "table.md", "frontier.png", "null_expert.png"]
     assert all(file.parent == tmp_path for file in files)
     assert all(10_000 < file.stat().st_size < 150_000 for file in files[2:])
@@ -205,6 +249,8 @@ LORA = cell("lora", 0.0, 0.001, 1)
             LORA | {"knowledge": None},
             "knowledge, recalled, task_score or tasks is missing, although",
         ),
+        (LORA | {"recalled": "01a"}, "recalled is '01a': String should match pattern"),
+        (LORA | {"task_loss": math.nan}, "task_loss is not a number"),
         (LORA | {"lm_eval": []}, r"lm_eval is \[\]: Input should be a valid dictionary"),
         (LORA | {"lm_eval": {"rte": 0.5}}, "lm_eval.rte is 0.5: Input should be a valid dictionary"),
         (LORA | {"routing": {"group_shares": [[0.5, 0.5]] * 2}}, "the field routing.type_distance is missing"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from workbench.experiments.frontier import Estimate, Frontier, Interval, estimate, is_contender
+from workbench.experiments.frontier import Estimate, Frontier, estimate, is_contender
 
 
 def frontier(points: list[tuple[float, float]], loss_range: tuple[float, float] = (1, 4)) -> Frontier:
@@ -22,33 +22,48 @@ def test_a_frontier_is_the_most_that_a_setting_with_as_low_a_loss_keeps():
 
 def test_the_area_is_a_share_of_the_largest_with_losses_on_a_logarithmic_axis():
     """From 1 to 4, a loss of 2 is in the middle."""
-    assert frontier([(1, 1.0)]).area() == Interval(pytest.approx(1), None, None)
-    assert frontier([(2, 0.8)]).area().value == pytest.approx(0.4, abs=1e-3)
-    assert frontier([(5, 1.0)]).area().value == 0
-    assert frontier([(2, 0.8)]).area_over(frontier([(2, 0.5)])).value == pytest.approx(0.15, abs=1e-3)
+    assert frontier([(1, 1.0)]).area() == Estimate(pytest.approx(1), None, 1)
+    assert frontier([(2, 0.8)]).area().mean == pytest.approx(0.4, abs=1e-3)
+    assert frontier([(5, 1.0)]).area().mean == 0
 
 
-def test_every_resample_of_the_seeds_is_taken_once_and_is_the_same_for_all_settings():
-    """Two seeds have four: the first twice, each once in two orders, and the second twice."""
-    found = Frontier(np.array([[1.0, 1.0], [2.0, 2.0]]), np.array([[0.2, 0.4], [0.8, 0.6]]), (1, 4))
-    assert found.kept_of_resamples[:, 0] == pytest.approx([0.2, 0.3, 0.3, 0.4])
-    assert found.kept_of_resamples[:, -1] == pytest.approx([0.8, 0.7, 0.7, 0.6])
-    assert found.area().value == pytest.approx(0.5, abs=1e-3)
-    assert (found.area().low, found.area().high) == (pytest.approx(0.5, abs=1e-3), pytest.approx(0.5, abs=1e-3))
-    low, high = found.band()
-    assert low[0] < 0.21 < 0.39 < high[0]
+def test_the_area_is_that_of_each_seed():
+    found, expected = Frontier(np.array([[1.0, 2.0]]), np.array([[0.8, 0.6]]), (1, 4)).area(), estimate([0.8, 0.3])
+    assert (found.mean, found.half, found.count) == (
+        pytest.approx(expected.mean, abs=1e-3),
+        pytest.approx(expected.half, rel=1e-2),
+        2,
+    )
 
 
-def test_a_difference_is_taken_by_resample():
+def test_methods_are_compared_at_the_losses_that_both_reach():
+    """The one that reaches lower losses is not better for that."""
+    strong, gentle = frontier([(1.0, 0.3), (2.0, 0.8)]), frontier([(2.0, 0.9), (math.sqrt(8), 0.9)])
+    assert gentle.kept_over(strong).mean == pytest.approx(0.1, abs=1e-3)
+    assert strong.kept_over(gentle).mean == pytest.approx(-0.1, abs=1e-3)
+    assert strong.kept_over(frontier([(5.0, 1.0)])) is None
+
+
+def test_a_difference_is_taken_seed_by_seed():
     """Where a seed is better, it is better for both: the difference has no spread though the areas have."""
     loss, kept = np.array([[2.0, 2.0]]), np.array([[0.5, 0.9]])
-    more = Frontier(loss, kept + 0.1, (1, 4)).area_over(Frontier(loss, kept, (1, 4)))
-    assert (more.low, more.value, more.high) == pytest.approx((0.05, 0.05, 0.05), abs=1e-3)
+    more = Frontier(loss, kept + 0.1, (1, 4)).kept_over(Frontier(loss, kept, (1, 4)))
+    assert (more.mean, more.half) == (pytest.approx(0.1), pytest.approx(0, abs=1e-9))
 
 
-def test_the_best_setting_is_the_one_that_learns_most_of_those_that_keep_enough():
-    found = frontier([(3.0, 0.95), (2.0, 0.9), (1.5, 0.5), (2.5, 0.9)])
-    assert [found.best(level) for level in (0.9, 0.92, 0.3, 0.96)] == [1, 0, 2, None]
+def test_the_band_takes_every_resample_of_the_seeds_once_and_the_same_for_all_settings():
+    """Two seeds have four: the first twice, each once in two orders, and the second twice."""
+    found = Frontier(np.array([[1.0, 1.0], [2.0, 2.0]]), np.array([[0.2, 0.4], [0.8, 0.6]]), (1, 4))
+    low, high = found.band()
+    inner = np.quantile([0.2, 0.3, 0.3, 0.4], (0.025, 0.975))
+    assert (low[0], high[0]) == pytest.approx(tuple(inner))
+    assert (low[-1], high[-1]) == pytest.approx(tuple(inner + 0.4))
+
+
+def test_a_setting_reaches_a_loss_by_its_mean_over_the_drawn_seeds():
+    found = Frontier(np.array([[1.0, 3.0]]), np.array([[0.6, 0.6]]), (1, 4))
+    reached = [found.losses[kept > 0][0] for kept in (found.kept, *found.kept_by_seed)]
+    assert reached == pytest.approx([2, 1, 3], rel=2e-3)
 
 
 def test_a_run_that_diverged_is_no_contender_and_takes_no_part():

@@ -6,6 +6,7 @@ A finished cell has a JSON file in the working folder and is not run again; the 
 docs/RESULTS.md shows what came out.
 """
 
+import math
 import os
 import re
 import shlex
@@ -25,10 +26,11 @@ from loading.provenance import processor
 from workbench.experiments.cell import run_cell
 from workbench.experiments.mixture import check_rows
 from workbench.experiments.plan import Cell, Experiment, read_experiment
-from workbench.experiments.records import BASE, cell_file
+from workbench.experiments.records import BASE, cell_file, finished_names
 from workbench.experiments.report import report
 
 COMMAND = "python -m workbench.experiment"
+MOST_NAMES = 5  # in a message
 
 
 @dataclass
@@ -67,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     experiment = read_experiment(args.config)
     if args.results:
         experiment = replace(experiment, results=args.results, work=args.results)
+    refuse_foreign_cells(experiment)
     if not args.report_only:
         run(experiment, args, chosen_cells(experiment, args.cells))
     if not args.cells:
-        refuse_foreign_files(experiment)
         print(*report(experiment), sep="\n")
 
 
@@ -93,7 +95,7 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
         find_tasks(experiment.lm_eval)
     records = {cell: experiment.finished(cell) for cell in cells}
     refuse_other_processors(filter(None, records.values()))
-    progress = Progress(records)
+    progress = Progress({cell: record for cell, record in records.items() if record is not None})
     deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else float("inf")
     if len(cells) == 1:
         start_cell = partial(run_here, experiment, args)
@@ -105,7 +107,9 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
         failures = []
         missing = [cell for cell in stage if records[cell] is None]
         due = [cell for cell in missing if experiment.is_due(cell)]
-        progress.leave_out(set(missing) - set(due))
+        if skipped := len(missing) - len(due):
+            print(f"[experiment] {skipped} cells are not run: with the first seed, their settings are no contenders")
+        progress.begin(due)
         for cell, done in run_all(start_cell, iter(due), args.jobs, deadline):
             try:
                 progress.say(cell, done.result())
@@ -117,17 +121,17 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
         print(f"[experiment] --max_hours {args.max_hours:g} have passed; run the same command to continue")
 
 
-def refuse_foreign_files(experiment: Experiment) -> None:
-    """Reject files of cells of another configuration, which the report would include.
+def refuse_foreign_cells(experiment: Experiment) -> None:
+    """Reject cells of another configuration, which the report would include.
 
     Raises:
-        InputError: there is such a file.
+        InputError: the folder for files of cells or the table has some.
     """
-    own = {cell_file(experiment.work, cell.name) for cell in experiment.cells()}
-    if foreign := sorted(set((Path(experiment.work) / "cells").glob("*.json")) - own):
+    if foreign := sorted(finished_names(experiment.results, experiment.work) - {c.name for c in experiment.cells()}):
+        names = ", ".join(foreign[:MOST_NAMES]) + (", ..." if len(foreign) > MOST_NAMES else "")
         raise InputError(
-            f"{', '.join(map(str, foreign))}: not a cell of this configuration; move it away, or choose another "
-            "folder with --results"
+            f"{experiment.work} and {experiment.results} have cells of another configuration: {names}; "
+            f"move them away, or choose another folder with --results"
         )
 
 
@@ -197,18 +201,17 @@ class Progress:
     """Prints a line for each finished cell, with the estimated time left.
 
     Args:
-        records: the finished record of each cell; None for cells that have not been run.
+        records: those of the cells that have been run before.
     """
 
-    def __init__(self, records: dict[Cell, dict | None]):
-        self._records = dict(records)
+    def __init__(self, records: dict[Cell, dict]):
+        self._records: dict[Cell, dict | None] = dict(records)
         self._start = time.monotonic()
         self._seconds_run = 0.0
 
-    def leave_out(self, cells: Iterable[Cell]) -> None:
-        """Forget cells that need not be run."""
-        for cell in cells:
-            del self._records[cell]
+    def begin(self, cells: Iterable[Cell]) -> None:
+        """Count cells that are now to be run; which ones come later can depend on them."""
+        self._records |= dict.fromkeys(cells)
 
     def say(self, cell: Cell, record: dict) -> None:
         self._records[cell] = record
@@ -218,9 +221,9 @@ class Progress:
         if (seconds := self._seconds_left()) is not None and self._seconds_run:
             # Cells that run in parallel take less time than the sum of their times.
             left = f"about {_clock(seconds * passed / self._seconds_run)}"
-        outcome = "diverged"
+        outcome = f"task loss {record['task_loss']:.3f}" if math.isfinite(record["task_loss"]) else "diverged"
         if (kept := record["knowledge_known"]) is not None:
-            outcome = f"{kept:.1%} kept, task loss {record['task_loss']:.3f}"
+            outcome = f"{kept:.1%} kept, {outcome}"
         print(
             f"[experiment] {done} of {len(self._records)} cells, {_clock(passed)} so far, {left} left; "
             f"{cell.name}: {outcome}, {record['seconds']:.0f} s",

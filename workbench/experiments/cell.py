@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -101,10 +102,11 @@ def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     trained = load(experiment, run)
     rows = held_out(experiment, trained, folder)
     measured = measure(trained, rows, experiment.batch_size)
-    known = [now == "1" for now, before in zip(measured["recalled"], base["recalled"], strict=True) if before == "1"]
+    if not math.isfinite(measured["task_loss"]):
+        return UNTRAINED | UNMEASURED | {"task_loss": math.inf}
     return {
         **measured,
-        "knowledge_known": _mean(known),
+        "knowledge_known": share_kept(measured["recalled"], base["recalled"]),
         "trainable_parameters": num_trainable(trained.model),
         "parameter_change": parameter_change(trained.model, experiment.model),
         "routing": routing(trained, rows, experiment.batch_size),
@@ -196,15 +198,21 @@ def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict:
     by_task: dict[str, list] = {}
     for task, score in zip(rows.tasks["task"], scores, strict=True):
         by_task.setdefault(task, []).append(score)
-    tasks = {task: _mean([score.matches for score in each]) for task, each in by_task.items()}
+    tasks = {task: fmean([score.matches for score in each]) for task, each in by_task.items()}
     losses = [sum(score.nll for score in each) / sum(score.tokens for score in each) for each in by_task.values()]
     return {
-        "knowledge": _mean(recalled),
+        "knowledge": fmean(recalled),
         "recalled": "".join(str(int(fact)) for fact in recalled),
         "tasks": tasks,
-        "task_score": _mean(tasks.values()),
-        "task_loss": _mean(losses),
+        "task_score": fmean(tasks.values()),
+        "task_loss": fmean(losses),
     }
+
+
+def share_kept(recalled: str, known: str) -> float | None:
+    """Of the facts whose digit is 1 in `known`, the share whose digit is 1 in `recalled`; None if there are none."""
+    kept = [int(now) for now, before in zip(recalled, known, strict=True) if before == "1"]
+    return fmean(kept) if kept else None
 
 
 def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
@@ -264,9 +272,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(each) for each in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    """The mean; None without values: a model that does not know any fact cannot forget one."""
-    values = list(values)
-    return sum(values) / len(values) if values else None

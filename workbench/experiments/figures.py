@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, PercentFormatter
 
 from inference.pictures import BLUE, GREEN, ORANGE, RED, save, styled
-from workbench.experiments.results import Method, methods
+from workbench.experiments.results import Method
 
 PANEL = 3.3, 3.4  # inches
-KEPT_TICKS = (0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+KEPT_TICKS = (0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 # Markers and dashes tell the arms apart without the colours.
 STYLES: dict[str, dict] = {
     "full": {"label": "full fine-tuning", "color": RED, "marker": "s", "linestyle": ":"},
@@ -34,20 +34,28 @@ STYLES: dict[str, dict] = {
         "linestyle": "--",
     },
     "lora_null": {"label": "LoRA with a null expert", "color": "#9467bd", "marker": "X", "linestyle": "-"},
+    "lora_null_kl": {
+        "label": "LoRA with a null expert and KL", "color": "#e377c2", "marker": "*", "linestyle": (0, (5, 1)),
+    },
 }  # fmt: skip
 FIGURES = {
     "frontier": ("full", "lora", "rslora", "lora_kl", "loramoe_beta0", "loramoe", "loramoe_kl"),
-    "null_expert": ("lora", "loramoe", "null_expert_beta0", "null_expert", "lora_null_beta0", "lora_null"),
+    "null_expert": (
+        "lora",
+        "loramoe",
+        "loramoe_kl",
+        "null_expert_beta0",
+        "null_expert",
+        "lora_null_beta0",
+        "lora_null",
+        "lora_null_kl",
+    ),
 }
 
 
-def draw(cells: list[dict], loss_range: tuple[float, float], folder: Path) -> list[Path]:
-    """Draw the figures for which there are enough cells. Returns their files.
-
-    Args:
-        loss_range: as in `Experiment`.
-    """
-    files, found = [], methods(cells, loss_range)
+def draw(found: list[Method], folder: Path) -> list[Path]:
+    """Draw the figures that have at least two arms. Returns their files."""
+    files = []
     with styled():
         for name, arms in FIGURES.items():
             shown = [method for method in found if method.arm in arms]
@@ -68,18 +76,21 @@ def _frontiers(shown: list[Method]) -> Figure:
         axes.set(title=f"{100 * share:g} % rows of type 1", xlabel="task loss per answer token")
     _show_losses(panels[0], shown[0].loss_range)
     _show_kept(panels[0])
-    _legend(figure, panels, "Points: settings. Bands: 95 % of the bootstrap over seeds")
+    bands = ". Bands: middle 95 % of the bootstrap over seeds" if any(len(method.seeds) > 1 for method in shown) else ""
+    _legend(figure, panels, f"Points: settings{bands}")
     return figure
 
 
 def _draw(axes: Axes, method: Method) -> None:
     style, frontier = dict(STYLES[method.arm]), method.frontier
-    marker = style.pop("marker")
-    axes.plot(frontier.loss_KS.mean(1), frontier.kept_KS.mean(1), marker, markersize=3, alpha=0.5, color=style["color"])
+    marker, label, color = style.pop("marker"), style.pop("label"), style["color"]
+    loss, kept = zip(*map(method.place, method.runs), strict=True)
+    axes.plot(loss, kept, marker, markersize=3, alpha=0.5, color=color)
     reached = frontier.kept > 0
     axes.plot(frontier.losses[reached], frontier.kept[reached], **style)
+    axes.plot([], [], marker=marker, markersize=4, label=label, **style)
     if len(method.seeds) > 1:
-        axes.fill_between(frontier.losses, *frontier.band(), color=style["color"], alpha=0.15, linewidth=0)
+        axes.fill_between(frontier.losses, *frontier.band(), color=color, alpha=0.15, linewidth=0)
 
 
 def _show_losses(axes: Axes, loss_range: tuple[float, float]) -> None:
@@ -92,7 +103,7 @@ def _show_losses(axes: Axes, loss_range: tuple[float, float]) -> None:
 
 
 def _show_kept(axes: Axes) -> None:
-    """Make the vertical axis one of shares that are kept, as far apart as the shares that are lost differ in order."""
+    """Make the vertical axis one of shares kept, with the shares lost on a logarithmic scale."""
     least_lost = 1 - KEPT_TICKS[-1]
 
     def stretched(kept: np.ndarray) -> np.ndarray:

@@ -1,15 +1,17 @@
 """The plan of an experiment: a YAML file as a list of cells, each one training run and its measurements."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import yaml
-from pydantic import ConfigDict, PlainValidator, StrictInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, StrictInt, TypeAdapter, ValidationError
 
 from data import InputError
 from data.dataset import file_hash
@@ -26,18 +28,33 @@ OWN_FLAGS = {
     "lora_alpha": "scalings",
     "prompt_template": "the model's tokenizer",
     "seed": "seeds",
+    "model_name_or_path": "model",
+    **dict.fromkeys(("dataset_dir", "data_cache_dir", "output_dir"), "work"),
 }
 
 KNOWN_FIELDS_ONLY = ConfigDict(extra="forbid")
 
 
-def _number(value: object) -> int | float:
-    if type(value) not in (int, float):
-        raise ValueError("it has to be a number")
-    return value
+def _number(least: float, most: float) -> PlainValidator:
+    """Takes a number as it is written: names of cells show 0 and 0.2."""
+
+    def check(value: object) -> int | float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError("it has to be a number")
+        if not least <= value <= most:
+            raise ValueError(f"it has to be from {least:g} to {most:g}")
+        return value
+
+    return PlainValidator(check)
 
 
-Number = Annotated[float, PlainValidator(_number)]  # as it is written: names of cells show 0 and 0.2
+Share = Annotated[float, _number(0, 1)]
+Rate = Annotated[float, _number(1e-12, 1e6)]  # of learning, or a scaling
+Loss = Annotated[float, _number(1e-6, 1e6)]
+Count = Annotated[StrictInt, Field(ge=1)]
+Item = TypeVar("Item")
+NonEmpty = Annotated[list[Item], Field(min_length=1)]
+MOST_SEEDS = 5  # the bootstrap takes every resample of them
 
 
 @dataclass(frozen=True)
@@ -92,8 +109,8 @@ class Arm:
     __pydantic_config__ = KNOWN_FIELDS_ONLY
 
     flags: dict
-    learning_rates: list[Number] | None = None
-    scalings: list[Number] | None = None
+    learning_rates: NonEmpty[Rate] | None = None
+    scalings: list[Rate] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +120,10 @@ class Change:
     __pydantic_config__ = KNOWN_FIELDS_ONLY
 
     flags: dict = field(default_factory=dict)
-    knowledge_share: Number | None = None
-    learning_rate: Number | None = None
-    scaling: Number | None = None
-    size: StrictInt | None = None
+    knowledge_share: Share | None = None
+    learning_rate: Rate | None = None
+    scaling: Rate | None = None
+    size: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -122,10 +139,10 @@ class Variants:
     __pydantic_config__ = KNOWN_FIELDS_ONLY
 
     of: str
-    knowledge_share: Number
-    learning_rate: Number
-    scaling: Number
-    seeds: list[StrictInt]
+    knowledge_share: Share
+    learning_rate: Rate
+    scaling: Rate
+    seeds: NonEmpty[StrictInt]
     changes: dict[str, Change]
 
 
@@ -162,17 +179,17 @@ class Experiment:
     work: str
     train: dict
     arms: dict[str, Arm]
-    learning_rates: list[Number]
-    scalings: list[Number]
-    knowledge_shares: list[Number]
-    size: StrictInt
-    seeds: list[StrictInt]
-    margin: Number
-    loss_range: tuple[Number, Number]
+    learning_rates: NonEmpty[Rate]
+    scalings: NonEmpty[Rate]
+    knowledge_shares: NonEmpty[Share]
+    size: Count
+    seeds: Annotated[list[StrictInt], Field(min_length=1, max_length=MOST_SEEDS)]
+    margin: Share
+    loss_range: tuple[Loss, Loss]
     variants: Variants | None = None
-    facts: StrictInt | None = None
-    rows_per_task: StrictInt = 100
-    batch_size: StrictInt = 64
+    facts: Count | None = None
+    rows_per_task: Count = 100
+    batch_size: Count = 64
     rows: str | None = None
     lm_eval: list[str] = field(default_factory=list)
     launcher: list[str] = field(default_factory=list)
@@ -182,12 +199,13 @@ class Experiment:
         first, *others = self.seeds
         return [
             Cell(BASE, 0.0, None, None, 0, 0),
-            *self._grid([first]),
+            *self.grid([first]),
             *self._variants(),
-            *self._grid(others),
+            *self.grid(others),
         ]
 
-    def _grid(self, seeds: Iterable[int]) -> Iterator[Cell]:
+    def grid(self, seeds: Iterable[int]) -> Iterator[Cell]:
+        """Every setting of each arm, with these seeds."""
         for seed, share, (name, arm) in product(seeds, self.knowledge_shares, self.arms.items()):
             rates = self.learning_rates if arm.learning_rates is None else arm.learning_rates
             scalings: list = (self.scalings if arm.scalings is None else arm.scalings) or [None]
@@ -217,7 +235,7 @@ class Experiment:
             return True
         rivals = [
             each
-            for each in self._grid(self.seeds[:1])
+            for each in self.grid(self.seeds[:1])
             if (each.arm, each.knowledge_share) == (cell.arm, cell.knowledge_share)
         ]
         records = {each: self.finished(each) for each in rivals}
@@ -226,7 +244,11 @@ class Experiment:
                 f"whether {cell.name} is worth running follows from cells that are still to be run: {missing}"
             )
         (own,) = (record for each, record in records.items() if each.setting == cell.setting)
-        return is_contender(own, list(records.values()), self.margin, self.loss_range[1])
+        return self.is_contender(own, records.values())
+
+    def is_contender(self, own: dict, rivals: Iterable[dict]) -> bool:
+        """See `frontier.is_contender`."""
+        return is_contender(own, list(rivals), self.margin, self.loss_range[1])
 
     def settings(self, cell: Cell) -> dict:
         """Everything that a result of this cell depends on, as JSON values."""
@@ -303,11 +325,15 @@ def _problems(experiment: Experiment) -> Iterator[str]:
             return
     for name in sorted(OWN_FLAGS.keys() & {name for flags in every_flag for name in flags}):
         yield f"{name} cannot be set: it follows from {OWN_FLAGS[name]}"
-    if not experiment.seeds:
-        yield "seeds is empty"
-        return
     low, high = experiment.loss_range
-    if not 0 < low < high:
-        yield f"loss_range is {low:g}, {high:g}, but has to rise from a number above 0"
-    names = [cell.name for cell in experiment.cells()]
-    yield from (f"two cells would be named {name}" for name in sorted({n for n in names if names.count(n) > 1}))
+    if not low < high:
+        yield f"loss_range is {low:g}, {high:g}, but has to rise"
+    cells = experiment.cells()
+    counts = Counter((cell.setting, cell.seed) for cell in cells)
+    for cell in cells:
+        if counts.pop((cell.setting, cell.seed), 1) > 1:
+            yield f"two cells would be the same as {cell.name}"
+        if not re.fullmatch(r"[\w.-]+", cell.name):
+            yield f"{cell.name} cannot be the name of a file; a change is named with letters, digits and _"
+    if unscaled := sorted({cell.arm for cell in cells if cell.scaling is not None and "lora_rank" not in cell.flags}):
+        yield f"{', '.join(unscaled)}: lora_rank is missing, which scalings are multiplied by"

@@ -21,7 +21,7 @@ BASE = "base"
 MIXTURE = "loramoe"
 ARMS = (
     BASE, "full", "lora", "rslora", "lora_kl", "loramoe_beta0", MIXTURE, "loramoe_kl", "null_expert_beta0",
-    "null_expert", "lora_null_beta0", "lora_null",
+    "null_expert", "lora_null_beta0", "lora_null", "lora_null_kl",
 )  # fmt: skip
 TABLE = "cells.csv"
 IDENTITY = ("cell", "arm", "knowledge_share", "size", "learning_rate", "scaling", "seed")
@@ -46,7 +46,7 @@ class Routing(BaseModel):
 
 
 class Record(BaseModel):
-    """The fields of a finished cell that the report reads; `relations` and `guessed...` are those of the base model.
+    """The fields that every finished cell has; `relations` and `guessed...` are those of the base model.
 
     A training that diverged has an infinite task loss, and neither knowledge nor a score.
     """
@@ -69,7 +69,7 @@ class Record(BaseModel):
     seconds: float
     knowledge: float | None
     knowledge_known: float | None
-    recalled: str | None
+    recalled: Annotated[str, Field(pattern="^[01]+$")] | None
     task_score: float | None
     task_loss: float
     tasks: dict[str, float] | None
@@ -86,6 +86,8 @@ class Record(BaseModel):
             raise ValueError(f"arm is {self.arm!r}, but has to be one of {', '.join(ARMS)}")
         if self.arm == BASE and None in (self.relations, self.guessed, self.guessed_tasks):
             raise ValueError("relations, guessed or guessed_tasks is missing")
+        if math.isnan(self.task_loss):
+            raise ValueError("task_loss is not a number")
         measured = (self.knowledge, self.recalled, self.task_score, self.tasks)
         if None in measured and math.isfinite(self.task_loss):
             raise ValueError("knowledge, recalled, task_score or tasks is missing, although the training ended")
@@ -108,6 +110,13 @@ def find_record(results: str | Path, work: str | Path, name: str) -> tuple[Path,
         return file, _read_json(file)
     table = Path(results) / TABLE
     return table, _table_by_name(table, table.stat().st_mtime_ns if table.is_file() else 0).get(name)
+
+
+def finished_names(results: str | Path, work: str | Path) -> set[str]:
+    """The names of all cells in the table and in JSON files."""
+    return {record["cell"] for record in _read_table(Path(results) / TABLE)} | {
+        file.stem for file in cell_file(work, "").parent.glob("*.json")
+    }
 
 
 def read_records(results: Path, work: Path) -> list[dict]:

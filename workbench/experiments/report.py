@@ -3,47 +3,47 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
 from training.markdown import table
 from workbench.experiments.figures import draw
-from workbench.experiments.frontier import Interval, estimate
+from workbench.experiments.frontier import Estimate, estimate
 from workbench.experiments.plan import Experiment
 from workbench.experiments.records import BASE, read_records, write_table
 from workbench.experiments.results import Method, guessed_share, main_metric, methods
 
 LEVELS = (0.95, 0.9, 0.85, 0.8, 0.7)
-COMPARED = (
-    "lora",
-    "loramoe_beta0",
-    "loramoe",
-    "null_expert_beta0",
-    "lora_null_beta0",
-)  # arms that the others are compared with
+# Arms that the others are compared with.
+COMPARED = ("lora", "loramoe_beta0", "loramoe", "null_expert_beta0", "lora_null_beta0")
 NOTHING = "-"
 
 CONVENTIONS = """\
 *Kept* is the share of the facts known to the base model that the model still recalls after the training; *knowledge*
 that of all probe facts. *Task loss* is the loss per token of the answers of held-out rows and *task score* exact match
 on them, each a mean over the tasks. Numbers are means over seeds ± half of the 95 % t-interval; one run alone has no
-interval. The seeds are those of rows, order and initial weights: no interval speaks of other base models or facts."""
+interval. The seeds are those of rows, order and initial weights: no interval speaks of other base models or facts. A
+run that diverged keeps nothing and has an infinite loss."""
 FRONTIERS = """\
 A method's frontier is the highest share of known facts that any of its settings keeps, at each task loss, with this
-loss or a lower one, both as means over seeds; nothing where no setting learns so much. *Area* is the mean of the
-frontier over the task losses from {low:g} to {high:g} on a logarithmic axis. In brackets is the middle 95 % of the
-bootstrap over seeds; three seeds have few resamples, so that this is nearly their range. Settings that were no
-contenders with the first seed, since another one of the same method kept more by {margin:g} at as low a loss, were not
-run again and do not count. Bold: the brackets do not hold 0."""
+loss or a lower one. *Lowest loss* is that of all its settings. *Area* is the mean of the frontier over the task losses
+from {low:g} to {high:g} on a logarithmic axis, where losses below the lowest count as 0 kept: it is large for methods
+that learn much. *Over* compares what two methods keep at the losses that both reach, as a mean over these, seed by
+seed; bold where the interval does not hold 0, of which one in 20 would be by chance. With the first seed every setting
+was run, with the others *contenders* alone: settings with a task loss of at most {high:g} of which no other one of the
+same method keeps more by {margin:g} at as low a loss. More settings can only raise a frontier."""
 ADVICE = """\
-Of the settings that keep at least so much, the one with the lowest task loss."""
+Of all settings that keep at least so much, the one with the lowest task loss."""
 SETTINGS = """\
-*Scaling* is lora_alpha / lora_rank. *Parameter change* is that of the adapted Linears' weights, with all experts
-equally weighted. *Groups* is the mean weight of the last group of experts, which the constraint draws to rows of type
-1, on held-out rows of type 1 and of type 0. *Distance* is the total variation distance between the mean weights of all
-experts on rows of the two types, mean over the Linears: 0 where they are the same, 1 where no expert serves both."""
+*Scaling* is lora_alpha / lora_rank; rsLoRA multiplies it by the root of the rank. *Parameter change* is that of the
+adapted Linears' weights, with all experts equally weighted. *Groups* is the mean weight of the last group of experts,
+which the constraint draws to rows of type 1, on held-out rows of type 1 and of type 0. *Distance* is the total
+variation distance between the mean weights of all experts on rows of the two types, mean over the Linears: 0 where they
+are the same, 1 where no expert serves both."""
 VARIANTS = """\
 Changes of one arm at one setting."""
 BASE_MODEL = """\
-*Guessed* is what the one best answer to all questions of a relation gets right: only what is above it is knowledge."""
+*Guessed* is what the one best answer to all questions of a relation, or of a task, gets right: only what is above it is
+knowledge, or skill. Below it, a task loss tells how well the form of the answers has been learnt."""
 HARNESS = """\
 The main metric of each task, which its column names: exact_match, else acc_norm, acc or f1, else the first that the
 task has."""
@@ -53,33 +53,37 @@ def report(experiment: Experiment) -> list[Path]:
     """Collect the finished cells in `cells.csv`, and write `table.md` and the figures next to it. Returns the files.
 
     Raises:
-        InputError: see `read_records`.
+        InputError: see `read_records`; a cell was made with other settings than the experiment's.
     """
     results = Path(experiment.results)
     cells = read_records(results, Path(experiment.work))
+    for cell in experiment.cells():
+        experiment.finished(cell)
+    found, unfinished = methods(experiment, cells)
     results.mkdir(parents=True, exist_ok=True)
     collected, text = write_table(results, cells), results / "table.md"
-    text.write_text(markdown(cells, experiment.loss_range, experiment.margin) + "\n")
-    return [collected, text, *draw(cells, experiment.loss_range, results)]
+    text.write_text(markdown(experiment, cells, found, unfinished) + "\n")
+    return [collected, text, *draw(found, results)]
 
 
-def markdown(cells: list[dict], loss_range: tuple[float, float], margin: float) -> str:
+def markdown(experiment: Experiment, cells: list[dict], found: list[Method], unfinished: list[str]) -> str:
     """All sections that have cells, each under its heading.
 
     Args:
-        loss_range, margin: as in `Experiment`.
+        found, unfinished: see `methods`.
     """
-    found = methods(cells, loss_range)
-    frontiers = FRONTIERS.format(low=loss_range[0], high=loss_range[1], margin=margin)
+    low, high = experiment.loss_range
     sections = {
         "The base model": (BASE_MODEL, _base(cells)),
-        "Frontiers": (frontiers, _frontiers(found)),
+        "Frontiers": (FRONTIERS.format(low=low, high=high, margin=experiment.margin), _frontiers(found)),
         "What to set": (ADVICE, _advice(found)),
         "Variants": (VARIANTS, _variants(cells)),
         "All settings": (SETTINGS, _settings(found)),
         "lm-evaluation-harness": (HARNESS, _harness(cells)),
     }
     parts = [f"# Results on {cells[0]['model']}", CONVENTIONS]
+    if unfinished:
+        parts.append(f"Not shown, since not all of their settings have been run: {', '.join(unfinished)}.")
     for heading, (text, section) in sections.items():
         if section:
             parts += [f"## {heading}", text, section]
@@ -88,21 +92,30 @@ def markdown(cells: list[dict], loss_range: tuple[float, float], margin: float) 
 
 def _base(cells: list[dict]) -> str:
     rows = [
-        [_number(each["knowledge"]), f"{guessed_share(each):.3f}", len(each["relations"]), *_tasks([each])]
+        [
+            _number(each["knowledge"]),
+            f"{guessed_share(each):.3f}",
+            len(each["relations"]),
+            *_tasks([each]),
+            f"{fmean(each['guessed_tasks'].values()):.3f}",
+        ]
         for each in cells
         if each["arm"] == BASE
     ]
-    return table(["knowledge", "guessed", "facts", "task loss", "task score"], rows) if rows else ""
+    header = ["knowledge", "guessed", "facts", "task loss", "task score", "guessed score"]
+    return table(header, rows) if rows else ""
 
 
 def _frontiers(found: list[Method]) -> str:
     rows = []
     for method in found:
         others = [_find(found, method.knowledge_share, arm) for arm in COMPARED]
+        contenders = f"{len(method.contenders)} of {len(method.runs)}"
+        lowest = min(method.place(setting)[0] for setting in method.repeated)
+        area = _estimate(method.frontier.area())
         differences = [_difference(method, other) for other in others]
-        area = _interval(method.frontier.area())
-        rows.append([*_place(method), len(method.runs), len(method.repeated), len(method.seeds), area, *differences])
-    header = ["type 1 rows", "arm", "settings", "repeated", "seeds", "area", *(f"minus {arm}" for arm in COMPARED)]
+        rows.append([*_place(method), contenders, len(method.seeds), f"{lowest:.3f}", area, *differences])
+    header = ["type 1 rows", "arm", "contenders", "seeds", "lowest loss", "area", *(f"over {arm}" for arm in COMPARED)]
     return table(header, rows) if rows else ""
 
 
@@ -111,20 +124,20 @@ def _find(found: list[Method], share: float, arm: str) -> Method | None:
 
 
 def _difference(method: Method, other: Method | None) -> str:
-    """The difference of the areas, in bold if its interval does not hold 0."""
+    """How much more is kept than by another method, in bold if the interval does not hold 0."""
     if other is None or other is method or other.seeds != method.seeds:
         return NOTHING
-    found = method.frontier.area_over(other.frontier)
-    is_clear = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
-    return f"**{_interval(found, '+')}**" if is_clear else _interval(found, "+")
+    found = method.frontier.kept_over(other.frontier)
+    is_clear = found is not None and found.half is not None and abs(found.mean) > found.half
+    return f"**{_estimate(found, '+')}**" if is_clear else _estimate(found, "+")
 
 
 def _advice(found: list[Method]) -> str:
     rows = []
     for method in found:
         for level in LEVELS:
-            if best := method.best(level):
-                setting, runs = best
+            if setting := method.best(level):
+                runs = list(method.runs[setting].values())
                 rows.append([*_place(method), f"{level:.0%}", *_shown(setting), len(runs), *_measured(runs)])
             else:
                 rows.append([*_place(method), f"{level:.0%}", *[NOTHING] * 7])
@@ -195,7 +208,7 @@ def _harness(cells: list[dict]) -> str:
 
 def _origin(cells: list[dict]) -> str:
     hours = sum(cell["seconds"] for cell in cells) / 3600
-    lines = [f"{len(cells)} cells took {hours:.1f} hours."]
+    lines = [f"{len(cells)} cells took {hours:.1f} hours of computing."]
     for field, name in (("commit", "Commits"), ("machine", "Machines"), ("processor", "Processor")):
         counts = Counter(cell[field] for cell in cells)
         lines.append(f"{name}: {'; '.join(f'{value} ({count} cells)' for value, count in counts.items())}.")
@@ -222,17 +235,16 @@ def _number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
 
-def _interval(found: Interval, sign: str = "") -> str:
-    bounds = "" if found.low is None else f" ({found.low:{sign}z.3f} to {found.high:{sign}z.3f})"
-    return f"{found.value:{sign}z.3f}{bounds}"
-
-
 def _text(values: Iterable[float | None]) -> str:
     """Mean and interval over runs; how many have a value, if not all of them."""
     values = list(values)
     found = estimate(values)
+    count = "" if found is None or found.count == len(values) else f" ({found.count} of {len(values)} runs)"
+    return _estimate(found) + count
+
+
+def _estimate(found: Estimate | None, sign: str = "") -> str:
     if found is None:
         return NOTHING
     interval = "" if found.half is None else f" ± {found.half:.3f}"
-    count = "" if found.count == len(values) else f" ({found.count} of {len(values)} runs)"
-    return f"{found.mean:.3f}{interval}{count}"
+    return f"{found.mean:{sign}z.3f}{interval}"

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
 
 import numpy as np
 
 from workbench.experiments.frontier import Frontier
+from workbench.experiments.plan import Experiment
 from workbench.experiments.records import ARMS, BASE
 
 HARNESS_METRICS = ("exact_match", "acc_norm", "acc", "f1")  # the first one of a task represents it
@@ -21,54 +24,74 @@ class Method:
         arm: its name.
         knowledge_share: as in `Cell`.
         runs: of each setting, by seed; smaller rates first.
+        contenders: the settings that all seeds are planned for, by the runs of the first.
         loss_range: as in `Frontier`.
     """
 
     arm: str
     knowledge_share: float
     runs: dict[Setting, dict[int, dict]]
+    contenders: list[Setting]
     loss_range: tuple[float, float]
 
     @property
     def seeds(self) -> list[int]:
-        """Those of the setting with the most."""
-        return sorted(max(self.runs.values(), key=len))
+        """Those that every contender was run with."""
+        return sorted(set.intersection(*(set(self.runs[setting]) for setting in self.contenders or self.runs)))
 
     @property
     def repeated(self) -> list[Setting]:
-        """The settings with all of these seeds; the others were no contenders, or are still to be run."""
-        return [setting for setting, runs in self.runs.items() if sorted(runs) == self.seeds]
+        """The settings with all of these seeds."""
+        return [setting for setting, runs in self.runs.items() if set(self.seeds) <= set(runs)]
 
-    @property
+    @cached_property
     def frontier(self) -> Frontier:
-        return Frontier(self._values("task_loss"), self._values("knowledge_known"), self.loss_range)
+        """Of the repeated settings; what a diverged run keeps counts as nothing."""
+        loss, kept = (
+            [[self.runs[setting][seed][field] or 0.0 for seed in self.seeds] for setting in self.repeated]
+            for field in ("task_loss", "knowledge_known")
+        )
+        return Frontier(np.array(loss), np.array(kept), self.loss_range)
 
-    def best(self, least_kept: float) -> tuple[Setting, list[dict]] | None:
-        """The setting with the lowest loss among those that keep at least so much, and its runs."""
-        found = self.frontier.best(least_kept)
-        if found is None:
-            return None
-        setting = self.repeated[found]
-        return setting, list(self.runs[setting].values())
+    def place(self, setting: Setting) -> tuple[float, float]:
+        """Task loss and share kept, means over the runs of a setting."""
+        runs = self.runs[setting].values()
+        return fmean(run["task_loss"] for run in runs), fmean(run["knowledge_known"] or 0.0 for run in runs)
 
-    def _values(self, field: str) -> np.ndarray:
-        """Of each repeated setting and seed; what a diverged run keeps counts as nothing."""
-        runs = [[self.runs[setting][seed] for seed in self.seeds] for setting in self.repeated]
-        return np.array([[run[field] or 0.0 for run in by_seed] for by_seed in runs])
+    def best(self, least_kept: float) -> Setting | None:
+        """The setting with the lowest loss among those that keep at least so much; None if there is none."""
+        able = [setting for setting in self.runs if self.place(setting)[1] >= least_kept]
+        return min(able, key=lambda setting: self.place(setting)[0], default=None)
 
 
-def methods(cells: Iterable[dict], loss_range: tuple[float, float]) -> list[Method]:
-    """The methods of the grid, smaller shares of type 1 rows first, arms in the order of `ARMS`."""
+def methods(experiment: Experiment, cells: Iterable[dict]) -> tuple[list[Method], list[str]]:
+    """The methods of the grid whose settings have all been run with the first seed, and what others lack, in words.
+
+    Smaller shares of type 1 rows come first, arms in the order of `ARMS`.
+    """
+    settings: dict[tuple[float, str], list[Setting]] = {}
+    for cell in experiment.grid(experiment.seeds[:1]):
+        settings.setdefault((cell.knowledge_share, cell.arm), []).append((cell.learning_rate, cell.scaling))
     found: dict[tuple[float, str], dict[Setting, dict[int, dict]]] = {}
-    grid = [cell for cell in cells if not cell["is_variant"] and cell["arm"] != BASE]
-    for cell in sorted(grid, key=_place):
-        runs = found.setdefault((cell["knowledge_share"], cell["arm"]), {})
-        runs.setdefault((cell["learning_rate"], cell["scaling"]), {})[cell["seed"]] = cell
-    return [Method(arm, share, runs, loss_range) for (share, arm), runs in found.items()]
+    for record in cells:
+        if not record["is_variant"] and record["arm"] != BASE:
+            runs = found.setdefault((record["knowledge_share"], record["arm"]), {})
+            runs.setdefault((record["learning_rate"], record["scaling"]), {})[record["seed"]] = record
+    finished, unfinished = [], []
+    for share, arm in sorted(settings, key=lambda place: (place[0], ARMS.index(place[1]))):
+        planned, runs = settings[share, arm], found.get((share, arm), {})
+        first = {setting: runs[setting][experiment.seeds[0]] for setting in planned if setting in runs}
+        if len(first) < len(planned):
+            unfinished.append(f"{arm} at {100 * share:g} % ({len(first)} of {len(planned)} settings)")
+            continue
+        contenders = [setting for setting, run in first.items() if experiment.is_contender(run, first.values())]
+        ordered = {setting: runs[setting] for setting in sorted(planned, key=_order)}
+        finished.append(Method(arm, share, ordered, contenders, experiment.loss_range))
+    return finished, unfinished
 
 
-def _place(cell: dict) -> tuple:
-    return cell["knowledge_share"], ARMS.index(cell["arm"]), cell["learning_rate"], cell["scaling"], cell["seed"]
+def _order(setting: Setting) -> tuple[float, float]:
+    return setting[0], setting[1] or 0
 
 
 def guessed_share(base: dict) -> float:
