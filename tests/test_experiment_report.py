@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from data import InputError
 from workbench.experiments.frontier import estimate
-from workbench.experiments.plan import Arm, Experiment, read_experiment
+from workbench.experiments.plan import Arm, Change, Experiment, Variants, read_experiment
 from workbench.experiments.records import find_record, read_records
 from workbench.experiments.report import LEVELS, markdown, report
 from workbench.experiments.results import main_metric, methods
@@ -73,7 +73,16 @@ def grid() -> list[dict]:
 
 
 def variants() -> list[dict]:
-    return [cell("loramoe", 0.2, 0.001, 0, arm=f"rank_{rank}", is_variant=True) for rank in (16, 4)]
+    """In two seeds one that changes nothing, and one that keeps more."""
+    return [
+        *(cell("loramoe", 0.2, 0.003, seed, arm="reference", is_variant=True) for seed in (0, 1)),
+        *(cell("loramoe", 0.2, 0.001, seed, arm="lower_rate", is_variant=True) for seed in (0, 1)),
+    ]
+
+
+VARIANTS = Variants(
+    "loramoe", 0.2, 0.003, 8, [0, 1], {"reference": Change(), "lower_rate": Change(learning_rate=0.001)}
+)
 
 
 def plan(**changes) -> Experiment:
@@ -164,7 +173,7 @@ def test_a_setting_of_one_seed_is_chosen_if_no_other_keeps_enough():
 
 
 def test_every_setting_and_variant_is_told_with_its_groups():
-    text = text_of([*grid(), *variants()])
+    text = text_of([*grid(), *variants()], variants=VARIANTS)
     rows = {tuple(row[:4]): row[4:] for row in rows_of(text, "All settings")}
     assert len(rows) == 2 * len(ARMS) * len(RATES)
     groups = f"0.555 ± {estimate([0.55, 0.56]).half:.3f}; 0.450 ± 0.000"
@@ -172,12 +181,21 @@ def test_every_setting_and_variant_is_told_with_its_groups():
     assert rows["20 %", "loramoe", "0.001", "8"][-4:] == ["123,456", "0.030 ± 0.000", groups, "0.200 ± 0.000"]
     assert rows["20 %", "lora", "0.003", "8"][:3] == ["1", "0.400", "0.400"]
     assert rows["0 %", "full", "0.003", "-"][-2:] == ["-", "-"]
-    assert [row[:5] for row in rows_of(text, "Variants")] == [
-        ["20 %", "rank_16", "4,000", "0.001", "8"],
-        ["20 %", "rank_4", "4,000", "0.001", "8"],
+    assert [row[:8] for row in rows_of(text, "Variants")] == [
+        [
+            "lower_rate",
+            "20 %",
+            "4,000",
+            "0.001",
+            "8",
+            "+0.400 ± 0.000",
+            "2",
+            f"0.725 ± {estimate([0.7, 0.75]).half:.3f}",
+        ],
+        ["reference", "20 %", "4,000", "0.003", "8", "-", "2", f"0.325 ± {estimate([0.3, 0.35]).half:.3f}"],
     ]
     assert rows_of(text, "The base model") == [["0.750", "0.250", "4", "4.000", "0.000", "0.250"]]
-    assert f"{len(grid()) + 2} cells took" in text
+    assert f"{len(grid()) + 4} cells took" in text
     assert "Processor: one of two" in text
 
 

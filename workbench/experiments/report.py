@@ -8,7 +8,7 @@ from statistics import fmean
 from training.markdown import table
 from workbench.experiments.figures import draw
 from workbench.experiments.frontier import Estimate, estimate
-from workbench.experiments.plan import Experiment
+from workbench.experiments.plan import Change, Experiment, Variants
 from workbench.experiments.records import BASE, read_records, write_table
 from workbench.experiments.results import Method, guessed_share, main_metric, methods
 
@@ -40,7 +40,7 @@ which the constraint draws to rows of type 1, on held-out rows of type 1 and of 
 variation distance between the mean weights of all experts on rows of the two types, mean over the Linears: 0 where they
 are the same, 1 where no expert serves both."""
 VARIANTS = """\
-Changes of one arm at one setting."""
+Changes of one arm at one setting, the ones that keep most first; differences are taken seed by seed."""
 BASE_MODEL = """\
 *Guessed* is what the one best answer to all questions of a relation, or of a task, gets right: only what is above it is
 knowledge, or skill. Below it, a task loss tells how well the form of the answers has been learnt."""
@@ -77,7 +77,7 @@ def markdown(experiment: Experiment, cells: list[dict], found: list[Method], unf
         "The base model": (BASE_MODEL, _base(cells)),
         "Frontiers": (FRONTIERS.format(low=low, high=high, margin=experiment.margin), _frontiers(found)),
         "What to set": (ADVICE, _advice(found)),
-        "Variants": (VARIANTS, _variants(cells)),
+        "Variants": (VARIANTS, _variants(cells, experiment.variants)),
         "All settings": (SETTINGS, _settings(found)),
         "lm-evaluation-harness": (HARNESS, _harness(cells)),
     }
@@ -155,17 +155,35 @@ def _settings(found: list[Method]) -> str:
     return table(["type 1 rows", "arm", "learning rate", "scaling", *RUN_COLUMNS], rows) if rows else ""
 
 
-def _variants(cells: list[dict]) -> str:
-    by_name: dict[tuple, list[dict]] = {}
+def _variants(cells: list[dict], plan: Variants | None) -> str:
+    """Those that keep most first."""
+    if plan is None:
+        return ""
+    by_name: dict[str, dict[int, dict]] = {}
     for cell in cells:
         if cell["is_variant"]:
-            by_name.setdefault((cell["knowledge_share"], cell["arm"]), []).append(cell)
-    rows = [
-        [_percent(share), name, f"{runs[0]['size']:,}", *_shown(_setting(runs[0])), *_run_row(runs)]
-        for (share, name), runs in by_name.items()
-    ]
-    header = ["type 1 rows", "change", "rows", "learning rate", "scaling", *RUN_COLUMNS]
+            by_name.setdefault(cell["arm"], {})[cell["seed"]] = cell
+    reference = next((by_name.get(name, {}) for name, change in plan.changes.items() if change == Change()), {})
+    rows = []
+    for name, by_seed in sorted(by_name.items(), key=lambda item: -_kept(item[1])):
+        run, *_ = runs = list(by_seed.values())
+        gain = [_kept({0: by_seed[seed]}) - _kept({0: reference[seed]}) for seed in by_seed if seed in reference]
+        rows.append(
+            [
+                name,
+                _percent(run["knowledge_share"]),
+                f"{run['size']:,}",
+                *_shown((run["learning_rate"], run["scaling"])),
+                NOTHING if by_seed is reference else _estimate(estimate(gain), "+"),
+                *_run_row(runs),
+            ]
+        )
+    header = ["change", "type 1 rows", "rows", "learning rate", "scaling", "kept, minus reference", *RUN_COLUMNS]
     return table(header, rows) if rows else ""
+
+
+def _kept(runs: dict[int, dict]) -> float:
+    return fmean(run["knowledge_known"] or 0 for run in runs.values())
 
 
 RUN_COLUMNS = ("seeds", "kept", "knowledge", "task loss", "task score", "parameters", "parameter change", "groups",
@@ -225,10 +243,6 @@ def _percent(share: float) -> str:
 
 def _shown(setting: tuple[float, float | None]) -> list[str]:
     return [NOTHING if value is None else f"{value:g}" for value in setting]
-
-
-def _setting(run: dict) -> tuple[float, float | None]:
-    return run["learning_rate"], run["scaling"]
 
 
 def _number(value: float | None) -> str:
