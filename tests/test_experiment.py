@@ -327,12 +327,13 @@ def test_as_many_rows_as_are_promised_can_be_generated(part):
 
 @pytest.mark.parametrize("shape", [SHAPE | {"vocab_size": 3000}, {"hidden_size": 576, "intermediate_size": 1536}])
 @pytest.mark.parametrize("experts", [4, 6, 8])
-def test_the_lora_of_equal_size_has_as_many_parameters(tmp_path, shape, experts):
+@pytest.mark.parametrize("null_expert", [False, True])
+def test_the_lora_of_equal_size_has_as_many_parameters(tmp_path, shape, experts, null_expert):
     LlamaConfig(**{"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100} | shape).save_pretrained(
         tmp_path
     )
     mixture_flags = {"lora_nums": experts, "lora_rank": 4}
-    flags = {"lora_nums": 1, "lora_rank": "equal", "blc_weight": 0}
+    flags = {"lora_nums": 1, "lora_rank": "equal", "blc_weight": 0, "lora_null_expert": null_expert}
     flags |= {"lora_rank": equal_rank(str(tmp_path), flags, mixture_flags)}
     sizes = [adapter_size(ModelArguments(model_name_or_path=str(tmp_path), **each)) for each in (flags, mixture_flags)]
     assert abs(sizes[0] / sizes[1] - 1) < 0.025

@@ -24,8 +24,10 @@ def equal_rank(model: str, flags: dict, mixture_flags: dict) -> int:
         flags: of `train.py`, for the LoRA.
         mixture_flags: the same for the mixture.
     """
-    mixture, single = (_model_arguments(model, each) for each in (mixture_flags, flags | {"lora_rank": 1}))
-    return max(1, round(adapter_size(mixture) / adapter_size(single)))
+    alternatives = (mixture_flags, flags | {"lora_rank": 1}, flags | {"lora_rank": 2})
+    mixture, of_rank_1, of_rank_2 = (adapter_size(_model_arguments(model, each)) for each in alternatives)
+    # A router, which a null expert needs, has the same size with any rank.
+    return max(1, 1 + round((mixture - of_rank_1) / (of_rank_2 - of_rank_1)))
 
 
 def adapter_size(arguments: ModelArguments) -> int:
