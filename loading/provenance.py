@@ -45,9 +45,25 @@ def _commit() -> str:
         return "unknown"
 
 
-def _machine() -> str:
+def processor() -> str:
+    """What computes here, and rounds in its own way: the GPU, else the CPU with family and model."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    family, model = (_cpu(field) for field in ("cpu family", "model"))
+    return f"{_cpu_name()} (family {family}, model {model})" if family and model else _cpu_name()
+
+
+def _cpu(field: str) -> str | None:
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    found = re.search(rf"^{field}\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found and found[1]
+
+
+def _cpu_name() -> str:
+    return _cpu("model name") or platform.processor() or sys.platform
+
+
+def _machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    name = names[0] if names else platform.processor() or sys.platform
+    name = _cpu_name()
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB"

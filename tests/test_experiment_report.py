@@ -1,180 +1,110 @@
-"""The report of an experiment: comparisons on numbers made by hand, and the table and figures of a small folder."""
+"""The report of an experiment: its tables on numbers made by hand, and the files of a small folder."""
 
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from data import InputError
+from workbench.experiments.frontier import estimate
+from workbench.experiments.plan import Arm, Change, Experiment, Variants, read_experiment
 from workbench.experiments.records import find_record, read_records
-from workbench.experiments.report import markdown, report
-from workbench.experiments.results import (
-    Estimate,
-    by_arm,
-    estimate,
-    largest_common,
-    main_metric,
-    matched_knowledge,
-    matching_targets,
-    outcome,
-    paired_differences,
-    paired_growth,
-    runs_over_sizes,
-)
+from workbench.experiments.report import LEVELS, markdown, report
+from workbench.experiments.results import main_metric, methods
 
-TASKS = ("coreference", "inference", "closed_book_qa")
-NO_TASKS = {"tasks": {"coreference": 0.0, "inference": 0.0}, "task_score": 0.0, "task_loss": 4.0}
-BASE_POINT = {"step": 0, "rows": 0, "knowledge": 0.97, "knowledge_known": 1.0, "recalled": "1110", **NO_TASKS}
-TARGETS = {"task_score": 0.8, "task_loss": 1.0}
-FORGETTING = {"full": 0.3, "lora": 0.5, "loramoe_beta0": 0.2, "loramoe": 0.1}
+ARMS = ("full", "lora", "loramoe")
+RATES = (0.001, 0.003)
+LOSS_RANGE, MARGIN = (1, 4), 0.1
 
 
-def path_of(*points: tuple[float, float]) -> list[dict]:
-    """Checkpoints of these task scores and amounts of knowledge."""
-    return [BASE_POINT | {"task_score": score, "knowledge": knowledge} for score, knowledge in points]
-
-
-def cell(arm: str, size: int, share: float, seed: int, /, **changes) -> dict:
-    """A run that forgets more the more rows it sees, and by 0.01 less with each seed."""
-    lost = FORGETTING[arm] * math.log10(size) / 6 - 0.01 * seed
-    last = {"step": 100, "rows": size, "knowledge": 0.97 - lost, "knowledge_known": 1 - lost}
-    last |= {"task_score": 0.8, "task_loss": 1.0, "recalled": "0110"}
-    last["tasks"] = {"coreference": 0.7 + 0.02 * seed, "inference": 0.9 - 0.02 * seed}
-    middle = BASE_POINT | {"step": 50, "rows": size // 2, "knowledge": 0.97 - lost / 2}
-    middle |= {"task_score": 0.4, "task_loss": 2.0}
-    middle["tasks"] = {"coreference": 0.2 + 0.02 * seed, "inference": 0.6 - 0.02 * seed}
-    shares = [[0.45, 0.55], [0.55, 0.45]] if arm == "loramoe_beta0" else [[0.55, 0.45], [0.45, 0.55 + 0.01 * seed]]
-    log = [{"step": step, "loss": 1.0, "routing_cv": step / (100 if arm == "loramoe" else 30)} for step in (10, 50, 90)]
-    routed = {"experts_by_task": {task: [0.1, 0.4, 0.2, 0.3] for task in TASKS}, "group_shares": shares}
-    routed["type_distance"] = 0.2
+def cell(arm: str, share: float, rate: float, seed: int, /, **changes) -> dict:
+    """A run that keeps 0.01 more with each seed, LoRAMoE with 20 % of type 1 rows 0.05 more. The higher rate keeps less
+    and learns more, with LoRA less."""
+    per_seed = 0.05 if (arm, share) == ("loramoe", 0.2) else 0.01
+    kept = {0.001: 0.9, 0.003: 0.5}[rate] + per_seed * seed - 0.1 * ARMS.index(arm)
+    routed = {"group_shares": [[0.55, 0.45], [0.45, 0.55 + 0.01 * seed]], "type_distance": 0.2}
+    scaling = None if arm == "full" else 8
     return {
-        "cell": f"{arm}-{size}-{share}-{seed}",
-        "stage": "grid",
+        "cell": f"{arm}-{share}-{rate}-{scaling}-{seed}",
         "arm": arm,
-        "size": size,
+        "is_variant": False,
         "knowledge_share": share,
+        "size": 4000,
+        "learning_rate": rate,
+        "scaling": scaling,
         "seed": seed,
-        "learning_rate": 1e-3,
         "model": "models/small-llama",
+        "processor": "one of two",
         "trainable_parameters": 123456,
         "commit": "abc1234",
         "machine": "two cores",
         "seconds": 1800.0,
-        "checkpoints": [BASE_POINT, middle, BASE_POINT | last],
+        "knowledge": kept,
+        "knowledge_known": kept,
+        "recalled": "0110",
+        "tasks": {"coreference": 0.7, "inference": 0.9},
+        "task_score": 0.8,
+        "task_loss": 2.0 if rate == 0.001 else 3.0 if arm == "lora" else 1.0,
         "parameter_change": 0.03,
-        "routing": routed if arm.startswith("loramoe") else None,
-        "log": log if arm.startswith("loramoe") else [{"step": 10, "loss": 1.0}],
+        "routing": routed if arm == "loramoe" else None,
     } | changes
 
 
 def base_cell() -> dict:
-    nothing = {"learning_rate": None, "parameter_change": None, "routing": None, "log": []}
+    nothing = {"learning_rate": None, "scaling": None, "parameter_change": None, "routing": None, "size": 0}
     asked = {"relations": ["capital", "city", "city", "city"], "guessed": {"capital": 0.0, "city": 1 / 3}}
     asked |= {"guessed_tasks": {"coreference": 0.1, "inference": 0.4}}
-    return cell("full", 1, 0.0, 0) | nothing | asked | {"arm": "base", "size": 0, "checkpoints": [BASE_POINT]}
+    kept = {"knowledge": 0.75, "knowledge_known": 1.0, "recalled": "1110", "task_loss": 4.0, "task_score": 0.0}
+    return cell("full", 0.0, 0.001, 0) | nothing | asked | kept | {"arm": "base", "cell": "base"}
 
 
 def grid() -> list[dict]:
-    """Two shares, two sizes, two seeds; the last seed of the largest size is not finished, nor its full fine-tuning."""
-    runs = [cell(*which) for which in product(FORGETTING, (4000, 16000), (0.0, 0.2), (0, 1))]
-    unfinished = [run for run in runs if run["size"] == 16000 and (run["seed"] == 1 or run["arm"] == "full")]
-    return [base_cell(), *(run for run in runs if run not in unfinished)]
-
-
-def tuning() -> list[dict]:
-    losses = {1e-4: 2.0, 1e-3: 1.5, 1e-2: math.nan}
+    """Two shares, two settings of each arm, two seeds; the higher rate of LoRA, no contender, has one seed only."""
+    runs = [cell(*which) for which in product(ARMS, (0.0, 0.2), RATES, (0, 1))]
     return [
-        cell("lora", 4000, 0.0, 9, stage="tuning", learning_rate=rate, checkpoints=[BASE_POINT | {"task_loss": loss}])
-        for rate, loss in losses.items()
+        base_cell(),
+        *(run for run in runs if (run["arm"], run["learning_rate"], run["seed"]) != ("lora", 0.003, 1)),
     ]
 
 
-def ablations() -> list[dict]:
-    return [cell("loramoe", 4000, 0.2, 0, stage="ablation", arm=f"experts-{number}") for number in (16, 4)]
+def variants() -> list[dict]:
+    """In two seeds one that changes nothing, and one that keeps more."""
+    return [
+        *(cell("loramoe", 0.2, 0.003, seed, arm="reference", is_variant=True) for seed in (0, 1)),
+        *(cell("loramoe", 0.2, 0.001, seed, arm="lower_rate", is_variant=True) for seed in (0, 1)),
+    ]
 
 
-def write(folder: Path, cells: list[dict]) -> Path:
+VARIANTS = Variants(
+    "loramoe", 0.2, 0.003, 8, [0, 1], {"reference": Change(), "lower_rate": Change(learning_rate=0.001)}
+)
+
+
+def plan(**changes) -> Experiment:
+    """The experiment of these cells."""
+    arms = {arm: Arm({}, scalings=[] if arm == "full" else None) for arm in ARMS}
+    values = {"arms": arms, "learning_rates": [*RATES], "scalings": [8], "knowledge_shares": [0.0, 0.2]}
+    values |= {"seeds": [0, 1], "loss_range": LOSS_RANGE, "margin": MARGIN, "variants": None}
+    experiment = read_experiment(ROOT / "workbench" / "experiments" / "smoke.yaml")
+    return replace(experiment, **values | changes)
+
+
+def text_of(cells: list[dict], **changes) -> str:
+    experiment = plan(**changes)
+    return markdown(experiment, cells, *methods(experiment, cells))
+
+
+def write(folder: Path, cells: list[dict], **changes) -> Experiment:
+    """Cells as files of a folder, whose experiment is returned."""
     (folder / "cells").mkdir()
     for number, each in enumerate(cells):
         (folder / "cells" / f"{number:03}.json").write_text(json.dumps(each | {"cell": f"{number:03}"}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [(0.1, None), (0.2, 0.8), (0.3, 0.7), (0.4, 0.6), (0.5, None)],
-    ids=["before the first checkpoint", "at a checkpoint", "between checkpoints", "at the best checkpoint", "never"],
-)
-def test_knowledge_is_taken_at_the_first_crossing_of_the_target(target, expected):
-    """The score falls below 0.2 again and crosses 0.3 twice: only the first crossing counts."""
-    checkpoints = path_of((0.0, 0.9), (0.2, 0.8), (0.4, 0.6), (0.1, 0.5), (0.35, 0.1))
-    expected = expected if expected is None else pytest.approx(expected)
-    assert matched_knowledge(checkpoints, "task_score", target) == expected
-    losses = [point | {"task_loss": 4 - 2 * point["task_score"]} for point in checkpoints]
-    assert matched_knowledge(losses, "task_loss", 4 - 2 * target) == expected
-    assert matched_knowledge(checkpoints, "task_score", None) is None
-
-
-def test_the_ends_of_runs_are_one_run_over_sizes():
-    """At the sizes that both arms have with both seeds."""
-    runs = [cell(arm, size, 0.2, seed) for arm in ("lora", "full") for size in (64, 16, 4) for seed in (0, 1)]
-    found = runs_over_sizes([base_cell(), *runs[2:], cell("lora", 4, 0.0, 0)])
-    assert found.keys() == {(0.2, 16)}
-    assert [(run["arm"], run["seed"]) for run in found[0.2, 16]] == [("lora", 0), ("lora", 1), ("full", 0), ("full", 1)]
-    ends = {run["size"]: run["checkpoints"][-1] for run in runs if (run["arm"], run["seed"]) == ("full", 1)}
-    assert found[0.2, 16][-1]["checkpoints"] == [BASE_POINT, ends[4], ends[16]]
-
-
-def test_growth_is_taken_by_seed():
-    runs = [base_cell(), *(cell("lora", size, 0.2, seed) for size in (16, 4) for seed in (0, 1))][:-1]
-    knowledge = {(run["size"], run["seed"]): outcome(run, {})["knowledge"] for run in runs}
-    assert paired_growth(runs, (0, 4), "knowledge") == [knowledge[4, 0] - 0.97]
-    assert paired_growth(runs, (0, 16), "knowledge") == [knowledge[16, seed] - 0.97 for seed in (0, 1)]
-    assert paired_growth(runs, (4, 16), "knowledge") == [knowledge[16, 0] - knowledge[4, 0]]
-
-
-def test_the_targets_are_what_every_run_reaches_at_its_best():
-    def run(arm: str, *points: tuple[float, float]) -> dict:
-        measured = [BASE_POINT | {"task_score": score, "task_loss": loss} for score, loss in points]
-        return {"arm": arm, "checkpoints": [BASE_POINT, *measured]}
-
-    runs = [run("base"), run("lora", (0.6, 3.0), (0.5, 2.5)), run("full", (0.9, 2.6))]
-    assert matching_targets(runs) == {"task_score": 0.6, "task_loss": 2.6}
-    assert matching_targets([*runs, run("lora", (0.0, 3.5))]) == {"task_loss": 3.5}
-    assert matching_targets([*runs, run("lora", (0.1, 4.5))]) == {"task_score": 0.1}
-    assert matching_targets(runs[:1]) == {}
-
-
-def test_intervals_are_those_of_the_t_distribution():
-    """t at 0.975: 12.706 with one degree of freedom, 4.303 with two."""
-    assert estimate([]) is None
-    assert estimate([None]) is None
-    assert estimate([0.5]) == Estimate(0.5, None, 1)
-    assert estimate([1.0, None, 2.0]) == Estimate(1.5, pytest.approx(12.7062 * math.sqrt(0.5) / math.sqrt(2)), 2)
-    assert estimate([1.0, 2.0, 3.0]) == Estimate(2.0, pytest.approx(4.30265 / math.sqrt(3)), 3)
-
-
-def test_differences_are_taken_by_seed_where_both_arms_have_it():
-    runs = [cell("loramoe", 4000, 0.0, seed) for seed in (0, 1, 2)]
-    runs += [cell("lora", 4000, 0.0, seed) for seed in (2, 0, 3)]
-    found = paired_differences(runs, ("loramoe", "lora"), "knowledge", TARGETS)
-    knowledge = {(run["arm"], run["seed"]): outcome(run, TARGETS)["knowledge"] for run in runs}
-    assert found == [knowledge["loramoe", seed] - knowledge["lora", seed] for seed in (0, 2)]
-    assert paired_differences(runs, ("loramoe", "lora"), "matched_task_score", {"task_score": 0.9}) == [None, None]
-    assert paired_differences(runs, ("loramoe", "full"), "knowledge", TARGETS) == []
-
-
-def test_runs_are_compared_at_the_largest_size_that_all_arms_have():
-    found = largest_common(grid()[1:], FORGETTING)
-    assert {place: sorted(by_arm(runs)) for place, runs in found.items()} == {
-        (0.0, 4000): sorted(FORGETTING),
-        (0.2, 4000): sorted(FORGETTING),
-    }
-    assert largest_common(grid(), ["lora", "loramoe"]).keys() == {(0.0, 16000), (0.2, 16000)}
-    assert largest_common(grid(), ["lora", "none"]) == {}
+    return plan(results=str(folder), work=str(folder), **changes)
 
 
 def rows_of(text: str, heading: str) -> list[list[str]]:
@@ -184,72 +114,98 @@ def rows_of(text: str, heading: str) -> list[list[str]]:
     return [[each.strip() for each in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_the_table_holds_every_arm_with_its_interval():
-    rows = rows_of(markdown(grid()), "World knowledge and task scores")
-    assert rows[0][:3] == ["0 %", "0", "base"]
-    assert len(rows) == 1 + 2 * (4 + 3)
-    (lora,) = (row for row in rows if row[:3] == ["20 %", "4,000", "lora"])
-    expected = estimate(outcome(cell("lora", 4000, 0.2, seed), TARGETS)["knowledge"] for seed in (0, 1))
-    knowledge = f"{expected.mean:.3f} ± {expected.half:.3f}"
-    assert lora[3:7] == ["2", "0.001", "123,456", knowledge]
-    assert lora[8:14] == ["0.800 ± 0.000", "0.800", knowledge, "1.000 ± 0.000", "1.000", knowledge]
-    assert lora[14:] == ["0.030 ± 0.000"]
-    (alone,) = (row for row in rows if row[:3] == ["20 %", "16,000", "lora"])
-    assert alone[3] == "1"
-    assert "±" not in "".join(alone)
+def found_in(cells: list[dict]) -> dict:
+    return {(method.knowledge_share, method.arm): method for method in methods(plan(), cells)[0]}
 
 
-def test_differences_that_hold_no_zero_are_bold():
-    rows = rows_of(markdown(grid()), "Differences between arms")
-    assert len(rows) == 2 * (4 + 2)
-    (row,) = (row for row in rows if row[:3] == ["0 %", "4,000", "loramoe - loramoe_beta0"])
-    gain = 0.1 * math.log10(4000) / 6
-    assert row[3:] == ["2", *[f"**+{gain:.3f} ± 0.000**"] * 4, *["+0.000 ± 0.000"] * 2]
+def test_settings_that_are_no_contenders_need_one_seed():
+    found = found_in(grid())
+    assert list(found) == list(product((0.0, 0.2), ARMS))
+    lora = found[0.0, "lora"]
+    assert (list(lora.runs), lora.repeated, lora.seeds) == ([(0.001, 8), (0.003, 8)], [(0.001, 8)], [0, 1])
+    assert lora.frontier.kept.max() == pytest.approx(0.805)
+    assert found[0.0, "full"].repeated == [(0.001, None), (0.003, None)]
 
 
-def test_knowledge_is_reported_by_relation_with_the_score_of_guessing():
-    rows = rows_of(markdown(grid()), "Knowledge by relation")
-    trained = len(FORGETTING)
-    assert rows[0] == ["0 %", "4,000", "capital", "1", "0.000", "1.000", *["0.000 ± 0.000"] * trained]
-    assert rows[1] == ["0 %", "4,000", "city", "3", "0.333", "0.667", *["0.667 ± 0.000"] * trained]
-    assert rows[2][:6] == ["0 %", "4,000", "all", "4", "0.250", "0.750"]
+def test_a_seed_counts_when_all_contenders_have_it():
+    missing = [run for run in grid() if (run["arm"], run["learning_rate"], run["seed"]) != ("full", 0.001, 1)]
+    full = found_in(missing)[0.0, "full"]
+    assert (full.seeds, full.repeated) == ([0], [(0.001, None), (0.003, None)])
+    assert full.frontier.loss_KS.shape == (2, 1)
 
 
-def test_growth_and_matching_over_sizes_are_told():
-    runs = [cell(arm, size, 0.2, seed) for arm in ("lora", "loramoe") for size in (1000, 4000) for seed in (0, 1)]
-    text = markdown([base_cell(), *runs])
-    lost = FORGETTING["lora"] * (math.log10(4000) - 3) / 6
-    growth = rows_of(text, "Growing numbers of rows")
-    assert [row[:4] for row in growth[:2]] == [["20 %", "lora", step, "2"] for step in ("0 to 1,000", "1,000 to 4,000")]
-    assert growth[1][4:] == [*[f"**-{lost:.3f} ± 0.000**"] * 2, "+0.000 ± 0.000", "+0.000 ± 0.000"]
-    over = rows_of(text, "Matched over numbers of rows")
-    assert [row[2] for row in over] == ["lora", "loramoe", "loramoe - lora"]
-    assert over[0][:6] == ["20 %", "4,000", "lora", "2", "0.800", "1.000"]
+def test_a_method_without_all_settings_of_the_first_seed_is_not_shown():
+    missing = [run for run in grid() if (run["arm"], run["learning_rate"]) != ("full", 0.003)]
+    text = text_of(missing)
+    assert "Not shown, since not all of their settings have been run: full at 0 % (1 of 2 settings), full at" in text
+    assert {row[1] for heading in ("Frontiers", "What to set", "All settings") for row in rows_of(text, heading)} == {
+        "lora",
+        "loramoe",
+    }
 
 
-def test_what_comes_back_along_a_training_is_told():
-    """The base knows three facts of four; the first checkpoint has one of them, the end that one and another."""
-    digits = ("1110", "0010", "0111")
-    points = [BASE_POINT | {"recalled": each, "rows": 2000 * n} for n, each in enumerate(digits)]
-    for point in points[1:]:
-        point["knowledge"] = point["recalled"].count("1") / 4
-    (row,) = rows_of(markdown([base_cell(), cell("lora", 4000, 0.2, 0, checkpoints=points)]), "Along the trainings")
-    assert row == ["20 %", "4,000", "lora", "1", "2,000", "0.250", "0.750", "+0.500", "0.667", "0.500"]
+def test_what_is_kept_is_compared_by_seed_and_share_at_losses_that_both_reach():
+    """From 1 to 4, half of the axis is below a loss of 2: full fine-tuning keeps 0.5 there and 0.9 above."""
+    rows = {tuple(row[:2]): row[2:] for row in rows_of(text_of(grid()), "Frontiers")}
+    assert rows["0 %", "full"][:4] == ["2 of 2", "2", "1.000", f"0.705 ± {estimate([0.7, 0.71]).half:.3f}"]
+    assert rows["0 %", "lora"][:3] == ["1 of 2", "2", "2.000"]
+    assert rows["0 %", "full"][4:7] == ["**+0.100 ± 0.000**", "-", "**+0.200 ± 0.000**"]
+    assert rows["20 %", "full"][6] == f"+0.180 ± {estimate([0.2, 0.16]).half:.3f}"
+    assert rows["0 %", "loramoe"][6] == "-"
 
 
-def test_each_task_is_followed_from_the_base_model_to_the_end():
-    """At 4,000 rows, the largest size with full fine-tuning, and its two seeds."""
-    text = markdown([*grid(), *tuning(), *ablations()])
-    assert [row[:5] for row in rows_of(text, "The tasks one by one")] == [
-        [share, "4,000", task, guess, "0.000"]
-        for share in ("0 %", "20 %")
-        for task, guess in (("coreference", "0.100"), ("inference", "0.400"))
+def test_the_setting_to_choose_is_told_for_each_level():
+    rows = [row for row in rows_of(text_of(grid()), "What to set") if row[:2] == ["20 %", "loramoe"]]
+    assert len(rows) == len(LEVELS)
+    kept = f"0.725 ± {estimate([0.7, 0.75]).half:.3f}"
+    assert rows[3] == ["20 %", "loramoe", "80%", *["-"] * 7]
+    assert rows[4] == ["20 %", "loramoe", "70%", "0.001", "8", "2", kept, kept, "2.000 ± 0.000", "0.800 ± 0.000"]
+
+
+def test_a_setting_of_one_seed_is_chosen_if_no_other_keeps_enough():
+    gentle = [cell("lora", 0.2, 0.001, 0, learning_rate=0.0001, knowledge_known=0.99, task_loss=5.0, cell="gentle")]
+    full_grid = [*grid(), *gentle, gentle[0] | {"knowledge_share": 0.0}]
+    full_grid += [run | {"learning_rate": 0.0001} for run in full_grid if run["arm"] in ("full", "loramoe")]
+    text = text_of(full_grid, learning_rates=[0.0001, *RATES])
+    rows = [row for row in rows_of(text, "What to set") if row[:2] == ["20 %", "lora"]]
+    assert rows[0][:7] == ["20 %", "lora", "95%", "0.0001", "8", "1", "0.990"]
+    assert rows[3][:6] == ["20 %", "lora", "80%", "0.001", "8", "2"]
+
+
+def test_every_setting_and_variant_is_told_with_its_groups():
+    text = text_of([*grid(), *variants()], variants=VARIANTS)
+    rows = {tuple(row[:4]): row[4:] for row in rows_of(text, "All settings")}
+    assert len(rows) == 2 * len(ARMS) * len(RATES)
+    groups = f"0.555 ± {estimate([0.55, 0.56]).half:.3f}; 0.450 ± 0.000"
+    assert "Not shown" not in text
+    assert rows["20 %", "loramoe", "0.001", "8"][-4:] == ["123,456", "0.030 ± 0.000", groups, "0.200 ± 0.000"]
+    assert rows["20 %", "lora", "0.003", "8"][:3] == ["1", "0.400", "0.400"]
+    assert rows["0 %", "full", "0.003", "-"][-2:] == ["-", "-"]
+    assert [row[:8] for row in rows_of(text, "Variants")] == [
+        [
+            "lower_rate",
+            "20 %",
+            "4,000",
+            "0.001",
+            "8",
+            "+0.400 ± 0.000",
+            "2",
+            f"0.725 ± {estimate([0.7, 0.75]).half:.3f}",
+        ],
+        ["reference", "20 %", "4,000", "0.003", "8", "-", "2", f"0.325 ± {estimate([0.3, 0.35]).half:.3f}"],
     ]
-    half = estimate([0.70, 0.72]).half
-    assert rows_of(text, "The tasks one by one")[0][5:] == ["0.210", f"0.710 ± {half:.3f}"] * len(FORGETTING)
-    header = next(line for line in text.splitlines() if "trained |" in line)
-    stages = [f"{arm}, {stage}" for arm in by_arm(grid()[1:]) for stage in ("first", "trained")]
-    assert header == f"| type 1 rows | rows | task | guessed | base | {' | '.join(stages)} |"
+    assert rows_of(text, "The base model") == [["0.750", "0.250", "4", "4.000", "0.000", "0.250"]]
+    assert f"{len(grid()) + 4} cells took" in text
+    assert "Processor: one of two" in text
+
+
+def test_a_diverged_run_keeps_nothing():
+    nothing = dict.fromkeys(("knowledge", "knowledge_known", "recalled", "tasks", "task_score", "parameter_change"))
+    runs = [cell("full", 0.0, 0.001, 0), cell("full", 0.0, 0.003, 0, task_loss=math.inf, **nothing)]
+    text = text_of(runs, arms={"full": Arm({}, scalings=[])}, knowledge_shares=[0.0], seeds=[0])
+    assert rows_of(text, "All settings")[1][4:9] == ["1", "-", "-", "inf", "-"]
+    assert rows_of(text, "Frontiers")[0][2:6] == ["1 of 2", "1", "2.000", "0.450"]
+    assert [row[3] for row in rows_of(text, "What to set")] == ["-", "0.001", "0.001", "0.001", "0.001"]
 
 
 @pytest.mark.parametrize(
@@ -273,86 +229,30 @@ def test_the_harness_has_a_column_for_each_task():
     numbers = {"name": "rte", "sample_len": 277, "acc,none": 0.53, "acc_stderr,none": 0.03}
     recalled = {"exact_match,remove_whitespace": 0.4, "exact_match_stderr,remove_whitespace": "N/A"}
     base = base_cell() | {"lm_eval": {"rte": numbers, "triviaqa": recalled, "group": {"alias": "group"}}}
-    runs = [
-        cell("lora", 4000, 0.2, seed, lm_eval={"rte": numbers | {"acc,none": accuracy}})
-        for seed, accuracy in enumerate((0.6, 0.8))
-    ]
-    changed = [run | {"lm_eval": {"rte": numbers}} for run in ablations()[:1]]
-    tried = [trial | {"lm_eval": {"rte": numbers}} for trial in tuning()]
-    text = markdown([*runs, *tried, *changed, base, cell("full", 4000, 0.2, 0)])
-    assert "| type 1 rows | rows | arm | seeds | rte (acc) | triviaqa (exact_match,remove_whitespace) |" in text
-    assert rows_of(text, "lm-evaluation-harness") == [
-        ["0 %", "0", "base", "1", "0.530", "0.400"],
-        ["20 %", "4,000", "lora", "2", f"0.700 ± {estimate([0.6, 0.8]).half:.3f}", "-"],
-        ["20 %", "4,000", "experts-16", "1", "0.530", "-"],
-    ]
-    assert "## lm-evaluation-harness" not in markdown(grid())
-
-
-def test_expert_groups_trials_ablations_and_origin_are_told():
-    text = markdown([*grid(), *tuning(), *ablations()])
-    groups = {tuple(row[:3]): row[3:] for row in rows_of(text, "Expert groups")}
-    assert groups["0 %", "16,000", "loramoe"] == ["1", "0.550", "0.450", "+0.100", "0.200"]
-    assert groups["0 %", "16,000", "loramoe_beta0"] == ["1", "0.450", "0.550", "-0.100", "0.200"]
-    assert groups["20 %", "4,000", "experts-4"][-1] == "0.200"
-    trials = rows_of(text, "Learning rates")
-    assert trials == [
-        ["lora", "0.0001", "2.000", "0.970", ""],
-        ["lora", "0.001", "1.500", "0.970", "chosen"],
-        ["lora", "0.01", "nan", "0.970", ""],
-    ]
-    assert [row[2] for row in rows_of(text, "Ablations")] == [*FORGETTING, "experts-4", "experts-16"]
-    differences = rows_of(text, "Differences from ablations")
-    assert [row[2:5] for row in differences] == [[f"loramoe - experts-{number}", "1", "+0.000"] for number in (4, 16)]
-    assert f"{len(grid()) + 5} cells took" in text
-    assert "Commits: abc1234" in text
-
-
-def test_a_value_that_some_runs_lack_is_said():
-    runs = [cell("lora", 4000, 0.0, seed) for seed in (0, 1)]
-    runs[0]["checkpoints"][-1]["knowledge_known"] = None
-    (row,) = rows_of(markdown(runs), "World knowledge and task scores")
-    assert row[7].endswith("(1 of 2 runs)")
-
-
-def test_a_base_model_that_knows_no_fact_is_reported():
-    """Shares of the known facts are empty, and all other fields as usual."""
-    nothing = {"knowledge_known": None, "recalled": "0000"}
-    text = markdown([each | {"checkpoints": [point | nothing for point in each["checkpoints"]]} for each in grid()])
-    assert {row[7] for row in rows_of(text, "World knowledge and task scores")} == {"-"}
-    assert {row[5] for row in rows_of(text, "Differences between arms")} == {"-"}
-    growth = rows_of(text, "Growing numbers of rows")
-    assert growth[0][:6] == ["0 %", "full", "0 to 4,000", "2", growth[0][4], "-"]
-    assert growth[0][4].startswith("**-0.175")
-    assert {tuple(row[-2:]) for row in rows_of(text, "Along the trainings")} == {("-", "-")}
+    run = cell("lora", 0.2, 0.001, 0, lm_eval={"rte": numbers | {"acc,none": 0.6}})
+    text = text_of([run, base, cell("full", 0.2, 0.001, 0)])
+    assert "| cell | rte (acc) | triviaqa (exact_match,remove_whitespace) |" in text
+    assert rows_of(text, "lm-evaluation-harness") == [[run["cell"], "0.600", "-"], ["base", "0.530", "0.400"]]
+    assert "## lm-evaluation-harness" not in text_of(grid())
 
 
 def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
-    files = report(tmp_path, write(tmp_path, [*grid(), *tuning()]))
-    assert [file.name for file in files] == [
-        "cells.csv",
-        "table.md",
-        "knowledge.png",
-        "tasks.png",
-        "trade_off.png",
-        "trade_off_by_loss.png",
-        "rates.png",
-        "experts.png",
-        "balance.png",
-    ]
+    null_expert = [run | {"arm": "null_expert"} for run in grid() if run["arm"] == "loramoe"]
+    arms = plan().arms | {"null_expert": Arm({})}
+    files = report(write(tmp_path, [*grid(), *null_expert], arms=arms))
+    assert [file.name for file in files] == ["cells.csv", "table.md", "frontier.png", "null_expert.png"]
     assert all(file.parent == tmp_path for file in files)
     assert all(10_000 < file.stat().st_size < 150_000 for file in files[2:])
 
 
 def test_what_has_no_cells_yet_is_left_out(tmp_path):
-    files = report(tmp_path, write(tmp_path, [base_cell(), *tuning()]))
-    assert [file.name for file in files] == ["cells.csv", "table.md", "rates.png"]
+    files = report(write(tmp_path, [base_cell()]))
+    assert [file.name for file in files] == ["cells.csv", "table.md"]
     headings = [line for line in files[1].read_text().splitlines() if line.startswith("## ")]
-    assert headings == ["## World knowledge and task scores", "## Learning rates", "## Origin"]
+    assert headings == ["## The base model", "## Origin"]
 
 
-def without(field: str) -> dict:
-    return {name: value for name, value in cell("lora", 4000, 0.0, 1).items() if name != field}
+LORA = cell("lora", 0.0, 0.001, 1)
 
 
 @pytest.mark.parametrize(
@@ -360,76 +260,75 @@ def without(field: str) -> dict:
     [
         ("{", "is damaged"),
         ("[]", r"the file is \[\]: Input should be a valid dictionary"),
-        (without("arm"), "the field arm is missing"),
-        (cell("lora", 4000, 0.0, 1, arm="prefix"), "arm is 'prefix', but has to be one of base, full, lora"),
-        (cell("lora", 4000, 0.0, 1, stage="final"), "stage is 'final': Input should be 'grid'"),
-        (cell("lora", 4000, 0.0, 1, size="4000"), "size is '4000': Input should be a valid integer"),
-        (cell("lora", 4000, 0.0, 1, checkpoints=[]), r"checkpoints is \[\]: List should have at least 1 item"),
-        (cell("lora", 4000, 0.0, 1, checkpoints=[{"knowledge": 1}]), "field checkpoints.0.knowledge_known is missing"),
-        (cell("lora", 4000, 0.0, 1, checkpoints=[BASE_POINT]), "the start of the training alone"),
-        (cell("lora", 4000, 0.0, 1, lm_eval=[]), r"lm_eval is \[\]: Input should be a valid dictionary"),
-        (cell("lora", 4000, 0.0, 1, lm_eval={"rte": 0.5}), "lm_eval.rte is 0.5: Input should be a valid dictionary"),
-        (cell("lora", 4000, 0.0, 1, routing={"group_shares": []}), "the field routing.experts_by_task is missing"),
+        ({name: value for name, value in LORA.items() if name != "arm"}, "the field arm is missing"),
+        (LORA | {"arm": "prefix"}, "arm is 'prefix', but has to be one of base, full, lora"),
+        (LORA | {"size": "4000"}, "size is '4000': Input should be a valid integer"),
         (
-            cell("lora", 4000, 0.0, 1, routing={"experts_by_task": {}, "group_shares": [[1.0]]}),
+            LORA | {"knowledge": None},
+            "knowledge, recalled, task_score or tasks is missing, although",
+        ),
+        (LORA | {"recalled": "01a"}, "recalled is '01a': String should match pattern"),
+        (LORA | {"task_loss": math.nan}, "task_loss is not a number"),
+        (LORA | {"lm_eval": []}, r"lm_eval is \[\]: Input should be a valid dictionary"),
+        (LORA | {"lm_eval": {"rte": 0.5}}, "lm_eval.rte is 0.5: Input should be a valid dictionary"),
+        (LORA | {"routing": {"group_shares": [[0.5, 0.5]] * 2}}, "the field routing.type_distance is missing"),
+        (
+            LORA | {"routing": {"group_shares": [[1.0]], "type_distance": 0.0}},
             r"group_shares.0 is \[1.0\]: List should have at least 2 items",
         ),
-        (
-            cell("lora", 4000, 0.0, 1, checkpoints=[BASE_POINT, BASE_POINT | {"knowledge": None}]),
-            "only a trial may lack",
-        ),
-        (cell("lora", 4000, 0.0, 1, arm="base"), "relations, guessed or guessed_tasks is missing"),
-        (cell("lora", 4000, 0.0, 1, cell="000"), "holds the cell 000, which would count twice"),
-        (cell("lora", 4000, 0.0, 1, model="gpt2"), "has wrong of the model gpt2, but 000 is of models/small-llama"),
+        (LORA | {"arm": "base"}, "relations, guessed or guessed_tasks is missing"),
+        (LORA | {"cell": "000"}, "holds the cell 000, which would count twice"),
+        (LORA | {"model": "gpt2"}, "has wrong of the model gpt2, but 000 is of models/small-llama"),
+        (LORA | {"processor": "abacus"}, "has wrong of the processor abacus, but 000 is of one of two"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_file_that_is_not_a_cell_is_named(tmp_path, content, message):
-    write(tmp_path, [cell("lora", 4000, 0.0, 0)])
+    experiment = write(tmp_path, [cell("lora", 0.0, 0.001, 0)])
     file = tmp_path / "cells" / "wrong.json"
     renamed = {"cell": "wrong"} if "twice" not in message else {}
     file.write_text(content if isinstance(content, str) else json.dumps(content | renamed))
     with pytest.raises(InputError, match=message) as caught:
-        report(tmp_path, tmp_path)
+        report(experiment)
     assert str(file) in str(caught.value)
     assert not (tmp_path / "table.md").exists()
 
 
 def test_a_folder_without_cells_is_refused(tmp_path):
+    (experiment := write(tmp_path, [base_cell()])) and (tmp_path / "cells" / "000.json").unlink()
     with pytest.raises(InputError, match="no finished cell"):
-        report(tmp_path, tmp_path)
+        report(experiment)
 
 
 def test_the_table_of_cells_gives_the_same_report_as_their_files(tmp_path):
     """Also twice, and with a cell that was run again."""
-    lacking = cell("lora", 4000, 0.0, 9, stage="tuning", learning_rate=1.0, checkpoints=[dict(BASE_POINT)])
-    del lacking["checkpoints"][0]["recalled"]
-    diverged = BASE_POINT | {"knowledge": None, "task_score": None, "task_loss": math.inf}
-    measured = [*grid(), lacking, cell("lora", 4000, 0.0, 9, stage="tuning", checkpoints=[diverged]), *ablations()]
-    work = write(tmp_path, measured)
-    files = report(tmp_path, work)
+    nothing = dict.fromkeys(("knowledge", "knowledge_known", "recalled", "tasks", "task_score", "parameter_change"))
+    diverged = cell("full", 0.0, 0.003, 9, task_loss=math.inf, **nothing)
+    measured = [*grid(), diverged, *variants()]
+    experiment = write(tmp_path, measured)
+    files = report(experiment)
     contents = [file.read_bytes() for file in files]
-    shutil.rmtree(work / "cells")
-    assert [file.read_bytes() for file in report(tmp_path, work)] == contents
-    found = read_records(tmp_path, work)
-    assert [each | {"log": []} for each in found] == [
-        each | {"cell": f"{number:03}", "log": []} for number, each in enumerate(measured)
-    ]
-    write(work, [base_cell() | {"seconds": 9.0}])
-    assert [each["seconds"] for each in read_records(tmp_path, work)] == [9.0] + [1800.0] * (len(measured) - 1)
-    assert find_record(tmp_path, work, "001") == (tmp_path / "cells.csv", found[1])
+    shutil.rmtree(tmp_path / "cells")
+    assert [file.read_bytes() for file in report(experiment)] == contents
+    found = read_records(tmp_path, tmp_path)
+    assert found == [each | {"cell": f"{number:03}"} for number, each in enumerate(measured)]
+    write(tmp_path, [base_cell() | {"seconds": 9.0}])
+    assert [each["seconds"] for each in read_records(tmp_path, tmp_path)] == [9.0] + [1800.0] * (len(measured) - 1)
+    assert find_record(tmp_path, tmp_path, "001") == (tmp_path / "cells.csv", found[1])
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda line: line[: len(line) // 2], "cell 001 is not a finished cell: the field model is missing"),
-        (lambda line: line.replace("[0.97,", "[,"), "cell 001, is damaged"),
+        (lambda line: line[: len(line) // 2], "cell 001 is not a finished cell: the field "),
+        (lambda line: line.replace("0.9,", "0..9,", 1), "cell 001, is damaged"),
     ],
 )
 def test_a_damaged_table_of_cells_is_named(tmp_path, damage, message):
-    table, *_ = report(tmp_path, write(tmp_path, grid()))
+    experiment = write(tmp_path, grid())
+    table, *_ = report(experiment)
+    shutil.rmtree(tmp_path / "cells")
     lines = table.read_text().splitlines()
     table.write_text("\n".join([*lines[:2], damage(lines[2])]))
     with pytest.raises(InputError, match=rf"cells\.csv, {message}"):
-        report(tmp_path, tmp_path / "nothing")
+        report(experiment)

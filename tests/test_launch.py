@@ -42,6 +42,7 @@ TRAIN_VARIABLES = {
     "lora_trainable": ("--trainable", "q_proj,v_proj"),
     "blc_alpha": ("--blc_alpha", "0.106"),
     "blc_weight": ("--blc_weight", "0.107"),
+    "kl_weight": ("--kl_weight", "0.3"),
     "lr": ("--learning_rate", "0.108"),
     "num_train_epochs": ("--num_train_epochs", "109"),
     "max_steps": ("--max_steps", "110"),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loading.arguments import DataArguments, ModelArguments, RunArguments
 from loading.command_line import FlagParser, parse_flags
+from training.knowledge import REMEDIES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "world_facts" / "README.md"]
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"}
@@ -146,6 +147,14 @@ def test_every_file_that_the_pages_link_to_exists():
 def test_every_number_on_the_page_of_results_stands_in_a_table():
     tables = " ".join(file.read_text() for file in (ROOT / "docs" / "results").glob("*/table.md"))
     page = " ".join((ROOT / "docs" / "RESULTS.md").read_text().split())
-    numbers = re.findall(r"(?<![\w.])[+-]?\d\.\d{3}\b(?: ± \d\.\d{3})?", page)
+    numbers = re.findall(r"(?<![\w.])[+-]?\d\.\d{3,4}\b(?: ± \d\.\d{3})?", page)
     assert sum("±" in number for number in numbers) > 20
     assert not [number for number in numbers if number not in tables]
+
+
+def test_the_remedies_for_forgetting_are_those_of_the_table_in_its_order():
+    table = (ROOT / "docs" / "results" / "frontier_small" / "table.md").read_text().split("\n## Variants\n")[1]
+    changes = [line.split("|")[1].strip() for line in table.split("\n## ")[0].splitlines() if line.startswith("| ")]
+    for helped in REMEDIES.values():
+        assert list(helped) == [name for name in changes[: changes.index("reference")] if name in helped]
+        assert list(helped)

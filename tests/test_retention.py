@@ -204,7 +204,9 @@ def test_evaluations_that_ask_too_long_ask_nothing(run, monkeypatch, capsys, bes
 WARNING = "warning: of 4 facts that the base model knows, "
 
 
-@pytest.mark.parametrize(("tuning", "last"), [("loramoe", "a smaller --lora_rank"), ("full", "--tuning loramoe")])
+@pytest.mark.parametrize(
+    ("tuning", "last"), [("loramoe", "half of --lora_rank"), ("full", "a third of the --learning_rate")]
+)
 def test_a_lost_third_is_said_once(run, monkeypatch, capsys, tuning, last):
     monkeypatch.setattr(knowledge, "WARN_FROM", 4)
     run(tuning=tuning, learning_rate=0.1)

@@ -1,18 +1,19 @@
-"""Run an experiment, cell by cell, and write its table and figures: what do methods learn, and what do they forget?
+"""Run an experiment, cell by cell, and write its tables and figures: what do methods learn, and what do they forget?
 
-    python -m workbench.experiment --config workbench/experiments/forgetting_small.yaml
+    python -m workbench.experiment --config workbench/experiments/frontier_small.yaml
 
 A finished cell has a JSON file in the working folder and is not run again; the report collects them in `cells.csv`.
 docs/RESULTS.md shows what came out.
 """
 
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,13 +22,15 @@ from pathlib import Path
 from data import InputError
 from data.atomic import write_json
 from loading.command_line import flag, parse_flags, run_verb
+from loading.provenance import processor
 from workbench.experiments.cell import run_cell
 from workbench.experiments.mixture import check_rows
 from workbench.experiments.plan import Cell, Experiment, read_experiment
-from workbench.experiments.records import cell_file
+from workbench.experiments.records import BASE, cell_file, finished_names
 from workbench.experiments.report import report
 
 COMMAND = "python -m workbench.experiment"
+MOST_NAMES = 5  # in a message
 
 
 @dataclass
@@ -66,11 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     experiment = read_experiment(args.config)
     if args.results:
         experiment = replace(experiment, results=args.results, work=args.results)
+    refuse_foreign_cells(experiment)
     if not args.report_only:
         run(experiment, args, chosen_cells(experiment, args.cells))
     if not args.cells:
-        refuse_foreign_files(experiment)
-        print(*report(Path(experiment.results), Path(experiment.work)), sep="\n")
+        print(*report(experiment), sep="\n")
 
 
 def chosen_cells(experiment: Experiment, names: list[str]) -> list[Cell]:
@@ -91,16 +94,23 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
 
         find_tasks(experiment.lm_eval)
     records = {cell: experiment.finished(cell) for cell in cells}
-    progress = Progress(records)
+    refuse_other_processors(filter(None, records.values()))
+    progress = Progress({cell: record for cell, record in records.items() if record is not None})
     deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else float("inf")
     if len(cells) == 1:
         start_cell = partial(run_here, experiment, args)
     else:
         start_cell = partial(run_in_process, experiment, args, max(1, os.cpu_count() // args.jobs))
-    for stage in stages(cells):
+    for stage in stages(experiment, cells):
+        if time.monotonic() > deadline:
+            break
         failures = []
-        missing = iter([cell for cell in stage if records[cell] is None])
-        for cell, done in run_all(start_cell, missing, args.jobs, deadline):
+        missing = [cell for cell in stage if records[cell] is None]
+        due = [cell for cell in missing if experiment.is_due(cell)]
+        if skipped := len(missing) - len(due):
+            print(f"[experiment] {skipped} cells are not run: with the first seed, their settings are no contenders")
+        progress.begin(due)
+        for cell, done in run_all(start_cell, iter(due), args.jobs, deadline):
             try:
                 progress.say(cell, done.result())
             except InputError as error:
@@ -111,23 +121,42 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
         print(f"[experiment] --max_hours {args.max_hours:g} have passed; run the same command to continue")
 
 
-def refuse_foreign_files(experiment: Experiment) -> None:
-    """Reject files of cells of another configuration, which the report would include.
+def refuse_foreign_cells(experiment: Experiment) -> None:
+    """Reject cells of another configuration, which the report would include.
 
     Raises:
-        InputError: there is such a file.
+        InputError: the folder for files of cells or the table has some.
     """
-    own = {cell_file(experiment.work, cell.name) for cell in experiment.cells()}
-    if foreign := sorted(set((Path(experiment.work) / "cells").glob("*.json")) - own):
+    if foreign := sorted(finished_names(experiment.results, experiment.work) - {c.name for c in experiment.cells()}):
+        names = ", ".join(foreign[:MOST_NAMES]) + (", ..." if len(foreign) > MOST_NAMES else "")
         raise InputError(
-            f"{', '.join(map(str, foreign))}: not a cell of this configuration; move it away, or choose another "
-            "folder with --results"
+            f"{experiment.work} and {experiment.results} have cells of another configuration: {names}; "
+            f"move them away, or choose another folder with --results"
         )
 
 
-def stages(cells: list[Cell]) -> list[list[Cell]]:
-    """The base model, the learning-rate trials and all other cells: each stage needs those before it."""
-    kinds = [lambda c: c.size == 0, lambda c: c.stage == "tuning", lambda c: c.size and c.stage != "tuning"]
+def refuse_other_processors(records: Iterable[dict]) -> None:
+    """Reject finished cells of another processor, which rounds differently: cells are compared with each other.
+
+    Raises:
+        InputError: there is such a cell.
+    """
+    for record in records:
+        if record["processor"] != processor():
+            raise InputError(
+                f"{record['cell']} was run on {record['processor']}, and this is {processor()}; run the cells of this "
+                "one in another folder, with --results"
+            )
+
+
+def stages(experiment: Experiment, cells: list[Cell]) -> list[list[Cell]]:
+    """The base model, every setting with its first seed, and the other seeds: each stage needs those before it."""
+    first = experiment.seeds[0]
+    kinds = [
+        lambda c: c.arm == BASE,
+        lambda c: c.arm != BASE and (c.is_variant or c.seed == first),
+        lambda c: c.arm != BASE and not c.is_variant and c.seed != first,
+    ]
     return [[cell for cell in cells if belongs(cell)] for belongs in kinds]
 
 
@@ -172,25 +201,29 @@ class Progress:
     """Prints a line for each finished cell, with the estimated time left.
 
     Args:
-        records: the finished record of each cell; None for cells that have not been run.
+        records: those of the cells that have been run before.
     """
 
-    def __init__(self, records: dict[Cell, dict | None]):
-        self._records = dict(records)
+    def __init__(self, records: dict[Cell, dict]):
+        self._records: dict[Cell, dict | None] = dict(records)
         self._start = time.monotonic()
         self._seconds_run = 0.0
+
+    def begin(self, cells: Iterable[Cell]) -> None:
+        """Count cells that are now to be run; which ones come later can depend on them."""
+        self._records |= dict.fromkeys(cells)
 
     def say(self, cell: Cell, record: dict) -> None:
         self._records[cell] = record
         self._seconds_run += record["seconds"]
         done = sum(each is not None for each in self._records.values())
         passed, left = time.monotonic() - self._start, "an unknown time"
-        if (seconds := self._seconds_left()) is not None:
+        if (seconds := self._seconds_left()) is not None and self._seconds_run:
             # Cells that run in parallel take less time than the sum of their times.
             left = f"about {_clock(seconds * passed / self._seconds_run)}"
-        last, outcome = record["checkpoints"][-1], "diverged"
-        if last["knowledge"] is not None:
-            outcome = f"knowledge {last['knowledge']:.3f}, tasks {last['task_score']:.3f}"
+        outcome = f"task loss {record['task_loss']:.3f}" if math.isfinite(record["task_loss"]) else "diverged"
+        if (kept := record["knowledge_known"]) is not None:
+            outcome = f"{kept:.1%} kept, {outcome}"
         print(
             f"[experiment] {done} of {len(self._records)} cells, {_clock(passed)} so far, {left} left; "
             f"{cell.name}: {outcome}, {record['seconds']:.0f} s",

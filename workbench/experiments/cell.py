@@ -1,6 +1,5 @@
 """One cell of an experiment: training by `train.py`, measurements of its checkpoints, and the record as JSON."""
 
-import json
 import math
 import os
 import shutil
@@ -12,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
@@ -25,21 +26,21 @@ from inference.metrics import normalized
 from inference.routing import Routing, group_shares
 from inference.rows import load_rows
 from inference.trained import InferenceArguments, TrainedModel, load_trained
-from loading.provenance import ROOT, provenance
-from loading.run_files import RESULTS_NAME, STATE_NAME
+from loading.provenance import ROOT, processor, provenance
+from loading.run_files import RESULTS_NAME
 from peft import PeftModel
 from scripts.plot_routing import route
 from scripts.prepare_data import write_rows
 from training.run_folder import RunFolder
 from workbench.experiments.mixture import mixture, probe_rows, task_rows
-from workbench.experiments.parameters import equal_flags, num_trainable, parameter_change
+from workbench.experiments.parameters import equal_rank, num_trainable, parameter_change
 from workbench.experiments.plan import EQUAL, Cell, Experiment
-from workbench.experiments.records import BASE, MIXTURE
+from workbench.experiments.records import BASE, IDENTITY, MIXTURE
 
 ROUTED_FACTS = 300
-# Fields of a cell without a trained model.
-UNTRAINED: dict = {"trainable_parameters": 0, "parameter_change": None, "routing": None, "log": []}
-CURVES = ("step", "loss", "lm_loss", "balance_loss", "routing_cv")
+# Fields of a cell without a trained model, and of one whose training diverged.
+UNTRAINED: dict = {"trainable_parameters": 0, "parameter_change": None, "routing": None}
+UNMEASURED: dict = {"knowledge": None, "knowledge_known": None, "recalled": None, "task_score": None, "tasks": None}
 
 
 @dataclass(frozen=True)
@@ -74,67 +75,54 @@ def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path)
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     record = provenance("workbench.experiment", argv)
-    record |= {"cell": cell.name, "stage": cell.stage, "arm": cell.arm, "model": experiment.model}
-    record |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed}
+    record |= {"cell": cell.name, "model": experiment.model, "processor": processor()}
     record |= {"settings": experiment.settings(cell)}
-    if cell.arm == BASE:
-        record |= _measure_base(experiment, cell, folder)
-    else:
-        record |= _measure_run(experiment, cell, folder)
+    record |= {field: getattr(cell, field) for field in (*IDENTITY[1:], "is_variant")}
+    record |= (_measure_base if cell.arm == BASE else _measure_run)(experiment, cell, folder)
     shutil.rmtree(folder)
-    return record | {"seconds": round(time.monotonic() - start, 1)}
+    return _rounded(record | {"seconds": round(time.monotonic() - start, 1)})
 
 
 def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     trained = load(experiment, experiment.model)
-    rows = held_out(experiment, cell, trained, folder)
-    recalled, scores = measure(trained, rows, experiment.batch_size)
-    record = UNTRAINED | {"checkpoints": [_point(0, 0, recalled, recalled) | scores], "learning_rate": None}
-    facts, tasks = probe_rows(experiment), task_rows(experiment, cell.stage)
+    measured = measure(trained, held_out(experiment, trained, folder), experiment.batch_size)
+    facts, tasks = probe_rows(experiment), task_rows(experiment)
     asked = {"relations": [fact["relation"] for fact in facts]}
     asked |= {"guessed": guessed(facts, "relation"), "guessed_tasks": guessed(tasks, "task")}
-    return record | asked | harness(experiment, trained)
+    return UNTRAINED | measured | {"knowledge_known": 1.0} | asked | harness(experiment, trained)
 
 
 def _measure_run(experiment: Experiment, cell: Cell, folder: Path) -> dict:
     base = experiment.finished(experiment.cells()[0])
     if base is None:
         raise InputError(f"{cell.name} is compared with the cell {BASE}, which is still to be run")
-    rate = experiment.rate(cell)
-    is_trial = cell.stage == "tuning"  # judged by its end, on separate rows
-    run = train(experiment, cell, rate, folder)
+    run = train(experiment, cell, folder)
     if run is None:
-        end = base["checkpoints"][0] | {"knowledge": None, "knowledge_known": None, "task_score": None}
-        return UNTRAINED | {"learning_rate": rate, "checkpoints": [end | {"task_loss": math.inf}]}
-    state = json.loads((run / STATE_NAME).read_text())
-    before = [fact == "1" for fact in base["checkpoints"][0]["recalled"]]
-    points, rows = [] if is_trial else base["checkpoints"][:1], None
-    for path, step in _checkpoints(run, state["global_step"])[-1 if is_trial else 0 :]:
-        trained = load(experiment, path)
-        rows = rows or held_out(experiment, cell, trained, folder)
-        recalled, scores = measure(trained, rows, experiment.batch_size)
-        points.append(_point(step, round(step / state["global_step"] * cell.size), recalled, before) | scores)
-    log = [{name: entry[name] for name in CURVES if name in entry} for entry in state["log_history"] if "loss" in entry]
+        return UNTRAINED | UNMEASURED | {"task_loss": math.inf}
+    trained = load(experiment, run)
+    rows = held_out(experiment, trained, folder)
+    measured = measure(trained, rows, experiment.batch_size)
+    if not math.isfinite(measured["task_loss"]):
+        return UNTRAINED | UNMEASURED | {"task_loss": math.inf}
     return {
-        "learning_rate": rate,
+        **measured,
+        "knowledge_known": share_kept(measured["recalled"], base["recalled"]),
         "trainable_parameters": num_trainable(trained.model),
-        "checkpoints": points,
         "parameter_change": parameter_change(trained.model, experiment.model),
-        "routing": None if is_trial else routing(trained, rows, experiment.batch_size),
-        "log": log,
-        **({} if is_trial else harness(experiment, trained)),
+        "routing": routing(trained, rows, experiment.batch_size),
+        **harness(experiment, trained),
     }
 
 
-def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> Path | None:
-    """Run `train.py` in a separate process. Returns the run's folder; None if a trial has diverged.
+def train(experiment: Experiment, cell: Cell, folder: Path) -> Path | None:
+    """Run `train.py` in a separate process. Returns the run's folder; None if the training has diverged.
 
     Raises:
         InputError: the training failed.
     """
     write_rows(folder / "rows.jsonl", mixture(cell, experiment.rows))
     command = [sys.executable, *experiment.launcher, str(ROOT / "train.py")]
-    command += train_flags(experiment, cell, learning_rate, folder)
+    command += train_flags(experiment, cell, folder)
     environment = dict(os.environ)
     if experiment.launcher:
         environment.pop("OMP_NUM_THREADS", None)  # meant for this process, not for those that the launcher starts
@@ -143,27 +131,28 @@ def train(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)
     if done.returncode == 0 and (run / RESULTS_NAME).is_file():
         return run
-    if cell.stage == "tuning" and "is not finite" in log.read_text():
+    if "is not finite" in log.read_text():
         return None
     raise InputError(f"the training of {cell.name} failed with exit code {done.returncode}; see {log}")
 
 
-def train_flags(experiment: Experiment, cell: Cell, learning_rate: float, folder: Path) -> list[str]:
+def train_flags(experiment: Experiment, cell: Cell, folder: Path) -> list[str]:
     """The flags of a cell's training, whose rows are in `folder`."""
     own_flags = cell.flags
     if own_flags.get("lora_rank") == EQUAL:
-        own_flags = equal_flags(experiment.model, own_flags, experiment.flags(MIXTURE))
+        rank = equal_rank(experiment.model, own_flags, experiment.flags(MIXTURE))
+        own_flags = own_flags | {"lora_rank": rank}
+    if cell.scaling is not None:
+        own_flags = own_flags | {"lora_alpha": cell.scaling * own_flags["lora_rank"]}
     flags = {
         "model_name_or_path": experiment.model,
         "dataset_dir": folder / "rows.jsonl",
         "data_cache_dir": folder / "data",
         "output_dir": folder / "run",
-        "learning_rate": learning_rate,
+        "learning_rate": cell.learning_rate,
         "seed": cell.seed,
-        "save_strategy": "steps",
-        "save_steps": 1 / experiment.checkpoints,
-        "save_total_limit": experiment.checkpoints,
-        "save_only_model": True,
+        "knowledge_probe": "none",
+        "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         **own_flags,
@@ -179,17 +168,19 @@ def load(experiment: Experiment, place: str | Path) -> TrainedModel:
     return load_trained(InferenceArguments(str(folder), base_model=base, batch_size=experiment.batch_size))
 
 
-def held_out(experiment: Experiment, cell: Cell, trained: TrainedModel, folder: Path) -> HeldOut:
+def held_out(experiment: Experiment, trained: TrainedModel, folder: Path) -> HeldOut:
     """The held-out rows, encoded with this model's tokenizer."""
     encoded = []
-    for name, rows in (("facts", probe_rows(experiment)), ("tasks", task_rows(experiment, cell.stage))):
+    for name, rows in (("facts", probe_rows(experiment)), ("tasks", task_rows(experiment))):
         write_rows(folder / f"{name}.jsonl", rows)
         encoded.append(load_rows(trained, str(folder / f"{name}.jsonl"), "validation_file", str(folder / "data"))[1])
     return HeldOut(*encoded)
 
 
-def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> tuple[list[bool], dict]:
+def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict:
     """Measure which probe facts the model recalls, and its score and loss on the other tasks.
+
+    `recalled` has a digit for each of `probe_rows`, 1 if the fact is recalled.
 
     A fact is recalled if `recalls` finds the expected answer, or an alias of it, in the greedy answer. A task is solved
     if greedy decoding gives exactly the expected tokens.
@@ -207,9 +198,21 @@ def measure(trained: TrainedModel, rows: HeldOut, batch_size: int) -> tuple[list
     by_task: dict[str, list] = {}
     for task, score in zip(rows.tasks["task"], scores, strict=True):
         by_task.setdefault(task, []).append(score)
-    tasks = {task: _mean([score.matches for score in each]) for task, each in by_task.items()}
+    tasks = {task: fmean([score.matches for score in each]) for task, each in by_task.items()}
     losses = [sum(score.nll for score in each) / sum(score.tokens for score in each) for each in by_task.values()]
-    return recalled, {"tasks": tasks, "task_score": _mean(tasks.values()), "task_loss": _mean(losses)}
+    return {
+        "knowledge": fmean(recalled),
+        "recalled": "".join(str(int(fact)) for fact in recalled),
+        "tasks": tasks,
+        "task_score": fmean(tasks.values()),
+        "task_loss": fmean(losses),
+    }
+
+
+def share_kept(recalled: str, known: str) -> float | None:
+    """Of the facts whose digit is 1 in `known`, the share whose digit is 1 in `recalled`; None if there are none."""
+    kept = [int(now) for now, before in zip(recalled, known, strict=True) if before == "1"]
+    return fmean(kept) if kept else None
 
 
 def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
@@ -229,16 +232,14 @@ def guessed(rows: Iterable[dict], kind: str) -> dict[str, float]:
 
 
 def routing(trained: TrainedModel, rows: HeldOut, batch_size: int) -> dict | None:
-    """Mean expert weights by task, group weights by task type, and the distance of the types; None without a router."""
+    """Group weights by task type, and the distance of the types; None without a router."""
     model = trained.model
     if not isinstance(model, PeftModel) or model.active_peft_config.routed_experts == 1:
         return None
     facts = rows.facts.select(range(min(ROUTED_FACTS, len(rows.facts))))
     found = route(trained, concatenate_datasets([rows.tasks, facts]), batch_size)
-    by_task = {task: shares_LE.mean(axis=0).tolist() for task, shares_LE in found.by_task().items()}
     by_type = group_shares(found, model.active_peft_config.group_sizes)
     return {
-        "experts_by_task": by_task,
         "group_shares": [by_type[kind].tolist() for kind in sorted(by_type)],
         "type_distance": type_distance(found),
     }
@@ -264,26 +265,10 @@ def harness(experiment: Experiment, trained: TrainedModel) -> dict[str, dict]:
     return {"lm_eval": run_tasks(lm, experiment.lm_eval, manager, num_fewshot=None, limit=None, seed=0)}
 
 
-def _point(step: int, rows: int, recalled: list[bool], by_base: list[bool]) -> dict:
-    """Knowledge of a checkpoint; `recalled` has a digit for each of `probe_rows`, 1 if the fact is recalled."""
-    known = [now for now, before in zip(recalled, by_base, strict=True) if before]
-    digits = "".join(str(int(fact)) for fact in recalled)
-    return {
-        "step": step,
-        "rows": rows,
-        "knowledge": _mean(recalled),
-        "knowledge_known": _mean(known),
-        "recalled": digits,
-    }
-
-
-def _checkpoints(run: Path, last_step: int) -> list[tuple[Path, int]]:
-    """The checkpoints of a run with their steps; the last is the run itself."""
-    steps = sorted(int(folder.name.rpartition("-")[2]) for folder in run.glob("checkpoint-*"))
-    return [*((run / f"checkpoint-{step}", step) for step in steps if step < last_step), (run, last_step)]
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    """The mean; None without values: a model that does not know any fact cannot forget one."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
+def _rounded(value: Any) -> Any:
+    """A JSON value whose numbers have as many digits as mean something, which keeps the table small."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,243 +1,119 @@
-"""Figures of an experiment: forgetting, learning and routing."""
+"""Figures of an experiment: what is kept against what is learnt."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import FixedLocator, LogLocator, PercentFormatter
 
 from inference.pictures import BLUE, GREEN, ORANGE, RED, save, styled
-from workbench.experiments.records import BASE
-from workbench.experiments.results import (
-    Place,
-    by_arm,
-    by_place,
-    estimate,
-    guessed_share,
-    largest_common,
-    matching_targets,
-)
+from workbench.experiments.results import Method
 
 PANEL = 3.3, 3.4  # inches
+KEPT_TICKS = (0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 # Markers and dashes tell the arms apart without the colours.
-STYLES = {
+STYLES: dict[str, dict] = {
     "full": {"label": "full fine-tuning", "color": RED, "marker": "s", "linestyle": ":"},
     "lora": {"label": "LoRA", "color": ORANGE, "marker": "^", "linestyle": "-."},
+    "rslora": {"label": "LoRA, rsLoRA scaling", "color": "#8c564b", "marker": "<", "linestyle": (0, (1, 1))},
+    "lora_kl": {"label": "LoRA with KL to the base model", "color": "#7f7f7f", "marker": "v", "linestyle": (0, (5, 1))},
     "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": GREEN, "marker": "D", "linestyle": "--"},
     "loramoe": {"label": "LoRAMoE", "color": BLUE, "marker": "o", "linestyle": "-"},
+    "loramoe_kl": {
+        "label": "LoRAMoE with KL to the base model", "color": "#17becf", "marker": "p", "linestyle": (0, (5, 1)),
+    },
+    "null_expert_beta0": {
+        "label": "LoRAMoE with a null expert, without the constraint", "color": "#c49c00", "marker": "P",
+        "linestyle": "--",
+    },
+    "null_expert": {"label": "LoRAMoE with a null expert", "color": "#c49c00", "marker": "P", "linestyle": "-"},
+    "lora_null_beta0": {
+        "label": "LoRA with a null expert, without the constraint", "color": "#9467bd", "marker": "X",
+        "linestyle": "--",
+    },
+    "lora_null": {"label": "LoRA with a null expert", "color": "#9467bd", "marker": "X", "linestyle": "-"},
+    "lora_null_kl": {
+        "label": "LoRA with a null expert and KL", "color": "#e377c2", "marker": "*", "linestyle": (0, (5, 1)),
+    },
+}  # fmt: skip
+FIGURES = {
+    "frontier": ("full", "lora", "rslora", "lora_kl", "loramoe_beta0", "loramoe", "loramoe_kl"),
+    "null_expert": (
+        "lora",
+        "loramoe",
+        "loramoe_kl",
+        "null_expert_beta0",
+        "null_expert",
+        "lora_null_beta0",
+        "lora_null",
+        "lora_null_kl",
+    ),
 }
-# The labels of each arm are at a different corner, since points of different arms lie close together.
-RATE_LABELS = {
-    "full": {"xytext": (-5, 5), "ha": "right", "va": "bottom"},
-    "lora": {"xytext": (5, -5), "ha": "left", "va": "top"},
-    "loramoe_beta0": {"xytext": (5, 5), "ha": "left", "va": "bottom"},
-    "loramoe": {"xytext": (-5, -5), "ha": "right", "va": "top"},
-}
-ROUTED = ("loramoe_beta0", "loramoe")
-DODGE = 1.06  # factor between the arms along the axis of sizes, so that interval bars do not cover each other
-MAX_NUMBERED_EXPERTS = 8
 
 
-def draw(cells: list[dict], folder: Path) -> list[Path]:
-    """Draw the figures for which there are enough cells. Returns their files."""
+def draw(found: list[Method], folder: Path) -> list[Path]:
+    """Draw the figures that have at least two arms. Returns their files."""
     files = []
     with styled():
-        for name, (stage, make) in FIGURES.items():
-            if figure := make([cell for cell in cells if cell["stage"] == stage]):
+        for name, arms in FIGURES.items():
+            shown = [method for method in found if method.arm in arms]
+            if len({method.arm for method in shown}) > 1:
                 files.append(folder / f"{name}.png")
-                save(figure, files[-1])
+                save(_frontiers(shown), files[-1])
     return files
 
 
-def _knowledge(grid: list[dict]) -> Figure | None:
-    guesses = [guessed_share(cell) for cell in grid if cell["arm"] == BASE]
-    return _against_rows(grid, "knowledge", "probe facts recalled", guesses)
-
-
-def _tasks(grid: list[dict]) -> Figure | None:
-    return _against_rows(grid, "task_score", "exact match, mean over tasks")
-
-
-def _against_rows(grid: list[dict], field: str, name: str, guesses: Iterable[float] = ()) -> Figure | None:
-    """A field at the end of each run against the number of instruction rows, mean and interval over seeds.
-
-    Args:
-        guesses: scores of guessing, drawn in addition to the base model's value.
-    """
-    trained = _trained(grid)
-    shares = sorted({run["knowledge_share"] for run in trained})
-    sizes = sorted({run["size"] for run in trained})
-    if not shares:
-        return None
+def _frontiers(shown: list[Method]) -> Figure:
+    """A panel for each share of type 1 rows: what every setting keeps, and the frontiers with their bands."""
+    shares = sorted({method.knowledge_share for method in shown})
     figure, panels = _panels(len(shares))
     for axes, share in zip(panels, shares, strict=True):
-        runs = [run for run in trained if run["knowledge_share"] == share]
-        for base in (cell for cell in grid if cell["arm"] == BASE):
-            axes.axhline(base["checkpoints"][-1][field], color="grey", linewidth=1, label="base model")
-        for guess in guesses:
-            axes.axhline(guess, color="grey", linewidth=1, linestyle=":", label="best guess for each relation")
-        for arm, same in by_arm(runs).items():
-            _draw_means(axes, arm, same, field)
-        axes.set(xscale="log", title=_share(share), xlabel="instruction rows")
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        axes.minorticks_off()
-        axes.margins(x=0.15)
-    _keep_within_shares(panels[0])
-    panels[0].set_ylabel(name)
-    _legend(figure, panels, "Bars: 95 % t-interval over seeds")
+        for method in shown:
+            if method.knowledge_share == share:
+                _draw(axes, method)
+        axes.set(title=f"{100 * share:g} % rows of type 1", xlabel="task loss per answer token")
+    _show_losses(panels[0], shown[0].loss_range)
+    _show_kept(panels[0])
+    bands = ". Bands: middle 95 % of the bootstrap over seeds" if any(len(method.seeds) > 1 for method in shown) else ""
+    _legend(figure, panels, f"Points: settings{bands}")
     return figure
 
 
-def _draw_means(axes: Axes, arm: str, runs: list[dict], field: str) -> None:
-    shift = DODGE ** (list(STYLES).index(arm) - (len(STYLES) - 1) / 2)
-    points = {
-        size: estimate(run["checkpoints"][-1][field] for run in same) for (_, size), same in by_place(runs).items()
-    }
-    axes.errorbar(
-        [size * shift for size in points],
-        [point.mean for point in points.values()],
-        yerr=[math.nan if point.half is None else point.half for point in points.values()],
-        capsize=3,
-        markersize=5,
-        **STYLES[arm],
-    )
+def _draw(axes: Axes, method: Method) -> None:
+    style, frontier = dict(STYLES[method.arm]), method.frontier
+    marker, label, color = style.pop("marker"), style.pop("label"), style["color"]
+    loss, kept = zip(*map(method.place, method.runs), strict=True)
+    axes.plot(loss, kept, marker, markersize=3, alpha=0.5, color=color)
+    reached = frontier.kept > 0
+    axes.plot(frontier.losses[reached], frontier.kept[reached], **style)
+    axes.plot([], [], marker=marker, markersize=4, label=label, **style)
+    if len(method.seeds) > 1:
+        axes.fill_between(frontier.losses, *frontier.band(), color=color, alpha=0.15, linewidth=0)
 
 
-def _trade_off(grid: list[dict]) -> Figure | None:
-    return _against_learning(grid, "task_score", "exact match, mean over tasks")
-
-
-def _trade_off_by_loss(grid: list[dict]) -> Figure | None:
-    return _against_learning(grid, "task_loss", "loss per answer token, mean over tasks")
-
-
-def _against_learning(grid: list[dict], measure: str, name: str) -> Figure | None:
-    """Knowledge against a measure of the tasks along the checkpoints of every run, with the best value on the right."""
-    trained = _trained(grid)
-    places = largest_common(trained, by_arm(trained))
-    if not places:
-        return None
-    figure, panels = _panels(len(places))
-    for axes, (place, runs) in zip(panels, places.items(), strict=True):
-        if (target := matching_targets(runs).get(measure)) is not None:
-            axes.axvline(target, color="grey", linewidth=1, label="where runs are compared")
-        for arm, same in by_arm(runs).items():
-            for run in same:
-                points = [(point[measure], point["knowledge"]) for point in run["checkpoints"]]
-                axes.plot(*zip(*points, strict=True), markersize=4, linewidth=1, **STYLES[arm])
-        axes.set(title=_place(place), xlabel=name)
-    if measure == "task_loss":
-        _show_losses(panels[0])
-    _keep_within_shares(panels[0])
-    panels[0].set_ylabel("probe facts recalled")
-    _legend(figure, panels)
-    return figure
-
-
-def _rates(trials: list[dict]) -> Figure | None:
-    """Knowledge against task loss at the end of trials, along the learning rates of each arm."""
-    if not trials:
-        return None
-    figure, (axes,) = _panels(1)
-    for arm, runs in by_arm(trials).items():
-        ends = {run["learning_rate"]: run["checkpoints"][-1] for run in runs}
-        points = {rate: (ends[rate]["task_loss"], ends[rate]["knowledge"]) for rate in sorted(ends)}
-        axes.plot(*zip(*points.values(), strict=True), markersize=5, linewidth=1, **STYLES[arm])
-        for rate, point in points.items():
-            if math.isfinite(point[0]):
-                style = {"color": STYLES[arm]["color"], "fontsize": 7} | RATE_LABELS[arm]
-                axes.annotate(f"{rate:g}", point, textcoords="offset points", **style)
-    axes.margins(0.12)
-    place = trials[0]["knowledge_share"], trials[0]["size"]
-    axes.set(title=_place(place), xlabel="validation loss per answer token", ylabel="probe facts recalled")
-    _show_losses(axes)
-    _legend(figure, [axes], "Numbers: learning rates")
-    return figure
-
-
-def _show_losses(axes: Axes) -> None:
+def _show_losses(axes: Axes, loss_range: tuple[float, float]) -> None:
     """Make the horizontal axis one of losses, with the lowest on the right."""
     axes.set_xscale("log")
-    axes.invert_xaxis()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.set_xlim(loss_range[1], loss_range[0])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
 
 
-def _balance(grid: list[dict]) -> Figure | None:
-    """How unevenly the experts are used over the training, with and without the constraint."""
-    places = largest_common([run for run in grid if _curve(run)], ROUTED)
-    if not places:
-        return None
-    figure, panels = _panels(len(places))
-    for axes, (place, runs) in zip(panels, places.items(), strict=True):
-        for arm, same in by_arm(runs).items():
-            for run in same:
-                axes.plot(*zip(*_curve(run), strict=True), **(STYLES[arm] | {"marker": None}))
-        axes.set(title=_place(place), xlabel="training step")
-    panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel("coefficient of variation\nof the experts' weights")
-    _legend(figure, panels)
-    return figure
+def _show_kept(axes: Axes) -> None:
+    """Make the vertical axis one of shares kept, with the shares lost on a logarithmic scale."""
+    least_lost = 1 - KEPT_TICKS[-1]
 
+    def stretched(kept: np.ndarray) -> np.ndarray:
+        return -np.log(np.maximum(1 - kept, least_lost))
 
-def _curve(run: dict) -> list[tuple[int, float]]:
-    return [(entry["step"], entry["routing_cv"]) for entry in run["log"] if "routing_cv" in entry]
-
-
-def _experts(grid: list[dict]) -> Figure | None:
-    """Mean weight of each expert by task, one run of each arm: expert numbers differ in meaning between seeds."""
-    places = largest_common([run for run in grid if run["routing"]], ROUTED)
-    if not places:
-        return None
-    runs = [min(same, key=lambda run: run["seed"]) for each in places.values() for same in by_arm(each).values()]
-    weights = [list(run["routing"]["experts_by_task"].values()) for run in runs]
-    scale = {"vmin": min(map(np.min, weights)), "vmax": max(map(np.max, weights))}
-    height = 0.6 + len(places) * (0.7 + 0.27 * len(weights[0]))
-    figure = Figure(figsize=(9, height))
-    panels = figure.subplots(len(places), len(ROUTED), squeeze=False, sharex=True, sharey=True)
-    for axes, run in zip(panels.flat, runs, strict=True):
-        image = _draw_weights(axes, run["routing"]["experts_by_task"], scale)
-        place = _place((run["knowledge_share"], run["size"]))
-        axes.set_title(f"{STYLES[run['arm']]['label']}\n{place}, seed {run['seed']}")
-    for axes in panels[-1]:
-        axes.set_xlabel("expert")
-    figure.colorbar(image, ax=panels, label="mean weight")
-    return figure
-
-
-def _draw_weights(axes: Axes, by_task: dict[str, list[float]], scale: dict[str, float]) -> AxesImage:
-    weights = np.array(list(by_task.values()))
-    experts = weights.shape[1]
-    image = axes.imshow(weights, aspect="auto", **scale)
-    axes.axvline(experts / 2 - 0.5, color="white", linewidth=3)  # between the groups
-    axes.set_yticks(range(len(by_task)), [task.replace("_", " ") for task in by_task])
-    axes.set_xticks(range(experts))
-    if experts <= MAX_NUMBERED_EXPERTS:
-        middle = (scale["vmin"] + scale["vmax"]) / 2
-        for (task, expert), weight in np.ndenumerate(weights):
-            colour = "white" if weight < middle else "black"
-            axes.text(expert, task, f"{weight:.2f}", ha="center", va="center", color=colour, fontsize=7)
-    return image
-
-
-FIGURES = {
-    "knowledge": ("grid", _knowledge),
-    "tasks": ("grid", _tasks),
-    "trade_off": ("grid", _trade_off),
-    "trade_off_by_loss": ("grid", _trade_off_by_loss),
-    "rates": ("tuning", _rates),
-    "experts": ("grid", _experts),
-    "balance": ("grid", _balance),
-}
-
-
-def _trained(grid: list[dict]) -> list[dict]:
-    return [cell for cell in grid if cell["arm"] in STYLES]
+    axes.set_yscale("function", functions=(stretched, lambda height: 1 - np.exp(-height)))
+    axes.set_ylim(-0.05, KEPT_TICKS[-1])
+    axes.yaxis.set_major_locator(FixedLocator(KEPT_TICKS))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylabel("known facts kept")
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -250,25 +126,10 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(panels)
 
 
-def _legend(figure: Figure, panels: Iterable[Axes], title: str | None = None) -> None:
+def _legend(figure: Figure, panels: Iterable[Axes], title: str) -> None:
     """One entry for each label of any panel, below all of them."""
     handles: dict[str, object] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, handlelength=4, title=title)
-
-
-def _keep_within_shares(axes: Axes) -> None:
-    """Limit the vertical axis if wide intervals would stretch it beyond 0 and 1."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -0.03), min(high, 1.03))
-
-
-def _share(share: float) -> str:
-    return f"{100 * share:g} % rows of type 1"
-
-
-def _place(place: Place) -> str:
-    share, size = place
-    return f"{_share(share)}, {size:,} rows"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from data import InputError
 from data.facts import QUESTIONS, TASK, fact_row, instruction_facts, load_facts
+from data.probe import AUTO, load_probe
 from data.tasks import MOST_ROWS, TASKS, make_rows
-from inference.metrics import normalized
+from inference.contamination import Contamination
 from scripts.prepare_data import read_rows
 from workbench.experiments.plan import Cell, Experiment
 
 HELD_OUT_SEED = 0
-VALIDATION_ROWS = 50
 
 
 def mixture(cell: Cell, folder: str | None = None) -> list[dict]:
@@ -49,8 +49,8 @@ def probe_rows(experiment: Experiment) -> list[dict]:
     return [fact_row(fact) for fact in load_facts("probe", experiment.facts)]
 
 
-def task_rows(experiment: Experiment, stage: str) -> list[dict]:
-    """Held-out rows of the other tasks; those for tuning learning rates are separate from the rest."""
+def task_rows(experiment: Experiment) -> list[dict]:
+    """Held-out rows of the other tasks."""
     count = experiment.rows_per_task
     if experiment.rows:
         by_task = defaultdict(list)
@@ -59,13 +59,11 @@ def task_rows(experiment: Experiment, stage: str) -> list[dict]:
                 by_task[row["task"]].append(row)
         by_task.pop(TASK, None)
         rows = {
-            task: random.Random(HELD_OUT_SEED).sample(found, min(len(found), count + VALIDATION_ROWS))
-            for task, found in by_task.items()
+            task: random.Random(HELD_OUT_SEED).sample(found, min(len(found), count)) for task, found in by_task.items()
         }
     else:
-        rows = {task: make_rows(task, count + VALIDATION_ROWS, HELD_OUT_SEED, "test") for task in TASKS}
-    picked = slice(count, None) if stage == "tuning" else slice(count)
-    return [row for found in rows.values() for row in found[picked]]
+        rows = {task: make_rows(task, count, HELD_OUT_SEED, "test") for task in TASKS}
+    return [row for found in rows.values() for row in found]
 
 
 def check_rows(experiment: Experiment) -> None:
@@ -83,11 +81,11 @@ def check_rows(experiment: Experiment) -> None:
         del files[TASK]
         _split_evenly(wanted, {task: _count(file) for task, file in files.items()}, experiment.rows)
         return
-    each = {"train": math.ceil(wanted / len(TASKS)), "test": experiment.rows_per_task + VALIDATION_ROWS}
+    each = {"train": math.ceil(wanted / len(TASKS)), "test": experiment.rows_per_task}
     problems = [
         f"{count:,} different {part} rows of each task are needed, but only {MOST_ROWS[part]:,} can be "
         f"generated: lower {name}, or use prepared rows"
-        for (part, count), name in zip(each.items(), ("the largest size", "rows_per_task"), strict=True)
+        for (part, count), name in zip(each.items(), ("size", "rows_per_task"), strict=True)
         if count > MOST_ROWS[part]
     ]
     if problems:
@@ -136,18 +134,13 @@ def _files(folder: str) -> dict[str, Path]:
 
 
 def _without_probe_facts(rows: Iterable[dict]) -> list[dict]:
-    """Drop the rows whose question names the subject of a probe fact and whose answer is that of the fact."""
-    subjects = defaultdict(list)
-    for fact in load_facts("probe"):
-        for answer in (fact.answer, *fact.aliases):
-            subjects[normalized(answer)].append(normalized(fact.subject))
-
-    def tells_one(row: dict) -> bool:
-        question = f" {normalized(row['instruction'])} "
-        answers = {normalized(answer) for answer in (row["output"], *row.get("aliases", ()))}
-        return any(f" {subject} " in question for answer in answers for subject in subjects.get(answer, ()))
-
-    return [row for row in rows if not tells_one(row)]
+    """Drop the rows that reveal a probe fact, also by one of their aliases."""
+    contamination = Contamination(load_probe(AUTO))
+    return [
+        row
+        for row in rows
+        if not contamination.of(row["instruction"], "\n".join([row["output"], *row.get("aliases", ())]))
+    ]
 
 
 def _count(file: Path) -> int:

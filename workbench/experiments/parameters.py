@@ -16,20 +16,18 @@ from transformers_patch import AutoModelForCausalLM
 from transformers_patch.auto import damage_refused, load_config
 
 
-def equal_flags(model: str, flags: dict, mixture_flags: dict) -> dict:
-    """The flags of a LoRA with the rank whose number of trainable parameters is nearest to a mixture's.
-
-    Its scaling alpha / r stays that of the experts.
+def equal_rank(model: str, flags: dict, mixture_flags: dict) -> int:
+    """The rank of a LoRA whose number of trainable parameters is nearest to a mixture's.
 
     Args:
         model: base model.
         flags: of `train.py`, for the LoRA.
         mixture_flags: the same for the mixture.
     """
-    mixture = _model_arguments(model, mixture_flags)
-    single = _model_arguments(model, flags | {"lora_rank": 1})
-    rank = max(1, round(adapter_size(mixture) / adapter_size(single)))
-    return flags | {"lora_rank": rank, "lora_alpha": mixture.lora_alpha / mixture.lora_rank * rank}
+    alternatives = (mixture_flags, flags | {"lora_rank": 1}, flags | {"lora_rank": 2})
+    mixture, of_rank_1, of_rank_2 = (adapter_size(_model_arguments(model, each)) for each in alternatives)
+    # A router, which a null expert needs, has the same size with any rank.
+    return max(1, 1 + round((mixture - of_rank_1) / (of_rank_2 - of_rank_1)))
 
 
 def adapter_size(arguments: ModelArguments) -> int:

@@ -1,35 +1,60 @@
 """The plan of an experiment: a YAML file as a list of cells, each one training run and its measurements."""
 
 import json
-import math
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import yaml
-from pydantic import ConfigDict, PlainValidator, StrictInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, StrictInt, TypeAdapter, ValidationError
 
 from data import InputError
 from data.dataset import file_hash
 from data.facts import FACTS_FILE
 from data.mix import YamlLoader
 from scripts.prepare_data import COUNTS_NAME
+from workbench.experiments.frontier import is_contender
 from workbench.experiments.records import ARMS, BASE, MIXTURE, find_record, problem
 
 EQUAL = "equal"  # as lora_rank: the rank with as many trainable parameters as the arm MIXTURE
+PLACE = ("knowledge_share", "learning_rate", "scaling")  # of a cell
+OWN_FLAGS = {
+    "learning_rate": "learning_rates",
+    "lora_alpha": "scalings",
+    "prompt_template": "the model's tokenizer",
+    "seed": "seeds",
+    "model_name_or_path": "model",
+    **dict.fromkeys(("dataset_dir", "data_cache_dir", "output_dir"), "work"),
+}
 
 KNOWN_FIELDS_ONLY = ConfigDict(extra="forbid")
 
 
-def _number(value: object) -> int | float:
-    if type(value) not in (int, float):
-        raise ValueError("it has to be a number")
-    return value
+def _number(least: float, most: float) -> PlainValidator:
+    """Takes a number as it is written: names of cells show 0 and 0.2."""
+
+    def check(value: object) -> int | float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError("it has to be a number")
+        if not least <= value <= most:
+            raise ValueError(f"it has to be from {least:g} to {most:g}")
+        return value
+
+    return PlainValidator(check)
 
 
-Number = Annotated[float, PlainValidator(_number)]  # as it is written: names of cells show 0 and 0.2
+Share = Annotated[float, _number(0, 1)]
+Rate = Annotated[float, _number(1e-12, 1e6)]  # of learning, or a scaling
+Loss = Annotated[float, _number(1e-6, 1e6)]
+Count = Annotated[StrictInt, Field(ge=1)]
+Item = TypeVar("Item")
+NonEmpty = Annotated[list[Item], Field(min_length=1)]
+MOST_SEEDS = 5  # the bootstrap takes every resample of them
 
 
 @dataclass(frozen=True)
@@ -37,70 +62,88 @@ class Cell:
     """One training run (none for the arm `base`) and its measurements.
 
     Args:
-        stage: `grid`, `tuning` (learning rates, judged on separate rows) or `ablation`.
-        arm: name of the method.
-        size: instruction rows.
-        knowledge_share: share of closed-book questions (task type 1) among them.
+        arm: name of the method, or of a variant of one.
+        knowledge_share: share of closed-book questions (task type 1) among the rows.
+        learning_rate: its highest, as a flag of `train.py`.
+        scaling: lora_alpha / lora_rank; None if all weights are trained.
         seed: of the mixture, its order and the initial weights.
-        flags: of `train.py`, except the learning rate.
-        learning_rate: None if it has to be tuned.
+        size: instruction rows.
+        flags: of `train.py`, except those that follow from the other fields.
+        is_variant: of one arm at one setting, not a point of the grid.
     """
 
-    stage: str
     arm: str
-    size: int
     knowledge_share: float
+    learning_rate: float | None
+    scaling: float | None
     seed: int
+    size: int
     flags: dict = field(default_factory=dict, hash=False)
-    learning_rate: float | None = None
+    is_variant: bool = False
 
     @property
     def name(self) -> str:
         """Its name, also of its file: without slashes."""
         if self.arm == BASE:
             return BASE
-        parts = [self.arm, self.size, self.knowledge_share, self.seed]
-        if self.stage == "tuning":
-            parts = ["tuning", self.arm, self.learning_rate]
-        return "-".join(map(str, parts))
+        parts = (self.arm, self.knowledge_share, self.learning_rate, self.scaling, self.seed)
+        return "-".join(str(part) for part in parts if part is not None)
+
+    @property
+    def setting(self) -> tuple:
+        """What it shares with the same cell of other seeds."""
+        return self.arm, self.knowledge_share, self.learning_rate, self.scaling
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Trials of learning rates: each arm takes the one with the lowest validation loss over the other tasks.
+class Arm:
+    """A method, trained with every learning rate, scaling and share of closed-book questions.
 
     Args:
-        size: instruction rows of a trial.
-        knowledge_share: as in `Cell`.
-        seed: of the trials; different from the grid's.
-        learning_rates: those that are tried, by arm.
+        flags: of `train.py`; `lora_rank: equal` is the rank whose LoRA has as many trainable parameters as the arm
+            `loramoe`, as nearly as possible.
+        learning_rates: instead of the experiment's.
+        scalings: likewise; [] where there is no adapter to scale.
     """
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
 
-    size: StrictInt
-    knowledge_share: Number
-    seed: StrictInt
-    learning_rates: dict[str, list[Number]]
+    flags: dict
+    learning_rates: NonEmpty[Rate] | None = None
+    scalings: list[Rate] | None = None
 
 
 @dataclass(frozen=True)
-class Ablations:
-    """Variants of one arm at one size, with its learning rate unless they set one.
+class Change:
+    """What a variant has instead of the values of its arm; fields as in `Cell`."""
+
+    __pydantic_config__ = KNOWN_FIELDS_ONLY
+
+    flags: dict = field(default_factory=dict)
+    knowledge_share: Share | None = None
+    learning_rate: Rate | None = None
+    scaling: Rate | None = None
+    size: Count | None = None
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Changes of one arm at one setting.
 
     Args:
         of: the arm that is changed.
-        size: as in `Cell`, as are the others.
-        changes: flags of `train.py`, optionally with a learning rate, by name of the change.
+        knowledge_share, learning_rate, scaling, seeds: as in `Cell`.
+        changes: by name.
     """
 
     __pydantic_config__ = KNOWN_FIELDS_ONLY
 
     of: str
-    size: StrictInt
-    knowledge_share: Number
-    seeds: list[StrictInt]
-    changes: dict[str, dict]
+    knowledge_share: Share
+    learning_rate: Rate
+    scaling: Rate
+    seeds: NonEmpty[StrictInt]
+    changes: dict[str, Change]
 
 
 @dataclass(frozen=True)
@@ -111,14 +154,16 @@ class Experiment:
         model: base model, a folder or a hub id.
         results: folder that is committed: table of the cells, report, figures.
         work: folder that is not committed: a file of each cell, rows and weights.
-        arms: flags of `train.py` by arm; `lora_rank: equal` is the rank whose LoRA has as many trainable parameters
-            as the arm `loramoe`, as nearly as possible.
-        train: flags of every arm.
-        sizes: seeds by number of instruction rows.
-        knowledge_shares: shares of closed-book questions.
-        tuning: how learning rates are found.
-        ablations: changes of one arm.
-        checkpoints: number of points along each run, including its end, at which it is measured.
+        train: flags of `train.py` for every arm.
+        arms: the methods by name.
+        learning_rates, scalings: of every arm that does not name its own.
+        knowledge_shares: in running order.
+        size: instruction rows of a training.
+        seeds: the first is run at every setting, the others at `contenders` alone.
+        margin: how much knowledge may lie between a contender and the frontier of its arm.
+        loss_range: lowest and highest task loss between which the area under a frontier is measured; settings with a
+            higher one are no contenders.
+        variants: changes of one arm.
         facts: number of probe facts that are asked; None is all.
         rows_per_task: held-out rows of each other task.
         batch_size: rows per batch of a measurement.
@@ -132,74 +177,89 @@ class Experiment:
     model: str
     results: str
     work: str
-    arms: dict[str, dict]
     train: dict
-    sizes: dict[StrictInt, list[StrictInt]]
-    knowledge_shares: list[Number]
-    tuning: Tuning
-    ablations: Ablations | None = None
-    checkpoints: StrictInt = 4
-    facts: StrictInt | None = None
-    rows_per_task: StrictInt = 100
-    batch_size: StrictInt = 64
+    arms: dict[str, Arm]
+    learning_rates: NonEmpty[Rate]
+    scalings: NonEmpty[Rate]
+    knowledge_shares: NonEmpty[Share]
+    size: Count
+    seeds: Annotated[list[StrictInt], Field(min_length=1, max_length=MOST_SEEDS)]
+    margin: Share
+    loss_range: tuple[Loss, Loss]
+    variants: Variants | None = None
+    facts: Count | None = None
+    rows_per_task: Count = 100
+    batch_size: Count = 64
     rows: str | None = None
     lm_eval: list[str] = field(default_factory=list)
     launcher: list[str] = field(default_factory=list)
 
     def cells(self) -> list[Cell]:
-        """All cells in running order: small sizes first, so that an interrupted experiment has finished those."""
-        return [Cell("grid", BASE, 0, 0.0, 0), *self.trials(), *self._grid(), *self._ablations()]
-
-    def trials(self) -> list[Cell]:
-        """The cells that find the learning rates."""
-        tuning = self.tuning
+        """All cells in running order: every setting with the first seed, then the variants, then the other seeds."""
+        first, *others = self.seeds
         return [
-            Cell("tuning", arm, tuning.size, tuning.knowledge_share, tuning.seed, self.flags(arm), rate)
-            for arm, rates in tuning.learning_rates.items()
-            for rate in rates
+            Cell(BASE, 0.0, None, None, 0, 0),
+            *self.grid([first]),
+            *self._variants(),
+            *self.grid(others),
         ]
 
-    def _grid(self) -> Iterator[Cell]:
-        for size, seeds in sorted(self.sizes.items()):
-            for seed in seeds:
-                for share in self.knowledge_shares:
-                    for arm in self.arms:
-                        yield Cell("grid", arm, size, share, seed, self.flags(arm))
+    def grid(self, seeds: Iterable[int]) -> Iterator[Cell]:
+        """Every setting of each arm, with these seeds."""
+        for seed, share, (name, arm) in product(seeds, self.knowledge_shares, self.arms.items()):
+            rates = self.learning_rates if arm.learning_rates is None else arm.learning_rates
+            scalings: list = (self.scalings if arm.scalings is None else arm.scalings) or [None]
+            for rate, scaling in product(rates, scalings):
+                yield Cell(name, share, rate, scaling, seed, self.size, self.flags(name))
 
-    def _ablations(self) -> Iterator[Cell]:
-        if not self.ablations:
+    def _variants(self) -> Iterator[Cell]:
+        if not (changed := self.variants):
             return
-        changed = self.ablations
-        for seed in changed.seeds:
-            for name, change in changed.changes.items():
-                flags = self.flags(changed.of) | change
-                rate = flags.pop("learning_rate", None)
-                yield Cell("ablation", name, changed.size, changed.knowledge_share, seed, flags, rate)
+        place = {name: getattr(changed, name) for name in PLACE} | {"size": self.size}
+        for seed, (name, change) in product(changed.seeds, changed.changes.items()):
+            moved = {field: value for field in place if (value := getattr(change, field)) is not None}
+            flags = self.flags(changed.of) | change.flags
+            yield Cell(name, seed=seed, flags=flags, is_variant=True, **(place | moved))
 
     def flags(self, arm: str) -> dict:
         """Flags of `train.py` for an arm."""
-        return self.train | self.arms[arm]
+        return self.train | self.arms[arm].flags
+
+    def is_due(self, cell: Cell) -> bool:
+        """False if its setting is not a contender by the first seed's runs, all of which have to be finished.
+
+        Raises:
+            InputError: one of them is still to be run.
+        """
+        if cell.arm == BASE or cell.is_variant or cell.seed == self.seeds[0]:
+            return True
+        rivals = [
+            each
+            for each in self.grid(self.seeds[:1])
+            if (each.arm, each.knowledge_share) == (cell.arm, cell.knowledge_share)
+        ]
+        records = {each: self.finished(each) for each in rivals}
+        if missing := [each.name for each, record in records.items() if record is None]:
+            raise InputError(
+                f"whether {cell.name} is worth running follows from cells that are still to be run: {missing}"
+            )
+        (own,) = (record for each, record in records.items() if each.setting == cell.setting)
+        return self.is_contender(own, records.values())
+
+    def is_contender(self, own: dict, rivals: Iterable[dict]) -> bool:
+        """See `frontier.is_contender`."""
+        return is_contender(own, list(rivals), self.margin, self.loss_range[1])
 
     def settings(self, cell: Cell) -> dict:
         """Everything that a result of this cell depends on, as JSON values."""
-        settings = {name: getattr(self, name) for name in ("model", "rows", "facts", "rows_per_task", "checkpoints")}
-        settings |= {"model_sha256": weights_sha256(self.model), "facts_sha256": file_hash(FACTS_FILE)}
+        settings = {name: getattr(self, name) for name in ("model", "rows", "facts", "rows_per_task")}
+        settings |= {"model_sha256": weights_sha256(self.model), "facts_sha256": file_hash(FACTS_FILE)[:12]}
         settings |= {"rows_sha256": self.rows and rows_sha256(self.rows), "lm_eval": self.lm_eval or None}
         settings |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed, "flags": cell.flags}
-        settings |= {"learning_rates": self._rates(cell)}
-        if cell.learning_rate is None and cell.arm != BASE:
-            settings |= {"tuning": {name: getattr(self.tuning, name) for name in ("size", "knowledge_share", "seed")}}
+        settings |= {"learning_rate": cell.learning_rate, "scaling": cell.scaling}
         if cell.flags.get("lora_rank") == EQUAL:
             settings |= {"equal_to": self.flags(MIXTURE)}
-        return json.loads(json.dumps(settings))
-
-    def _rates(self, cell: Cell) -> list[float]:
-        if cell.learning_rate is not None:
-            return [cell.learning_rate]
-        return self.tuning.learning_rates.get(self._tuned_arm(cell), [])
-
-    def _tuned_arm(self, cell: Cell) -> str:
-        return self.ablations.of if cell.stage == "ablation" else cell.arm
+        return json.loads(json.dumps({name: value for name, value in settings.items() if value is not None}))
 
     def finished(self, cell: Cell) -> dict | None:
         """The record of a cell; None if it has not been run.
@@ -218,45 +278,19 @@ class Experiment:
             )
         return record
 
-    def rate(self, cell: Cell) -> float:
-        """The learning rate of a cell: its own, or the best one of its arm's trials.
-
-        Raises:
-            InputError: a trial has not been run yet.
-        """
-        if cell.learning_rate is not None:
-            return cell.learning_rate
-        trials = {trial: self.finished(trial) for trial in self.trials() if trial.arm == self._tuned_arm(cell)}
-        if missing := [trial.name for trial, record in trials.items() if record is None]:
-            raise InputError(f"{cell.name} takes the best learning rate of cells that are still to be run: {missing}")
-        best = best_rate({trial.learning_rate: record for trial, record in trials.items()})
-        if best is None:
-            rates = ", ".join(f"{trial.learning_rate:g}" for trial in trials)
-            raise InputError(f"{cell.name}: every learning rate that was tried ({rates}) diverged; add lower ones")
-        return best
-
 
 @cache
 def weights_sha256(model: str) -> list[str]:
-    """SHA-256 of each weight file of a model's folder, to detect that it was pretrained again; empty for a hub id."""
-    return [file_hash(file) for file in sorted(Path(model).glob("*.safetensors"))]
+    """Start of the SHA-256 of each weight file of a model's folder, to detect that it was pretrained again; empty for a
+    hub id."""
+    return [file_hash(file)[:12] for file in sorted(Path(model).glob("*.safetensors"))]
 
 
 def rows_sha256(folder: str) -> str | None:
     """SHA-256 of the counts of `scripts.prepare_data`, to detect that rows were prepared again; None if it has not made
     the folder."""
     counts = Path(folder).parent / COUNTS_NAME
-    return file_hash(counts) if counts.is_file() else None
-
-
-def best_rate(trials: dict[float, dict]) -> float | None:
-    """The learning rate of the trial with the lowest validation loss; None if all have diverged.
-
-    Args:
-        trials: records of the trials, by learning rate.
-    """
-    losses = {rate: trial["checkpoints"][-1]["task_loss"] for rate, trial in trials.items()}
-    return min((rate for rate in losses if math.isfinite(losses[rate])), key=losses.get, default=None)
+    return file_hash(counts)[:12] if counts.is_file() else None
 
 
 def read_experiment(file: str | Path) -> Experiment:
@@ -273,29 +307,33 @@ def read_experiment(file: str | Path) -> Experiment:
         experiment = TypeAdapter(Experiment).validate_python(values)
     except ValidationError as error:
         raise InputError(f"{file}: {'; '.join(map(problem, error.errors()))}") from None
-    problems = [
-        f"no learning rates for the arm {arm}" for arm in experiment.arms.keys() - experiment.tuning.learning_rates
-    ]
-    problems += [f"unknown arm {arm}" for arm in experiment.tuning.learning_rates.keys() - experiment.arms]
-    if unknown := sorted(experiment.arms.keys() - set(ARMS[1:])):
-        problems.append(f"an arm is named {', '.join(unknown)}, but has to be one of {', '.join(ARMS[1:])}")
-    every_flag = [experiment.train, *experiment.arms.values()]
-    if MIXTURE not in experiment.arms and any(flags.get("lora_rank") == EQUAL for flags in every_flag):
-        problems.append(f"lora_rank is {EQUAL}, but there is no arm {MIXTURE} to be equal to")
-    if any("prompt_template" in flags for flags in every_flag):
-        problems.append("prompt_template cannot be set: all models are measured with the one of their tokenizer")
-    if experiment.checkpoints < 2:
-        problems.append("checkpoints has to be at least 2")
-    if experiment.ablations and experiment.ablations.of not in experiment.arms:
-        problems.append(f"ablations are of {experiment.ablations.of}, which is not an arm")
-    changes = experiment.ablations.changes if experiment.ablations else {}
-    problems += [
-        f"the learning_rate of {name} is {rate!r}, but has to be a number"
-        for name, change in changes.items()
-        if type(rate := change.get("learning_rate", 0.0)) not in (int, float)
-    ]
-    names = [] if problems else [cell.name for cell in experiment.cells()]
-    problems += [f"two cells would be named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
-    if problems:
+    if problems := [*_problems(experiment)]:
         raise InputError(f"{file}: {'; '.join(problems)}")
     return experiment
+
+
+def _problems(experiment: Experiment) -> Iterator[str]:
+    if unknown := sorted(experiment.arms.keys() - set(ARMS[1:])):
+        yield f"an arm is named {', '.join(unknown)}, but has to be one of {', '.join(ARMS[1:])}"
+    every_flag = [experiment.train, *(arm.flags for arm in experiment.arms.values())]
+    if MIXTURE not in experiment.arms and any(flags.get("lora_rank") == EQUAL for flags in every_flag):
+        yield f"lora_rank is {EQUAL}, but there is no arm {MIXTURE} to be equal to"
+    if variants := experiment.variants:
+        every_flag += [change.flags for change in variants.changes.values()]
+        if variants.of not in experiment.arms:
+            yield f"variants are of {variants.of}, which is not an arm"
+            return
+    for name in sorted(OWN_FLAGS.keys() & {name for flags in every_flag for name in flags}):
+        yield f"{name} cannot be set: it follows from {OWN_FLAGS[name]}"
+    low, high = experiment.loss_range
+    if not low < high:
+        yield f"loss_range is {low:g}, {high:g}, but has to rise"
+    cells = experiment.cells()
+    counts = Counter((cell.setting, cell.seed) for cell in cells)
+    for cell in cells:
+        if counts.pop((cell.setting, cell.seed), 1) > 1:
+            yield f"two cells would be the same as {cell.name}"
+        if not re.fullmatch(r"[\w.-]+", cell.name):
+            yield f"{cell.name} cannot be the name of a file; a change is named with letters, digits and _"
+    if unscaled := sorted({cell.arm for cell in cells if cell.scaling is not None and "lora_rank" not in cell.flags}):
+        yield f"{', '.join(unscaled)}: lora_rank is missing, which scalings are multiplied by"

@@ -1,16 +1,16 @@
 """The finished cells on disk: one JSON file each in the working folder, and all of them in `cells.csv`.
 
-The table keeps what tables and figures need, and the origin of each number: one line per cell, nested values as JSON, a
-list of objects as one list for each of their fields (`checkpoints.knowledge`), the digits of `recalled` in hexadecimal
-after a leading 1. Of the training log it keeps the curve of the routing; the losses are in the JSON files only.
+The table has one line per cell; values other than text are JSON, and the digits of `recalled` are in hexadecimal after
+a leading 1.
 """
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+import math
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,76 +19,78 @@ from data.atomic import atomic_file
 
 BASE = "base"
 MIXTURE = "loramoe"
-ARMS = (BASE, "full", "lora", "loramoe_beta0", MIXTURE)
+ARMS = (
+    BASE, "full", "lora", "rslora", "lora_kl", "loramoe_beta0", MIXTURE, "loramoe_kl", "null_expert_beta0",
+    "null_expert", "lora_null_beta0", "lora_null", "lora_null_kl",
+)  # fmt: skip
 TABLE = "cells.csv"
-IDENTITY = ("cell", "stage", "arm", "size", "knowledge_share", "seed", "learning_rate")
-TEXT = ("cell", "stage", "arm", "model", "commit", "machine", "command")
-LISTS = ("checkpoints", "log")
-CURVE = ("step", "routing_cv")
-csv.field_size_limit(2**31 - 1)  # a field holds a digit for each fact and checkpoint
+IDENTITY = ("cell", "arm", "knowledge_share", "size", "learning_rate", "scaling", "seed")
+MEASURED = ("knowledge_known", "knowledge", "task_loss", "task_score")
+TEXT = ("cell", "arm", "model", "commit", "machine", "processor", "command", "recalled")
+OPTIONAL = (
+    "learning_rate", "scaling", "knowledge_known", "knowledge", "recalled", "task_score", "tasks", "parameter_change",
+    "routing",
+)  # fmt: skip
+csv.field_size_limit(2**31 - 1)  # a field holds a digit for each fact
 
 Pair = Annotated[list, Field(min_length=2, max_length=2)]
 
 
-class Checkpoint(BaseModel):
-    """Measurements at one point of a training; a trial that diverged has neither knowledge nor a score."""
-
-    model_config = ConfigDict(strict=True)
-
-    knowledge: float | None
-    knowledge_known: float | None
-    tasks: dict[str, float]
-    task_score: float | None
-    task_loss: float
-    recalled: str | None = None
-
-
 class Routing(BaseModel):
-    """Expert weights by task, and by task type those of the two groups."""
+    """By task type the weights of the groups, and the distance of the types."""
 
     model_config = ConfigDict(strict=True)
 
-    experts_by_task: dict[str, list[float]]
     group_shares: Annotated[list[Pair], Field(min_length=2, max_length=2)]
+    type_distance: float
 
 
 class Record(BaseModel):
-    """The fields of a finished cell that the report reads; `relations` and `guessed...` are those of the base model."""
+    """The fields that every finished cell has; `relations` and `guessed...` are those of the base model.
+
+    A training that diverged has an infinite task loss, and neither knowledge nor a score.
+    """
 
     model_config = ConfigDict(strict=True)
 
     cell: str
-    stage: Literal["grid", "tuning", "ablation"]
     arm: str
-    size: int
+    is_variant: bool
     knowledge_share: float
-    seed: int
+    size: int
     learning_rate: float | None
+    scaling: float | None
+    seed: int
     model: str
     trainable_parameters: int
     commit: str
     machine: str
+    processor: str
     seconds: float
-    checkpoints: Annotated[list[Checkpoint], Field(min_length=1)]
+    knowledge: float | None
+    knowledge_known: float | None
+    recalled: Annotated[str, Field(pattern="^[01]+$")] | None
+    task_score: float | None
+    task_loss: float
+    tasks: dict[str, float] | None
     parameter_change: float | None
     routing: Routing | None
-    log: list[dict]
     relations: list[str] | None = None
     guessed: dict[str, float] | None = None
     guessed_tasks: dict[str, float] | None = None
     lm_eval: dict[str, dict] | None = None
 
     @model_validator(mode="after")
-    def _fits_its_stage(self) -> Self:
-        if self.stage != "ablation" and self.arm not in ARMS:
+    def _is_complete(self) -> Self:
+        if not self.is_variant and self.arm not in ARMS:
             raise ValueError(f"arm is {self.arm!r}, but has to be one of {', '.join(ARMS)}")
-        if self.stage == "grid" and self.arm != BASE and len(self.checkpoints) == 1:
-            raise ValueError("checkpoints holds the start of the training alone")
         if self.arm == BASE and None in (self.relations, self.guessed, self.guessed_tasks):
             raise ValueError("relations, guessed or guessed_tasks is missing")
-        needed = chain(*((each.knowledge, each.task_score, each.recalled) for each in self.checkpoints))
-        if self.stage != "tuning" and None in needed:
-            raise ValueError("a checkpoint has no knowledge, task_score or recalled, which only a trial may lack")
+        if math.isnan(self.task_loss):
+            raise ValueError("task_loss is not a number")
+        measured = (self.knowledge, self.recalled, self.task_score, self.tasks)
+        if None in measured and math.isfinite(self.task_loss):
+            raise ValueError("knowledge, recalled, task_score or tasks is missing, although the training ended")
         return self
 
 
@@ -107,14 +109,21 @@ def find_record(results: str | Path, work: str | Path, name: str) -> tuple[Path,
     if file.is_file():
         return file, _read_json(file)
     table = Path(results) / TABLE
-    return table, next((record for record in _read_table(table) if record["cell"] == name), None)
+    return table, _table_by_name(table, table.stat().st_mtime_ns if table.is_file() else 0).get(name)
+
+
+def finished_names(results: str | Path, work: str | Path) -> set[str]:
+    """The names of all cells in the table and in JSON files."""
+    return {record["cell"] for record in _read_table(Path(results) / TABLE)} | {
+        file.stem for file in cell_file(work, "").parent.glob("*.json")
+    }
 
 
 def read_records(results: Path, work: Path) -> list[dict]:
     """All finished cells, sorted by name: those of the table, replaced by the JSON files of the same cells.
 
     Raises:
-        InputError: there is none, one is damaged or misnamed, or they are of several models.
+        InputError: there is none, one is damaged or misnamed, or they are of several models or processors.
     """
     found = {record["cell"]: (results / TABLE, record) for record in _read_table(results / TABLE)}
     for file in sorted((work / "cells").glob("*.json")):
@@ -125,18 +134,19 @@ def read_records(results: Path, work: Path) -> list[dict]:
     for name, (file, record) in sorted(found.items()):
         _check(record, name, f"{file}" if file.suffix == ".json" else f"{file}, cell {name}")
         records.append(record)
-        if record["model"] != records[0]["model"]:
-            raise InputError(
-                f"{file} has {name} of the model {record['model']}, but {records[0]['cell']} is of "
-                f"{records[0]['model']}; a results folder holds the cells of one model"
-            )
+        for field in ("model", "processor"):
+            if record[field] != records[0][field]:
+                raise InputError(
+                    f"{file} has {name} of the {field} {record[field]}, but {records[0]['cell']} is of "
+                    f"{records[0][field]}; a results folder holds the cells of one model and one processor"
+                )
     return records
 
 
 def write_table(results: Path, records: Iterable[dict]) -> Path:
     """Write `cells.csv`. Returns its path."""
     rows = [_row(record) for record in records]
-    names = dict.fromkeys([*IDENTITY, *sorted({name for row in rows for name in row})])
+    names = dict.fromkeys([*IDENTITY, *MEASURED, *sorted({name for row in rows for name in row})])
     file = results / TABLE
     with atomic_file(file) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, names, lineterminator="\n")
@@ -173,6 +183,12 @@ def _read_json(file: Path) -> dict:
         raise InputError(f"{file} is damaged ({error}); delete it, and the cell is run again") from None
 
 
+@lru_cache(maxsize=1)
+def _table_by_name(file: Path, _modified: int) -> dict[str, dict]:
+    """Each cell of the table, which is read again only if it has been modified."""
+    return {record["cell"]: record for record in _read_table(file)}
+
+
 def _read_table(file: Path) -> Iterator[dict]:
     if not file.is_file():
         return
@@ -186,42 +202,14 @@ def _read_table(file: Path) -> Iterator[dict]:
 
 
 def _row(record: dict) -> dict[str, str]:
-    points = [point | _recoded(point, lambda digits: f"{int('1' + digits, 2):x}") for point in record["checkpoints"]]
-    log = [{name: entry[name] for name in CURVE} for entry in record["log"] if "routing_cv" in entry]
-    fields = {name: value for name, value in record.items() if name not in LISTS}
-    for name, entries in zip(LISTS, (points, log), strict=True):
-        fields |= {f"{name}.{field}": values for field, values in _columns(entries).items()}
+    recalled = record["recalled"] and f"{int('1' + record['recalled'], 2):x}"
+    fields = {name: value for name, value in (record | {"recalled": recalled}).items() if value is not None}
     return {n: v if n in TEXT else json.dumps(v, separators=(",", ":")) for n, v in fields.items()}
 
 
 def _record(row: dict[str, str]) -> dict:
-    record = {name: text if name in TEXT else json.loads(text) for name, text in row.items() if text}
-    for name in LISTS:
-        columns = {each: record.pop(each) for each in list(record) if each.startswith(f"{name}.")}
-        record[name] = _entries({each.removeprefix(f"{name}."): values for each, values in columns.items()})
-    for point in record["checkpoints"]:
-        point |= _recoded(point, lambda digits: f"{int(digits, 16):b}"[1:])
+    found = {name: text if name in TEXT else json.loads(text) for name, text in row.items() if text}
+    record = dict.fromkeys(OPTIONAL) | found
+    if record["recalled"]:
+        record["recalled"] = f"{int(record['recalled'], 16):b}"[1:]
     return record
-
-
-def _recoded(point: dict, recode: Callable[[str], str]) -> dict[str, str]:
-    """`recalled` of a checkpoint in other digits; nothing for a trial without it."""
-    return {"recalled": recode(point["recalled"])} if point.get("recalled") is not None else {}
-
-
-def _columns(entries: list[dict]) -> dict:
-    """A list of objects as an object of lists, nested ones too.
-
-    Raises:
-        ValueError: the objects have different fields.
-    """
-    if any(entry.keys() != entries[0].keys() for entry in entries):
-        raise ValueError("a record's entries have different fields, so they cannot become columns")
-    columns = {name: [entry[name] for entry in entries] for name in (entries[0] if entries else ())}
-    return {name: _columns(values) if isinstance(values[0], dict) else values for name, values in columns.items()}
-
-
-def _entries(columns: dict) -> list[dict]:
-    """The inverse of `_columns`."""
-    lists = [_entries(values) if isinstance(values, dict) else values for values in columns.values()]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
