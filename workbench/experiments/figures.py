@@ -18,25 +18,19 @@ STYLES: dict[str, dict] = {
     "full": {"label": "full fine-tuning", "color": RED, "marker": "s", "linestyle": ":"},
     "lora": {"label": "LoRA", "color": ORANGE, "marker": "^", "linestyle": "-."},
     "rslora": {"label": "LoRA, rsLoRA scaling", "color": "#8c564b", "marker": "<", "linestyle": (0, (1, 1))},
-    "lora_kl": {"label": "LoRA with KL to the base model", "color": "#7f7f7f", "marker": "v", "linestyle": (0, (5, 1))},
-    "loramoe_beta0": {"label": "LoRAMoE without the constraint", "color": GREEN, "marker": "D", "linestyle": "--"},
+    "lora_kl": {"label": "LoRA, KL", "color": "#7f7f7f", "marker": "v", "linestyle": (0, (5, 1))},
+    "loramoe_beta0": {"label": "LoRAMoE, no constraint", "color": GREEN, "marker": "D", "linestyle": "--"},
     "loramoe": {"label": "LoRAMoE", "color": BLUE, "marker": "o", "linestyle": "-"},
-    "loramoe_kl": {
-        "label": "LoRAMoE with KL to the base model", "color": "#17becf", "marker": "p", "linestyle": (0, (5, 1)),
-    },
+    "loramoe_kl": {"label": "LoRAMoE, KL", "color": "#17becf", "marker": "p", "linestyle": (0, (5, 1))},
     "null_expert_beta0": {
-        "label": "LoRAMoE with a null expert, without the constraint", "color": "#c49c00", "marker": "P",
-        "linestyle": "--",
+        "label": "LoRAMoE, null expert, no constraint", "color": "#c49c00", "marker": "P", "linestyle": "--",
     },
-    "null_expert": {"label": "LoRAMoE with a null expert", "color": "#c49c00", "marker": "P", "linestyle": "-"},
+    "null_expert": {"label": "LoRAMoE, null expert", "color": "#c49c00", "marker": "P", "linestyle": "-"},
     "lora_null_beta0": {
-        "label": "LoRA with a null expert, without the constraint", "color": "#9467bd", "marker": "X",
-        "linestyle": "--",
+        "label": "LoRA, null expert, no constraint", "color": "#9467bd", "marker": "X", "linestyle": "--",
     },
-    "lora_null": {"label": "LoRA with a null expert", "color": "#9467bd", "marker": "X", "linestyle": "-"},
-    "lora_null_kl": {
-        "label": "LoRA with a null expert and KL", "color": "#e377c2", "marker": "*", "linestyle": (0, (5, 1)),
-    },
+    "lora_null": {"label": "LoRA, null expert", "color": "#9467bd", "marker": "X", "linestyle": "-"},
+    "lora_null_kl": {"label": "LoRA, null expert, KL", "color": "#e377c2", "marker": "*", "linestyle": (0, (5, 1))},
 }  # fmt: skip
 FIGURES = {
     "frontier": ("full", "lora", "rslora", "lora_kl", "loramoe_beta0", "loramoe", "loramoe_kl"),
@@ -74,7 +68,9 @@ def _frontiers(shown: list[Method]) -> Figure:
             if method.knowledge_share == share:
                 _draw(axes, method)
         axes.set(title=f"{100 * share:g} % rows of type 1", xlabel="task loss per answer token")
-    _show_losses(panels[0], shown[0].loss_range)
+    lowest, highest = shown[0].loss_range
+    reached = min(method.place(setting)[0] for method in shown for setting in method.runs)
+    _show_losses(panels[0], max(lowest, 0.95 * reached), highest)
     _show_kept(panels[0])
     bands = ". Bands: middle 95 % of the bootstrap over seeds" if any(len(method.seeds) > 1 for method in shown) else ""
     _legend(figure, panels, f"Points: settings{bands}")
@@ -93,11 +89,11 @@ def _draw(axes: Axes, method: Method) -> None:
         axes.fill_between(frontier.losses, *frontier.band(), color=color, alpha=0.15, linewidth=0)
 
 
-def _show_losses(axes: Axes, loss_range: tuple[float, float]) -> None:
+def _show_losses(axes: Axes, lowest: float, highest: float) -> None:
     """Make the horizontal axis one of losses, with the lowest on the right."""
     axes.set_xscale("log")
-    axes.set_xlim(loss_range[1], loss_range[0])
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.set_xlim(highest, lowest)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 3.5, 5, 7)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
 
