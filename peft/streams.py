@@ -10,11 +10,11 @@ from torch import Tensor
 
 @contextmanager
 def beside_what_follows(x: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A context whose kernels run at the same time as those launched after it. It gives a function, which joins both:
-    what is launched after its call waits for all of them. It returns its argument, the output of the kernels beside.
+    """A context whose kernels run at the same time as those launched after it, until both are joined.
 
-    Only in a CUDA graph, as in decoding: there a kernel waits for those it depends on alone, while kernels launched one
-    by one are limited by the host, for which changing streams is more work.
+    It yields a function that returns its argument, the output of the latter: kernels launched after its call wait for
+    those of both. Only in a CUDA graph, as in decoding: there a kernel waits only for what it depends on; outside, the
+    host is the limit, and switching streams adds to its work.
 
     Args:
         x: what the kernels inside read.
@@ -25,7 +25,7 @@ def beside_what_follows(x: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
     main, second = torch.cuda.current_stream(x.device), _second_stream(x.device)
     second.wait_stream(main)
     with torch.cuda.stream(second):
-        # Memory freed on one stream is used again by the other only after it has waited, here or in the next call.
+        # Memory freed on one stream is used again by the other only after these have met, here or in the next call.
         yield partial(_joined, main, second)
 
 

@@ -28,9 +28,9 @@ A method's frontier is the highest share of known facts that any of its settings
 loss or a lower one. *Lowest loss* is that of all its settings. *Area* is the mean of the frontier over the task losses
 from {low:g} to {high:g} on a logarithmic axis, where losses below the lowest count as 0 kept: it is large for methods
 that learn much. *Over* compares what two methods keep at the losses that both reach, as a mean over these, seed by
-seed; bold where the interval does not hold 0, of which one in 20 would be by chance. With the first seed every setting
-was run, with the others *contenders* alone: settings with a task loss of at most {high:g} of which no other one of the
-same method keeps more by {margin:g} at as low a loss. More settings can only raise a frontier."""
+seed; bold where the interval excludes 0, as one in 20 would by chance if nothing differed. The first seed ran every
+setting, the others only *contenders*: settings with a task loss of at most {high:g} that are within {margin:g} of the
+frontier of their method. More settings can only raise a frontier."""
 ADVICE = """\
 Of all settings that keep at least so much, the one with the lowest task loss."""
 SETTINGS = """\
@@ -42,8 +42,8 @@ are the same, 1 where no expert serves both."""
 VARIANTS = """\
 Changes of one arm at one setting, the ones that keep most first; differences are taken seed by seed."""
 BASE_MODEL = """\
-*Guessed* is what the one best answer to all questions of a relation, or of a task, gets right: only what is above it is
-knowledge, or skill. Below it, a task loss tells how well the form of the answers has been learnt."""
+*Guessed* is what the one best answer to all questions of a relation, or of a task, gets right: only a score above it
+shows knowledge or skill. At a lower task score, the task loss tells how well the form of the answers is learnt."""
 HARNESS = """\
 The main metric of each task, which its column names: exact_match, else acc_norm, acc or f1, else the first that the
 task has."""
