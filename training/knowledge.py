@@ -170,7 +170,10 @@ class KnowledgeWatch(TrainerCallback):
     def advice(self) -> str:
         """What to do about forgetting."""
         helped = "; ".join(REMEDIES[self._tuning].values())
-        return f"What helped a small model (docs/RESULTS.md), the most effective first: {helped}"
+        return (
+            f"What helped a small model, the most effective first: {helped}. Where the rows teach a new form of answer, "
+            "training harder can help instead (docs/RESULTS.md)"
+        )
 
     def _lacks_time(self, step: int, device: torch.device) -> bool:
         """Tell, alike on all ranks, if asking now and again at the end takes too long. The first time, print it."""
