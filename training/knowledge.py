@@ -171,7 +171,7 @@ class KnowledgeWatch(TrainerCallback):
         """What to do about forgetting."""
         helped = "; ".join(REMEDIES[self._tuning].values())
         return (
-            f"What helped a small model, the most effective first: {helped}. Where the rows teach a new form of answer, "
+            f"What helped a small model, the most effective first: {helped}. Where rows teach a new form of answer, "
             "training harder can help instead (docs/RESULTS.md)"
         )
 
