@@ -161,6 +161,18 @@ def test_a_cell_made_with_another_setting_is_refused(config, change):
         experiment.finished(cell)
 
 
+def test_a_report_needs_neither_the_model_nor_its_weights(config):
+    """They are not in the repository, and a Llama pretrained here has others."""
+    experiment = read_experiment(config)
+    cell = experiment.cells()[1]
+    record = result(experiment, cell)
+    record["settings"] |= {"model_sha256": ["0123456789ab"]}
+    write(experiment, cell, record)
+    assert experiment.finished(cell, is_only_read=True) == record
+    with pytest.raises(InputError, match="was made with other settings: model_sha256"):
+        experiment.finished(cell)
+
+
 def test_what_is_kept_is_a_share_of_the_known_facts():
     assert share_kept("10110", "11010") == pytest.approx(2 / 3)
     assert share_kept("0000", "0110") == 0

@@ -131,7 +131,7 @@ def refuse_foreign_cells(experiment: Experiment) -> None:
         names = ", ".join(foreign[:MOST_NAMES]) + (", ..." if len(foreign) > MOST_NAMES else "")
         raise InputError(
             f"{experiment.work} and {experiment.results} have cells of another configuration: {names}; "
-            f"move them away, or choose another folder with --results"
+            "move them away, or choose another folder with --results"
         )
 
 

@@ -22,6 +22,7 @@ from workbench.experiments.frontier import is_contender
 from workbench.experiments.records import ARMS, BASE, MIXTURE, find_record, problem
 
 EQUAL = "equal"  # as lora_rank: the rank with as many trainable parameters as the arm MIXTURE
+LOCAL = {"model_sha256", "rows_sha256"}  # settings that tell what is on this machine
 PLACE = ("knowledge_share", "learning_rate", "scaling")  # of a cell
 OWN_FLAGS = {
     "learning_rate": "learning_rates",
@@ -261,8 +262,11 @@ class Experiment:
             settings |= {"equal_to": self.flags(MIXTURE)}
         return json.loads(json.dumps({name: value for name, value in settings.items() if value is not None}))
 
-    def finished(self, cell: Cell) -> dict | None:
+    def finished(self, cell: Cell, is_only_read: bool = False) -> dict | None:
         """The record of a cell; None if it has not been run.
+
+        Args:
+            is_only_read: no cell is to be run with it, so that the base model and the rows need not be here.
 
         Raises:
             InputError: its file is damaged, or was written under another configuration.
@@ -271,7 +275,8 @@ class Experiment:
         if record is None:
             return None
         wanted, found = self.settings(cell), record.get("settings", {})
-        if names := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
+        compared = (found.keys() | wanted.keys()) - (LOCAL if is_only_read else set())
+        if names := sorted(name for name in compared if found.get(name) != wanted.get(name)):
             other = ", ".join(f"{name} {found.get(name)} instead of {wanted.get(name)}" for name in names)
             raise InputError(
                 f"{file} was made with other settings: {other}. Choose another folder with --results, or delete it"

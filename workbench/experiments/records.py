@@ -99,6 +99,10 @@ def cell_file(work: str | Path, name: str) -> Path:
     return Path(work) / "cells" / f"{name}.json"
 
 
+def _files(work: str | Path) -> list[Path]:
+    return sorted((Path(work) / "cells").glob("*.json"))
+
+
 def find_record(results: str | Path, work: str | Path, name: str) -> tuple[Path, dict | None]:
     """A cell's record, from its JSON file or else from the table, and the file that it is from; None if neither has it.
 
@@ -114,9 +118,7 @@ def find_record(results: str | Path, work: str | Path, name: str) -> tuple[Path,
 
 def finished_names(results: str | Path, work: str | Path) -> set[str]:
     """The names of all cells in the table and in JSON files."""
-    return {record["cell"] for record in _read_table(Path(results) / TABLE)} | {
-        file.stem for file in cell_file(work, "").parent.glob("*.json")
-    }
+    return {record["cell"] for record in _read_table(Path(results) / TABLE)} | {file.stem for file in _files(work)}
 
 
 def read_records(results: Path, work: Path) -> list[dict]:
@@ -126,7 +128,7 @@ def read_records(results: Path, work: Path) -> list[dict]:
         InputError: there is none, one is damaged or misnamed, or they are of several models or processors.
     """
     found = {record["cell"]: (results / TABLE, record) for record in _read_table(results / TABLE)}
-    for file in sorted((work / "cells").glob("*.json")):
+    for file in _files(work):
         found[file.stem] = file, _read_json(file)
     if not found:
         raise InputError(f"{results / TABLE} does not exist, nor a JSON file in {work / 'cells'}: no finished cell")

@@ -58,7 +58,7 @@ def report(experiment: Experiment) -> list[Path]:
     results = Path(experiment.results)
     cells = read_records(results, Path(experiment.work))
     for cell in experiment.cells():
-        experiment.finished(cell)
+        experiment.finished(cell, is_only_read=True)
     found, unfinished = methods(experiment, cells)
     results.mkdir(parents=True, exist_ok=True)
     collected, text = write_table(results, cells), results / "table.md"
@@ -165,9 +165,9 @@ def _variants(cells: list[dict], plan: Variants | None) -> str:
             by_name.setdefault(cell["arm"], {})[cell["seed"]] = cell
     reference = next((by_name.get(name, {}) for name, change in plan.changes.items() if change == Change()), {})
     rows = []
-    for name, by_seed in sorted(by_name.items(), key=lambda item: -_kept(item[1])):
+    for name, by_seed in sorted(by_name.items(), key=lambda item: -fmean(map(_kept, item[1].values()))):
         run, *_ = runs = list(by_seed.values())
-        gain = [_kept({0: by_seed[seed]}) - _kept({0: reference[seed]}) for seed in by_seed if seed in reference]
+        gain = [_kept(by_seed[seed]) - _kept(reference[seed]) for seed in by_seed if seed in reference]
         rows.append(
             [
                 name,
@@ -182,8 +182,8 @@ def _variants(cells: list[dict], plan: Variants | None) -> str:
     return table(header, rows) if rows else ""
 
 
-def _kept(runs: dict[int, dict]) -> float:
-    return fmean(run["knowledge_known"] or 0 for run in runs.values())
+def _kept(run: dict) -> float:
+    return run["knowledge_known"] or 0.0
 
 
 RUN_COLUMNS = ("seeds", "kept", "knowledge", "task loss", "task score", "parameters", "parameter change", "groups",
