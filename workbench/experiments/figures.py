@@ -12,7 +12,7 @@ from inference.pictures import BLUE, GREEN, ORANGE, RED, save, styled
 from workbench.experiments.results import Method
 
 PANEL = 3.3, 3.4  # inches
-KEPT_TICKS = (0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+KEPT_TICKS = (0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 # Markers and dashes tell the arms apart without the colours.
 STYLES: dict[str, dict] = {
     "full": {"label": "full fine-tuning", "color": RED, "marker": "s", "linestyle": ":"},
@@ -71,7 +71,7 @@ def _frontiers(shown: list[Method]) -> Figure:
     lowest, highest = shown[0].loss_range
     reached = min(method.place(setting)[0] for method in shown for setting in method.runs)
     _show_losses(panels[0], max(lowest, 0.95 * reached), highest)
-    _show_kept(panels[0])
+    _show_kept(panels[0], max(method.frontier.kept_by_seed.max() for method in shown))
     bands = ". Bands: middle 95 % of the bootstrap over seeds" if any(len(method.seeds) > 1 for method in shown) else ""
     _legend(figure, panels, f"Points: settings{bands}")
     return figure
@@ -98,15 +98,16 @@ def _show_losses(axes: Axes, lowest: float, highest: float) -> None:
     axes.minorticks_off()
 
 
-def _show_kept(axes: Axes) -> None:
-    """Make the vertical axis one of shares kept, with the shares lost on a logarithmic scale."""
+def _show_kept(axes: Axes, most: float) -> None:
+    """Make the vertical axis one of shares kept, with the shares lost on a logarithmic scale, up to a tick above
+    `most`."""
     least_lost = 1 - KEPT_TICKS[-1]
 
     def stretched(kept: np.ndarray) -> np.ndarray:
         return -np.log(np.maximum(1 - kept, least_lost))
 
     axes.set_yscale("function", functions=(stretched, lambda height: 1 - np.exp(-height)))
-    axes.set_ylim(-0.05, KEPT_TICKS[-1])
+    axes.set_ylim(-0.05, min((tick for tick in KEPT_TICKS if tick > most), default=KEPT_TICKS[-1]))
     axes.yaxis.set_major_locator(FixedLocator(KEPT_TICKS))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylabel("known facts kept")
