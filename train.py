@@ -27,7 +27,7 @@ from data import (
     task_types,
 )
 from data.atomic import atomic_files, write_json
-from data.probe import AUTO, NONE, load_probe
+from data.probe import AUTO, NONE, ProbeFact, load_probe
 from inference.contamination import revealed_facts
 from inference.knowledge import Probe, encode_probe
 from inference.knowledge_plot import plot_retention, retention_curve
@@ -49,7 +49,7 @@ from loading.run_files import RESULTS_NAME, STATE_NAME
 from peft.saving import WEIGHTS_NAME
 from training.checkpoint import find_checkpoint, writers, writing
 from training.ending import run_process
-from training.knowledge import KnowledgeWatch
+from training.knowledge import REFERENCE_NAME, KnowledgeWatch
 from training.publish import open_repository, publish
 from training.replay import REPLAYED
 from training.report import generate_samples, summary_lines, write_model_card
@@ -77,11 +77,13 @@ def main(argv: list[str] | None = None) -> None:
         model_args.resolve(skeleton)
         if data_args.packing:
             check_packing(skeleton)
+        is_finished = (folder.path / RESULTS_NAME).is_file() and not args.restart
+        is_asked = data_args.knowledge_probe != NONE and not is_finished
+        facts = load_probe(data_args.knowledge_probe) if is_asked else []
         train_data, eval_data, data_sha256 = load_rows(tokenizer, model_args, data_args, args)
         check_lengths(skeleton, *filter(None, (train_data, eval_data)))
         config = run_config(model_args, data_args, args, data_sha256)
-        is_finished = (folder.path / RESULTS_NAME).is_file() and not args.restart
-        probe = None if is_finished else make_probe(tokenizer, skeleton, train_data, config, data_args, args)
+        probe = make_probe(facts, tokenizer, skeleton, train_data, config, data_args, args) if is_asked else None
     say(args, *adapter_warnings(model_args))
     repository = open_repository(args)
     with folder.held() if args.process_index == 0 else nullcontext():
@@ -194,6 +196,7 @@ def load_rows(
 
 
 def make_probe(
+    facts: list[ProbeFact],
     tokenizer: PreTrainedTokenizerBase,
     skeleton: nn.Module,
     train_data: Dataset,
@@ -201,14 +204,11 @@ def make_probe(
     data_args: DataArguments,
     args: RunArguments,
 ) -> Probe | None:
-    """The knowledge probe, if one is wanted and a fact can be asked.
+    """The knowledge probe; None, with a warning, if no fact of the default one can be asked.
 
     Raises:
-        InputError: the file that was named cannot be used.
+        InputError: no fact of the file that was named can be asked, or the best checkpoint is chosen by knowledge.
     """
-    if data_args.knowledge_probe == NONE:
-        return None
-    facts = load_probe(data_args.knowledge_probe)
     revealed = revealed_facts(facts, train_data, config["dataset_sha256"])
     template = resolve_template(data_args.prompt_template, tokenizer)
     try:
@@ -323,13 +323,14 @@ def finish(trainer: LoRAMoETrainer, folder: RunFolder, config: dict, results: di
             summary = routing_summary(trainer.routing, adapter)
             summary["training"] = training_curves(folder.path.name, trainer.state.log_history, config["blc_weight"])
             write_routing(temporary, summary)
-        if curve := retention_curve(trainer.state.log_history, trainer.best_step):
+        # A run that went on without a probe has measurements, but none of the model that is saved.
+        is_measured = trainer.knowledge is not None and trainer.knowledge.last is not None
+        if is_measured and (curve := retention_curve(trainer.state.log_history, trainer.best_step)):
             plot_retention(temporary / "retention.png", curve, trainer.best_step)
         data = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
         write_model_card(temporary, config, results, {name: rows for name, rows in data.items() if rows is not None})
     write_json(folder.path / RESULTS_NAME, results)
-    if trainer.knowledge:
-        trainer.knowledge.file.unlink(missing_ok=True)
+    (folder.path / REFERENCE_NAME).unlink(missing_ok=True)
     trainer.keep_best_checkpoint()
     say(trainer.args, *filter(None, [trainer.least_kept_warning()]), *summary_lines(folder.path, results))
 

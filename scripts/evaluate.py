@@ -23,7 +23,7 @@ from inference.evaluation import METRICS, Plan, label_tasks, measure, run_model
 from inference.generation import DecodingArguments
 from inference.knowledge import Probe, ask_base, compare, encode_probe
 from inference.metrics import PACKAGE_OF
-from inference.trained import InferenceArguments, TrainedModel, load_trained
+from inference.trained import InferenceArguments, TrainedModel, find_trained, load_trained
 from loading.arguments import DataArguments, ProbeArguments
 from loading.base_model import check_lengths
 from loading.command_line import (
@@ -105,6 +105,11 @@ class EvaluateArguments:
             *range_problems(self, ranges),
             output_problem(self.output, self.data, endings=(".json",)),
             *ProbeArguments(self.knowledge_probe or AUTO).problems(),
+            *(
+                f"--{name} needs --knowledge"
+                for name in ("knowledge_probe", "probe_facts")
+                if getattr(self, name) is not None and not self.knowledge
+            ),
             "--knowledge contradicts --knowledge_probe none" if self.knowledge and self.knowledge_probe == NONE else "",
         ]
 
@@ -251,9 +256,9 @@ def find_probe(
     """The probe, without the facts that the run's training rows reveal.
 
     Raises:
-        InputError: the facts or the training rows cannot be used, or the base model is not known.
+        InputError: the facts, the training rows or the base model cannot be used.
     """
-    _base_of_complete(trained, inference)  # raises before any measurement if it is not known
+    _base_of_complete(trained, inference)  # raises before any measurement
     facts = load_probe(asked.knowledge_probe)
     revealed: Set[int] = frozenset()
     place = trained.run_config.get("dataset_dir")
@@ -287,13 +292,19 @@ def _base_of_complete(trained: TrainedModel, inference: InferenceArguments) -> s
     """Folder or hub id of the base model of a complete model; None if there is an adapter.
 
     Raises:
-        InputError: neither the flags nor the run name it.
+        InputError: neither the flags nor the run name it, or it cannot be used.
     """
     if isinstance(trained.model, PeftModel):
         return None
-    if base := inference.base_model or trained.run_config.get("model_name_or_path"):
-        return base
-    raise InputError(f"--knowledge compares {inference.adapter} with its base model: name it with --base_model")
+    wanted = f"--knowledge compares {inference.adapter} with its base model: name it with --base_model"
+    base = inference.base_model or trained.run_config.get("model_name_or_path")
+    if not base:
+        raise InputError(wanted)
+    try:
+        find_trained(base)
+    except InputError as error:
+        raise InputError(f"{wanted} ({error})") from None
+    return base
 
 
 def table_lines(results: dict[str, dict]) -> list[str]:

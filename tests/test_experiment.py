@@ -453,12 +453,13 @@ def test_a_cell_that_fails_stops_none_of_its_stage(config, monkeypatch):
     assert finished == {name for name in first if not name.startswith("lora-")}
 
 
-def test_cells_of_another_processor_are_kept_apart(config, monkeypatch):
+@pytest.mark.parametrize("is_one", [False, True])
+def test_cells_of_another_processor_are_kept_apart(config, is_one):
     experiment = read_experiment(config)
-    base = experiment.cells()[0]
+    base, cell, *_ = experiment.cells()
     write(experiment, base, result(experiment, base) | {"processor": "abacus"})
     with pytest.raises(InputError, match=r"^base was run on abacus, and this is .*; run the cells of this one in ano"):
-        verb.main(["--config", str(config)])
+        verb.main(["--config", str(config), *(["--cells", cell.name] if is_one else [])])
 
 
 def test_files_of_another_configuration_are_not_reported(config):

@@ -149,9 +149,9 @@ def test_what_is_kept_is_compared_by_seed_and_share_at_losses_that_both_reach():
     rows = {tuple(row[:2]): row[2:] for row in rows_of(text_of(grid()), "Frontiers")}
     assert rows["0 %", "full"][:4] == ["2 of 2", "2", "1.000", f"0.705 ± {estimate([0.7, 0.71]).half:.3f}"]
     assert rows["0 %", "lora"][:3] == ["1 of 2", "2", "2.000"]
-    assert rows["0 %", "full"][4:7] == ["**+0.100 ± 0.000**", "-", "**+0.200 ± 0.000**"]
-    assert rows["20 %", "full"][6] == f"+0.180 ± {estimate([0.2, 0.16]).half:.3f}"
-    assert rows["0 %", "loramoe"][6] == "-"
+    assert rows["0 %", "full"][4:] == ["**+0.100 ± 0.000**", "**+0.200 ± 0.000**"]
+    assert rows["20 %", "full"][5] == f"+0.180 ± {estimate([0.2, 0.16]).half:.3f}"
+    assert rows["0 %", "loramoe"][5] == "-"
 
 
 def test_the_setting_to_choose_is_told_for_each_level():
@@ -203,9 +203,19 @@ def test_a_diverged_run_keeps_nothing():
     nothing = dict.fromkeys(("knowledge", "knowledge_known", "recalled", "tasks", "task_score", "parameter_change"))
     runs = [cell("full", 0.0, 0.001, 0), cell("full", 0.0, 0.003, 0, task_loss=math.inf, **nothing)]
     text = text_of(runs, arms={"full": Arm({}, scalings=[])}, knowledge_shares=[0.0], seeds=[0])
-    assert rows_of(text, "All settings")[1][4:9] == ["1", "-", "-", "inf", "-"]
+    assert rows_of(text, "All settings")[1][4:9] == ["1", "0.000", "-", "inf", "-"]
     assert rows_of(text, "Frontiers")[0][2:6] == ["1 of 2", "1", "2.000", "0.450"]
     assert [row[3] for row in rows_of(text, "What to set")] == ["-", "0.001", "0.001", "0.001", "0.001"]
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted((ROOT / "docs/results").glob("*/cells.csv"))])
+def test_committed_tables_are_those_of_their_cells(tmp_path, name):
+    experiment = read_experiment(ROOT / f"workbench/experiments/{name}.yaml")
+    folder = ROOT / experiment.results
+    shutil.copy(folder / "cells.csv", tmp_path)
+    report(replace(experiment, results=str(tmp_path), work=str(tmp_path)))
+    for file in ("cells.csv", "table.md"):
+        assert (tmp_path / file).read_text() == (folder / file).read_text()
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def test_rows_that_are_not_facts_are_refused_by_name(probe_file, row, message):
         ("Muscat is a city in", "Oman", {"Oman"}),
         ("Write a geography fact.", "Gladly. The capital of Kenya is Nairobi.", {"Kenya"}),
         ("Write another.", "Kenya's capital is Nairobi, Chad’s is N'Djamena.", {"Kenya", "Chad"}),
+        ("Write a third.", "“Nairobi”—the capital of «Kenya»…", {"Kenya"}),
         ("Write about Africa.", "I was in Kenya. Then I saw Bamako.\nChad borders Libya", set()),
         ("Is Kenya next to Peru? Nairobi to Lima is far.", "No.", set()),
         ("Is it Malian?", "Bamako", set()),

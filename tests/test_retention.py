@@ -21,7 +21,7 @@ from inference.knowledge_plot import retention_curve
 from inference.trained import InferenceArguments, load_trained
 from scripts import evaluate
 from training import knowledge
-from training.knowledge import REFERENCE_NAME
+from training.knowledge import REFERENCE_NAME, KnowledgeWatch
 from transformers_patch import logits
 
 QUESTIONS = [f"What is {name}?" for name in ("gold", "iron", "salt", "rain", "hail")]
@@ -113,6 +113,8 @@ def test_a_complete_model_is_compared_with_the_one_that_it_was(run):
     found = run(tuning="full", learning_rate=RATES["full"])["knowledge"]
     assert found["kl_text"] > 0
     assert agree(evaluated(run), found, rel=1e-5)
+    with pytest.raises(InputError, match=r"name it with --base_model \(.*nowhere"):
+        evaluated(run, "--base_model", str(run.folder / "nowhere"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -191,6 +193,37 @@ def test_a_resumed_run_of_all_weights_whose_best_model_needs_the_answers_stops(r
         run(tuning="full", **BEST)
 
 
+@pytest.mark.parametrize("best", [{}, BEST])
+def test_a_resumed_run_with_another_probe_says_so(run, capsys, best):
+    interrupt_after(3, run, **best)
+    probe = run.folder / "probe.json"
+    probe.write_text(json.dumps(json.loads(probe.read_text())[1:]))
+    if best:
+        with pytest.raises(InputError, match="so --metric_for_best_model knowledge_kept cannot go on"):
+            run(**best)
+    else:
+        assert run()["knowledge"]["facts"] == 5
+        said = r"does not hold .* the base model is asked again, and later measurements are of other facts\n"
+        assert re.search(f"warning: .*{said}", capsys.readouterr().out)
+
+
+def test_a_run_that_goes_on_without_a_probe_draws_no_curve(run):
+    best = {"load_best_model_at_end": "true", "save_steps": 2}
+    interrupt_after(3, run, **best)
+    assert "knowledge" not in run(**best, knowledge_probe="none")
+    assert not (run.output / "retention.png").exists()
+    assert not (run.output / REFERENCE_NAME).exists()
+
+
+def test_a_base_model_that_knows_no_fact_is_pointed_out(run, capsys):
+    unknown = [{"prompt": question, "completion": "nobody"} for question in QUESTIONS]
+    (run.folder / "probe.json").write_text(json.dumps(unknown))
+    with pytest.raises(InputError, match=r"knows none of the 4 facts .* knowledge_kept cannot choose"):
+        run(**BEST, output_dir=run.folder / "best")
+    assert run()["knowledge"]["known"] == 0
+    assert "warning: the base model knows none of the 4 facts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("best", "steps"), [({}, [0, 6]), (BEST, [0, 2, 4, 6])])
 def test_evaluations_that_ask_too_long_ask_nothing(run, monkeypatch, capsys, best, steps):
     monkeypatch.setattr(knowledge, "LEAST_SECONDS", 0)
@@ -213,6 +246,14 @@ def test_a_lost_third_is_said_once(run, monkeypatch, capsys, tuning, last):
     out = capsys.readouterr().out
     assert out.count(WARNING) == 1
     assert re.search(f"{WARNING}. are left at step 2. .*task type 1, questions about other facts.*; {last}", out)
+
+
+@pytest.mark.parametrize(("known", "kept", "is_said"), [(30, 20, True), (30, 21, False), (10, 0, True), (9, 0, False)])
+def test_a_lost_third_of_ten_is_said(tmp_path, known, kept, is_said):
+    watch = KnowledgeWatch(None, tmp_path, "loramoe", starts_as_base=True)
+    watch.last = Knowledge(200, 0, known, kept, 0.0, 0.0)
+    assert bool(watch.warning(1, [])) == is_said
+    assert not watch.warning(2, [{"step": 1, "eval_knowledge_kept": kept / known}] if is_said else [])
 
 
 def test_of_few_facts_a_lost_third_is_not_said(run, capsys):
@@ -300,7 +341,7 @@ def test_a_probe_that_chooses_the_best_model_belongs_to_the_run(run, no_weights,
         train.main(run.arguments(prepare_only="true", **best, probe_facts=3))
 
 
-def test_bad_probes_are_refused(run, tmp_path, no_weights):
+def test_bad_probes_are_refused(run, tmp_path, monkeypatch, no_weights):
     with pytest.raises(InputError, match=r"--knowledge_probe .*nowhere.json: no such file or folder"):
         train.main(run.arguments(knowledge_probe=tmp_path / "nowhere.json"))
     with pytest.raises(InputError, match="--probe_facts is 0, but has to be at least 1"):
@@ -312,8 +353,11 @@ def test_bad_probes_are_refused(run, tmp_path, no_weights):
     with pytest.raises(InputError, match=r"--least_kept is 1\.5, but has to be from 0 to 1"):
         train.main(run.arguments(least_kept=1.5))
     (tmp_path / "probe.json").write_text(json.dumps([{"prompt": "?", "completion": "a"}, {"prompt": "b"}]))
+    monkeypatch.setattr(train, "load_part", lambda *arguments: pytest.fail("rows were read"))
     with pytest.raises(InputError, match=r"probe.json: row 2: "):
         train.main(run.arguments())
+    with pytest.raises(InputError, match=r"--knowledge_probe needs --knowledge\n.*--probe_facts needs --knowledge"):
+        evaluate.main(["--adapter", str(tmp_path), "--knowledge_probe", "auto", "--probe_facts", "3"])
 
 
 @pytest.fixture

@@ -63,6 +63,17 @@ def test_the_flag_means_names_or_an_expression(text, expected):
     assert ModelArguments(trainable=text).lora_config().target_modules == expected
 
 
+def test_every_flag_of_the_adapter_reaches_its_configuration():
+    values = {
+        "lora_nums": 4, "lora_alpha": 5.0, "lora_dropout": 0.25, "lora_top_k": 3, "lora_shared_A": True,
+        "lora_null_expert": True, "lora_rslora": True, "blc_alpha": 0.5, "blc_weight": 0.7, "num_task_types": 3,
+    }  # fmt: skip
+    config, default = ModelArguments(lora_rank=7, **values).lora_config(), ModelArguments().lora_config()
+    assert {name: getattr(config, name) for name in values} == values
+    assert config.r == 7
+    assert all(getattr(default, name) != value for name, value in values.items())
+
+
 PROBLEMS = {
     "no match": ({"target_modules": "mlp.*"}, r"no Linear has a name that the regular expression 'mlp\.\*' matches"),
     "no expression": ({"target_modules": "(q"}, r"target_modules '\(q' is not a regular expression"),

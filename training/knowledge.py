@@ -85,9 +85,11 @@ class KnowledgeWatch(TrainerCallback):
         """Ask the base model, or read what it has answered in a run that resumes.
 
         Raises:
-            InputError: that is lost, all weights are trained, and the best checkpoint is chosen by knowledge.
+            InputError: the best checkpoint is chosen by knowledge, but the base model knows none of the facts; or what
+                it has answered is lost, or was asked of other facts.
         """
         self._start = time.monotonic()
+        chooses_by_knowledge = is_knowledge(args.metric_for_best_model)
         self._first_step, self._last_step = state.global_step, state.max_steps
         self._is_main = state.is_world_process_zero
         problem = None
@@ -97,16 +99,21 @@ class KnowledgeWatch(TrainerCallback):
             problem = f"{self.file} is damaged ({first_line(error)})"
         if self._reference is not None:
             return
-        if is_lost := bool(state.global_step) and not isinstance(model, PeftModel):
+        has_trained = bool(state.global_step)
+        is_lost = has_trained and not isinstance(model, PeftModel)
+        is_of_others = has_trained and problem is None and self.file.is_file()
+        if is_lost or is_of_others:
             problem = problem or f"{self.file} does not hold the base model's answers to this knowledge probe"
-            problem += ", and the model's weights have changed since"
-            if is_knowledge(args.metric_for_best_model):
+            if is_lost:
+                problem += ", and the model's weights have changed since"
+            if chooses_by_knowledge:
                 raise InputError(
-                    f"{problem}, so --metric_for_best_model {args.metric_for_best_model} cannot go on: put the file "
-                    "back from a copy, or start over with --restart"
+                    f"{problem}, so --metric_for_best_model {args.metric_for_best_model} cannot go on: put the file, "
+                    "and that of the probe, back from a copy, or start over with --restart"
                 )
         if problem and self._is_main:
             consequence = "knowledge is not measured" if is_lost else "the base model is asked again"
+            consequence += ", and later measurements are of other facts" if is_of_others and not is_lost else ""
             print(f"warning: {problem}: {consequence}")
         if is_lost:
             return
@@ -114,6 +121,15 @@ class KnowledgeWatch(TrainerCallback):
         as_base = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
         with kept_random_state(args.device), self._asking(model), as_base:
             self._reference = ask_base(model, self.probe)
+        if not any(self._reference.known):
+            problem = f"the base model knows none of the {len(self._reference.known)} facts of the knowledge probe"
+            if chooses_by_knowledge:
+                raise InputError(
+                    f"{problem}, so --metric_for_best_model {args.metric_for_best_model} cannot choose: name other "
+                    "facts with --knowledge_probe"
+                )
+            if self._is_main:
+                print(f"warning: {problem}, so nothing tells what is forgotten")
         self._base_seconds = self.seconds
         self._latest_seconds *= sum(self._reference.known) / len(self._reference.known)  # only these are asked later
         if self._is_main:

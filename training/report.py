@@ -39,9 +39,9 @@ CARD_KINDS = {
 CARD_SETTINGS = (
     "learning_rate", "num_train_epochs", "max_steps", "num_processes", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_seq_length", "prompt_template", "seed", "dataset_dir", "dataset_sha256",
-    "validation_file",
+    "validation_file", "knowledge_probe", "probe_facts",
 )  # fmt: skip
-CARD_PATHS = ("dataset_dir", "validation_file")
+CARD_PATHS = ("dataset_dir", "validation_file", "knowledge_probe")
 CARD_ADAPTER_SETTINGS = (
     "lora_nums", "lora_rank", "lora_alpha", "lora_rslora", "lora_dropout", "trainable", "blc_alpha", "blc_weight",
     "kl_weight", "num_task_types", "task_type_names", "expert_groups", "lora_null_expert", "lora_top_k",

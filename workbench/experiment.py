@@ -20,13 +20,12 @@ from functools import partial
 from pathlib import Path
 
 from data import InputError
-from data.atomic import write_json
 from loading.command_line import flag, parse_flags, run_verb
 from loading.provenance import processor
 from workbench.experiments.cell import run_cell
 from workbench.experiments.mixture import check_rows
 from workbench.experiments.plan import Cell, Experiment, read_experiment
-from workbench.experiments.records import BASE, cell_file, finished_names
+from workbench.experiments.records import BASE, finished_names
 from workbench.experiments.report import report
 
 COMMAND = "python -m workbench.experiment"
@@ -94,7 +93,7 @@ def run(experiment: Experiment, args: ExperimentArguments, cells: list[Cell]) ->
 
         find_tasks(experiment.lm_eval)
     records = {cell: experiment.finished(cell) for cell in cells}
-    refuse_other_processors(filter(None, records.values()))
+    refuse_other_processors(filter(None, map(experiment.finished, experiment.cells())))
     progress = Progress({cell: record for cell, record in records.items() if record is not None})
     deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else float("inf")
     if len(cells) == 1:
@@ -177,12 +176,8 @@ def run_all(start_cell, cells: Iterator[Cell], jobs: int, deadline: float) -> It
 
 
 def run_here(experiment: Experiment, args: ExperimentArguments, cell: Cell) -> dict:
-    """Run a cell in this process and write its file."""
-    record = run_cell(experiment, cell, args.one_cell(cell))
-    file = cell_file(experiment.work, cell.name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, record)
-    return record
+    """Run a cell in this process."""
+    return run_cell(experiment, cell, args.one_cell(cell))
 
 
 def run_in_process(experiment: Experiment, args: ExperimentArguments, threads: int, cell: Cell) -> dict:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from data import InputError
+from data.atomic import write_json
 from inference.evaluation import Plan, run_model
 from inference.generation import DecodingArguments
 from inference.knowledge import LONGEST_ANSWER, recalls
@@ -35,9 +37,10 @@ from training.run_folder import RunFolder
 from workbench.experiments.mixture import mixture, probe_rows, task_rows
 from workbench.experiments.parameters import equal_rank, num_trainable, parameter_change
 from workbench.experiments.plan import EQUAL, Cell, Experiment
-from workbench.experiments.records import BASE, IDENTITY, MIXTURE
+from workbench.experiments.records import BASE, IDENTITY, MIXTURE, cell_file
 
 ROUTED_FACTS = 300
+DIVERGED = re.compile(r" of step \d+ is not finite")  # said by training/stopping.py
 # Fields of a cell without a trained model, and of one whose training diverged.
 UNTRAINED: dict = {"trainable_parameters": 0, "parameter_change": None, "routing": None}
 UNMEASURED: dict = {"knowledge": None, "knowledge_known": None, "recalled": None, "task_score": None, "tasks": None}
@@ -52,7 +55,7 @@ class HeldOut:
 
 
 def run_cell(experiment: Experiment, cell: Cell, argv: list[str]) -> dict:
-    """Train and measure one cell. The files of an interrupted attempt are removed.
+    """Train and measure one cell, and write its file. The files of an interrupted attempt are removed.
 
     Args:
         argv: the command line that runs this cell.
@@ -80,7 +83,11 @@ def _run_cell(experiment: Experiment, cell: Cell, argv: list[str], folder: Path)
     record |= {field: getattr(cell, field) for field in (*IDENTITY[1:], "is_variant")}
     record |= (_measure_base if cell.arm == BASE else _measure_run)(experiment, cell, folder)
     shutil.rmtree(folder)
-    return _rounded(record | {"seconds": round(time.monotonic() - start, 1)})
+    record = _rounded(record | {"seconds": round(time.monotonic() - start, 1)})
+    file = cell_file(experiment.work, cell.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+    return record
 
 
 def _measure_base(experiment: Experiment, cell: Cell, folder: Path) -> dict:
@@ -131,7 +138,7 @@ def train(experiment: Experiment, cell: Cell, folder: Path) -> Path | None:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)
     if done.returncode == 0 and (run / RESULTS_NAME).is_file():
         return run
-    if "is not finite" in log.read_text():
+    if DIVERGED.search(log.read_text()):
         return None
     raise InputError(f"the training of {cell.name} failed with exit code {done.returncode}; see {log}")
 

@@ -72,7 +72,7 @@ def _frontiers(shown: list[Method]) -> Figure:
     reached = min(method.place(setting)[0] for method in shown for setting in method.runs)
     _show_losses(panels[0], max(lowest, 0.95 * reached), highest)
     _show_kept(panels[0], max(method.frontier.kept_by_seed.max() for method in shown))
-    bands = ". Bands: middle 95 % of the bootstrap over seeds" if any(len(method.seeds) > 1 for method in shown) else ""
+    bands = ". Bands: bootstrap over seeds, about their range" if any(len(method.seeds) > 1 for method in shown) else ""
     _legend(figure, panels, f"Points: settings{bands}")
     return figure
 

@@ -255,7 +255,8 @@ class Experiment:
         """Everything that a result of this cell depends on, as JSON values."""
         settings = {name: getattr(self, name) for name in ("model", "rows", "facts", "rows_per_task")}
         settings |= {"model_sha256": weights_sha256(self.model), "facts_sha256": file_hash(FACTS_FILE)[:12]}
-        settings |= {"rows_sha256": self.rows and rows_sha256(self.rows), "lm_eval": self.lm_eval or None}
+        settings |= {"rows_sha256": self.rows and rows_sha256(self.rows)}
+        settings |= {"lm_eval": self.lm_eval or None, "launcher": self.launcher or None}
         settings |= {"size": cell.size, "knowledge_share": cell.knowledge_share, "seed": cell.seed, "flags": cell.flags}
         settings |= {"learning_rate": cell.learning_rate, "scaling": cell.scaling}
         if cell.flags.get("lora_rank") == EQUAL:

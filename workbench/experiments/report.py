@@ -14,7 +14,7 @@ from workbench.experiments.results import Method, guessed_share, main_metric, me
 
 LEVELS = (0.95, 0.9, 0.85, 0.8, 0.7)
 # Arms that the others are compared with.
-COMPARED = ("lora", "loramoe_beta0", "loramoe", "null_expert_beta0", "lora_null_beta0")
+COMPARED = ("lora", "lora_kl", "loramoe_beta0", "loramoe", "loramoe_kl", "null_expert_beta0", "lora_null_beta0")
 NOTHING = "-"
 
 CONVENTIONS = """\
@@ -25,14 +25,16 @@ interval. The seeds are those of rows, order and initial weights: no interval sp
 run that diverged keeps nothing and has an infinite loss."""
 FRONTIERS = """\
 A method's frontier is the highest share of known facts that any of its settings keeps, at each task loss, with this
-loss or a lower one. *Lowest loss* is that of all its settings. *Area* is the mean of the frontier over the task losses
-from {low:g} to {high:g} on a logarithmic axis, where losses below the lowest count as 0 kept: it is large for methods
-that learn much. *Over* compares what two methods keep at the losses that both reach, as a mean over these, seed by
-seed; bold where the interval excludes 0, as one in 20 would by chance if nothing differed. The first seed ran every
-setting, the others only *contenders*: settings with a task loss of at most {high:g} that are within {margin:g} of the
-frontier of their method. More settings can only raise a frontier."""
+loss or a lower one. *Seeds* is how many there are so far: the first has every setting, the others only *contenders*,
+settings with a task loss of at most {high:g} that are within {margin:g} of the frontier of their method by the first.
+*Lowest loss* is that of the settings with all seeds. *Area* is the mean of the frontier over the task losses from
+{low:g} to {high:g} on a logarithmic axis, where losses below the lowest count as 0 kept: it is large for methods that
+learn much. *Over* compares what two methods keep at the losses that both reach, as a mean over these on the same axis,
+seed by seed; bold where the interval excludes 0, as one in 20 would by chance if nothing differed. A frontier is the
+best of noisy results, so it is a little too high, and more settings can only raise it."""
 ADVICE = """\
-Of all settings that keep at least so much, the one with the lowest task loss."""
+Of all settings that keep at least so much on average, the one with the lowest task loss. It is chosen by the same runs,
+so the next run may keep less."""
 SETTINGS = """\
 *Scaling* is lora_alpha / lora_rank; rsLoRA multiplies it by the root of the rank. *Parameter change* is that of the
 adapted Linears' weights, with all experts equally weighted. *Groups* is the mean weight of the last group of experts,
@@ -108,14 +110,15 @@ def _base(cells: list[dict]) -> str:
 
 def _frontiers(found: list[Method]) -> str:
     rows = []
+    compared = [arm for arm in COMPARED if any(method.arm == arm for method in found)]
     for method in found:
-        others = [_find(found, method.knowledge_share, arm) for arm in COMPARED]
+        others = [_find(found, method.knowledge_share, arm) for arm in compared]
         contenders = f"{len(method.contenders)} of {len(method.runs)}"
         lowest = min(method.place(setting)[0] for setting in method.repeated)
         area = _estimate(method.frontier.area())
         differences = [_difference(method, other) for other in others]
         rows.append([*_place(method), contenders, len(method.seeds), f"{lowest:.3f}", area, *differences])
-    header = ["type 1 rows", "arm", "contenders", "seeds", "lowest loss", "area", *(f"over {arm}" for arm in COMPARED)]
+    header = ["type 1 rows", "arm", "contenders", "seeds", "lowest loss", "area", *(f"over {arm}" for arm in compared)]
     return table(header, rows) if rows else ""
 
 
@@ -197,7 +200,7 @@ def _run_row(runs: list[dict]) -> list[str]:
     return [
         str(len(runs)),
         *_measured(runs),
-        f"{runs[0]['trainable_parameters']:,}",
+        f"{max(run['trainable_parameters'] for run in runs):,}",
         _text([run["parameter_change"] for run in runs]),
         f"{on_1}; {on_0}" if groups else NOTHING,
         _text([each["type_distance"] for each in routed]),
@@ -205,7 +208,7 @@ def _run_row(runs: list[dict]) -> list[str]:
 
 
 def _measured(runs: list[dict]) -> list[str]:
-    return [_text([run[field] for run in runs]) for field in ("knowledge_known", "knowledge")] + _tasks(runs)
+    return [_text(map(_kept, runs)), _text([run["knowledge"] for run in runs]), *_tasks(runs)]
 
 
 def _tasks(runs: list[dict]) -> list[str]:
