@@ -255,6 +255,10 @@ def test_a_finished_grid_gives_the_table_and_all_figures(tmp_path):
     assert all(10_000 < file.stat().st_size < 150_000 for file in files[2:])
 
 
+def test_a_figure_without_an_arm_of_its_own_is_left_out(tmp_path):
+    assert [file.name for file in report(write(tmp_path, grid()))] == ["cells.csv", "table.md", "frontier.png"]
+
+
 def test_what_has_no_cells_yet_is_left_out(tmp_path):
     files = report(write(tmp_path, [base_cell()]))
     assert [file.name for file in files] == ["cells.csv", "table.md"]

@@ -48,12 +48,15 @@ FIGURES = {
 
 
 def draw(found: list[Method], folder: Path) -> list[Path]:
-    """Draw the figures that have at least two arms. Returns their files."""
-    files = []
+    """Draw the figures that have at least two arms, and one that no figure before has. Returns their files."""
+    files: list[Path] = []
+    drawn: set[str] = set()
     with styled():
         for name, arms in FIGURES.items():
             shown = [method for method in found if method.arm in arms]
-            if len({method.arm for method in shown}) > 1:
+            own = {method.arm for method in shown}
+            if len(own) > 1 and own - drawn:
+                drawn |= own
                 files.append(folder / f"{name}.png")
                 save(_frontiers(shown), files[-1])
     return files
