@@ -35,7 +35,7 @@ TYPE_1_ROWS = "examples of task type 1, questions about other facts, as a fifth 
 # docs/results/frontier_small/table.md whose interval excludes 0, and then `perhaps` the others.
 REMEDIES = {
     "loramoe": {
-        "type_1_rows_and_kl": f"{TYPE_1_ROWS}, with --kl_weight 1",
+        "type_1_rows_and_kl": f"{TYPE_1_ROWS}, with --kl_weight 1 (30 in the main job of the README)",
         "lower_rate": "a third of the --learning_rate",
         "smaller_scaling": "perhaps a quarter of --lora_alpha",
         "smaller_rank": "perhaps half of --lora_rank",
