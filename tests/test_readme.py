@@ -152,6 +152,19 @@ def test_every_number_on_the_page_of_results_stands_in_a_table():
     assert not [number for number in numbers if number not in tables]
 
 
+def test_every_other_number_of_the_results_is_one_of_the_experiments():
+    """Counts, percentages and settings, of all sections on what was measured."""
+    measured = (ROOT / "docs" / "RESULTS.md").read_text().split("\n## Elsewhere\n")[0]
+    measured = re.sub(r"\]\([^)]*\)|^## \d\.", "", measured, flags=re.MULTILINE)  # targets of links, headings
+    files = [*(ROOT / "docs" / "results").glob("*/table.md"), *(ROOT / "workbench" / "experiments").glob("*.yaml")]
+    known = " ".join(file.read_text() for file in files)
+    found, allowed = (
+        set(re.findall(r"(?<![\w.,])\d(?:[\d,.]*\d)?(?:e-\d+)?(?!\w)", text)) for text in (measured, known)
+    )
+    assert len(found) > 100
+    assert not found - allowed
+
+
 def test_the_remedies_for_forgetting_are_those_of_the_table_in_its_order():
     table = (ROOT / "docs" / "results" / "frontier_small" / "table.md").read_text().split("\n## Variants\n")[1]
     rows = [line.split(" | ") for line in table.split("\n## ")[0].splitlines() if line.startswith("| ")][2:]
