@@ -238,7 +238,7 @@ WARNING = "warning: of 4 facts that the base model knows, "
 
 
 @pytest.mark.parametrize(
-    ("tuning", "last"), [("loramoe", "half of --lora_rank"), ("full", "a third of the --learning_rate")]
+    ("tuning", "last"), [("loramoe", "perhaps half of --lora_rank"), ("full", "a third of the --learning_rate")]
 )
 def test_a_lost_third_is_said_once(run, monkeypatch, capsys, tuning, last):
     monkeypatch.setattr(knowledge, "WARN_FROM", 4)
