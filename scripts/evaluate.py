@@ -258,7 +258,11 @@ def find_probe(
     Raises:
         InputError: the facts, the training rows or the base model cannot be used.
     """
-    _base_of_complete(trained, inference)  # raises before any measurement
+    if base := _base_of_complete(trained, inference):
+        try:
+            find_trained(base)
+        except InputError as error:
+            raise InputError(f"{_wanted_base(inference)} ({error})") from None
     facts = load_probe(asked.knowledge_probe)
     revealed: Set[int] = frozenset()
     place = trained.run_config.get("dataset_dir")
@@ -292,19 +296,17 @@ def _base_of_complete(trained: TrainedModel, inference: InferenceArguments) -> s
     """Folder or hub id of the base model of a complete model; None if there is an adapter.
 
     Raises:
-        InputError: neither the flags nor the run name it, or it cannot be used.
+        InputError: neither the flags nor the run name it.
     """
     if isinstance(trained.model, PeftModel):
         return None
-    wanted = f"--knowledge compares {inference.adapter} with its base model: name it with --base_model"
-    base = inference.base_model or trained.run_config.get("model_name_or_path")
-    if not base:
-        raise InputError(wanted)
-    try:
-        find_trained(base)
-    except InputError as error:
-        raise InputError(f"{wanted} ({error})") from None
-    return base
+    if base := inference.base_model or trained.run_config.get("model_name_or_path"):
+        return base
+    raise InputError(_wanted_base(inference))
+
+
+def _wanted_base(inference: InferenceArguments) -> str:
+    return f"--knowledge compares {inference.adapter} with its base model: name it with --base_model"
 
 
 def table_lines(results: dict[str, dict]) -> list[str]:
