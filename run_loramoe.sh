@@ -40,7 +40,7 @@ lora_dropout=${lora_dropout:-0.05}                  # probability of dropping an
 lora_trainable=${lora_trainable:-auto}              # Linears to adapt: names, all-linear, a pattern, or auto
 blc_alpha=${blc_alpha:-0.1}                         # delta: how far a group of experts is drawn to its task type
 blc_weight=${blc_weight:-0.1}                       # beta: weight of the balance term in the loss; 0 turns it off
-kl_weight=${kl_weight:-0}                           # of nearness to the base model on type 1 rows; try 30 with lr=5e-4
+kl_weight=${kl_weight:-0}                           # of nearness to the base model on type 1 rows; try 30 with lr=1e-3
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 lr=${lr:-2e-4}                                      # peak learning rate, cosine decay after 3 % of warm-up
